@@ -1,0 +1,121 @@
+"""Every setting, declared once. Flags, docs and checks derive from the dataclasses here.
+
+Both configs are frozen and resolved once: what a default of None means is decided where the
+checkpoint and the device are known (serving/assemble.py), and never changed after. This module is
+the only reader of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidConfig
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: int | None = None) -> Any:
+    """A config field that is also a flag: `max_num_seqs` becomes `--max-num-seqs`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as "512MiB", "6GB" or "1073741824" into bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise InvalidConfig(f"size: got {text!r}, must be like 512MiB, 6GB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _check(config: Any) -> None:
+    """Holds every field against the `choices` and `low` it was declared with."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        choices, low = f.metadata.get("choices"), f.metadata.get("low")
+        if choices and value not in choices:
+            raise InvalidConfig(f"{f.name}: got {value!r}, must be one of {', '.join(choices)}")
+        if low is not None and value is not None and value < low:
+            raise InvalidConfig(f"{f.name}: got {value!r}, must be at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. None means: chosen from the checkpoint and the device at start."""
+
+    model: str = setting("", "checkpoint folder in Hugging Face form, or `demo`")
+    dtype: str = setting(
+        "auto",
+        "type of weights, activations and KV; auto is the checkpoint's on an accelerator and "
+        "float32 on CPU",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    max_model_len: int | None = setting(
+        None, "longest prompt plus output in tokens (default: what the checkpoint allows)", low=2
+    )
+    max_num_seqs: int | None = setting(
+        None, "requests that run at once (default: 256 on accelerators, 16 on CPU)", low=1
+    )
+    max_batched_tokens: int | None = setting(
+        None, "tokens in one step at most (default: 2048 on accelerators, 256 on CPU)", low=2
+    )
+    prefill_chunk: int | None = setting(
+        None, "tokens of one prompt in one step at most (default: max-batched-tokens)", low=1
+    )
+    page_size: int = setting(32, "token positions in a KV page", low=1)
+    kv_memory: int | None = setting(
+        None,
+        "bytes for KV pages, like 512MiB (default: what every slot needs at full length, at most "
+        "half of the memory that is free)",
+        low=1,
+    )
+    prefix_caching: bool = setting(True, "share the KV of equal prompt prefixes")
+    overlap: bool = setting(True, "launch a step while the results of the last are collected")
+    max_queue: int = setting(1024, "requests that may wait before more are refused", low=1)
+    warmup: bool = setting(
+        True, "compile every step program before ready; off compiles each at its first use"
+    )
+    compile_threads: int | None = setting(
+        None, "step programs compiled at once (default: cores, at most 8)", low=1
+    )
+    cache_dir: Path | None = setting(
+        None, "folder for compiled programs (default: ~/.cache/quire; empty for none)"
+    )
+    ignore_config_fields: tuple[str, ...] = setting(
+        (), "fields of config.json to ignore although Quire does not know them (comma-separated)"
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.page_size & (self.page_size - 1):
+            raise InvalidConfig(f"page_size: got {self.page_size}, must be a power of two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of the gRPC service."""
+
+    host: str = setting("127.0.0.1", "address to bind")
+    port: int = setting(50051, "port to bind; 0 takes a free one and prints it", low=0)
+    drain_timeout: int = setting(30, "seconds running requests get to end on SIGTERM", low=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.port > 65535:
+            raise InvalidConfig(f"port: got {self.port}, must be at most 65535")
+
+
+def settings_of(config: type) -> list[Field]:
+    """The fields of a config class that are flags, in declaration order."""
+    return [f for f in fields(config) if f.default is not MISSING and "help" in f.metadata]
+
+
+def default_cache_dir() -> Path:
+    """Where compiled programs go when the user names no folder (XDG base directories)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quire"

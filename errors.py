@@ -1,0 +1,74 @@
+"""Every error a caller can see, with its gRPC and HTTP status.
+
+Each message names the field, the value and the limit, so that a caller can mend the request without
+reading this code. `InvalidRequest` is also a `ValueError`, so offline users may catch either.
+"""
+
+from __future__ import annotations
+
+
+class QuireError(Exception):
+    """Base of all errors Quire raises on purpose.
+
+    Attributes:
+      grpc_code: name of the gRPC status code this maps to.
+      http_status: HTTP status this maps to.
+    """
+
+    grpc_code = "INTERNAL"
+    http_status = 500
+
+
+class InvalidRequest(QuireError, ValueError):
+    """The caller asked for something that cannot be done; retrying unchanged will not help."""
+
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
+
+
+class Overloaded(QuireError):
+    """A bounded queue is full; the caller may retry after `retry_after` seconds."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(QuireError):
+    """The request's deadline passed before it finished."""
+
+    grpc_code = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
+class Unavailable(QuireError):
+    """The engine is starting, stopping or gone; the request may succeed elsewhere or later."""
+
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+
+
+class Internal(QuireError):
+    """A fault on Quire's side, such as not-finite logits in this request's row."""
+
+
+class InvalidConfig(QuireError, ValueError):
+    """A setting is out of range, or settings contradict each other. Raised before serving starts."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 500
+
+
+class CheckpointError(QuireError):
+    """A checkpoint cannot be read: names the file, the tensor or field, and what was expected."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 500
+
+
+def invalid(field: str, value: object, limit: str) -> InvalidRequest:
+    """An `InvalidRequest` in the one shape callers see: field, value, limit."""
+    return InvalidRequest(f"{field}: got {value!r}, must be {limit}")

@@ -1,0 +1,172 @@
+"""The ladder: the short list of shapes that step programs are compiled for. Pure, no JAX.
+
+Every step is padded up to a rung. A rung is (tokens, rows, sampler): decode rungs have one token a
+row; mixed rungs have room for prompt chunks. Fewer rungs mean a faster start, more mean less
+padding; `padding_bound` says what the choice costs at worst.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ..errors import InvalidConfig
+
+MAX_PROGRAMS = 32
+
+
+class Sampler(IntEnum):
+    """What the end of a step program can do; each includes the ones before it."""
+
+    GREEDY = 0
+    """Arg-max only."""
+    SAMPLE = 1
+    """Temperature, top-k, top-p, min-p, per row."""
+    LOGPROBS = 2
+    """SAMPLE, and log-probabilities of the chosen and the MAX_LOGPROBS likeliest tokens."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """The shape of one step program: padded token count, padded row count, sampler."""
+
+    tokens: int
+    rows: int
+    sampler: Sampler
+
+    @property
+    def decode_only(self) -> bool:
+        return self.tokens == self.rows
+
+
+def _doublings(first: int, last: int) -> list[int]:
+    """first, 2·first, … up to and including last."""
+    steps = []
+    size = first
+    while size < last:
+        steps.append(size)
+        size *= 2
+    return [*steps, last]
+
+
+def _thin(sizes: list[int], keep: int) -> list[int]:
+    """At most `keep` of `sizes`, the largest always among them, evenly spread."""
+    if keep >= len(sizes):
+        return sizes
+    picks = {round((i + 1) * len(sizes) / keep) - 1 for i in range(keep)}
+    return [sizes[i] for i in sorted(picks)]
+
+
+class Ladder:
+    """All rungs, and the choice of one for a step."""
+
+    def __init__(self, buckets: Iterable[Bucket]):
+        self.buckets: tuple[Bucket, ...] = tuple(sorted(set(buckets)))
+        if not self.buckets:
+            raise InvalidConfig("ladder: empty; at least one bucket is needed")
+        self._decode: dict[Sampler, list[Bucket]] = {}
+        self._mixed: dict[Sampler, list[Bucket]] = {}
+        for sampler in Sampler:
+            rungs = [b for b in self.buckets if b.sampler == sampler]
+            self._decode[sampler] = sorted((b for b in rungs if b.decode_only), key=lambda b: b.rows)
+            self._mixed[sampler] = sorted(
+                (b for b in rungs if not b.decode_only), key=lambda b: (b.tokens, b.rows)
+            )
+        self.max_rows = max(b.rows for b in self.buckets)
+        self.max_tokens = max(b.tokens for b in self.buckets)
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def choose(self, tokens: int, rows: int, sampler: Sampler, *, decode_only: bool) -> Bucket:
+        """The cheapest rung that holds a step. O(log rungs) for decode steps.
+
+        Args:
+          tokens: tokens in the step.
+          rows: rows in the step; equals `tokens` when `decode_only`.
+          sampler: what the step's rows need at least.
+          decode_only: no prompt chunk in the step.
+
+        Raises:
+          ValueError: no rung is large enough; the scheduler must never ask for that.
+        """
+        best: Bucket | None = None
+        for kind in Sampler:
+            if kind < sampler:
+                continue
+            found = self._fit(kind, tokens, rows, decode_only)
+            # A richer sampler is worth its cost only where the poorer one has no rung this small.
+            if found is not None and (best is None or found.tokens * 2 <= best.tokens):
+                best = found
+        if best is None:
+            raise ValueError(f"no step program holds {tokens} tokens in {rows} rows ({sampler!r})")
+        return best
+
+    def _fit(self, sampler: Sampler, tokens: int, rows: int, decode_only: bool) -> Bucket | None:
+        if decode_only:
+            rungs = self._decode[sampler]
+            i = bisect_left(rungs, rows, key=lambda b: b.rows)
+            if i < len(rungs):
+                return rungs[i]
+        for rung in self._mixed[sampler]:
+            if rung.tokens >= tokens and rung.rows >= rows:
+                return rung
+        return None
+
+    def padding_bound(self, sampler: Sampler = Sampler.GREEDY) -> float:
+        """Worst share of a decode step's rows that is padding, over all row counts from 1."""
+        rungs = [b.rows for b in self._decode[sampler]]
+        return max(1 - (below + 1) / size for below, size in zip([0, *rungs], rungs, strict=False))
+
+
+def make_ladder(max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGRAMS) -> Ladder:
+    """The default ladder.
+
+    Decode rungs double from 8 rows to `max_rows` (and one of a single row); mixed rungs double from
+    64 tokens to `max_tokens`, with few rows for the prompt that arrives on an idle engine and with
+    all rows for the busy one. Log-probabilities, asked for rarely, get a coarser set.
+
+    Args:
+      max_rows: most rows a step may have (the number of slots).
+      max_tokens: most tokens a step may have; must exceed `max_rows`.
+      max_programs: bound on the number of rungs.
+    """
+    if max_tokens <= max_rows:
+        raise InvalidConfig(
+            f"max_batched_tokens: got {max_tokens}, must be above max_num_seqs ({max_rows}), so "
+            "that a step with every slot decoding still has room for a prompt chunk"
+        )
+    decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
+    few = min(8, max_rows)
+    tokens = [t for t in _doublings(64, max_tokens) if t > few] or [max_tokens]
+    mixed = [(t, few) for t in tokens] + [(t, max_rows) for t in tokens if t > max_rows]
+    mixed = sorted(set(mixed))
+    # Two full sets (greedy, sampled) and a coarse one for log-probabilities.
+    coarse_decode = _thin(decode, 3)
+    coarse_mixed = [(t, max_rows) for t in _thin([t for t in tokens if t > max_rows], 2)]
+    room = max_programs - len(coarse_decode) - len(coarse_mixed)
+    while 2 * (len(decode) + len(mixed)) > room:
+        # Drop the small-row mixed rungs first, largest first: their padding costs the least there.
+        few_rows = [m for m in mixed if m[1] == few and few != max_rows]
+        if len(few_rows) > 2:
+            mixed.remove(few_rows[-1])
+        elif len(decode) > 3:
+            decode = _thin(decode, len(decode) - 1)
+        else:
+            break
+    buckets = [
+        Bucket(t, r, s)
+        for s in (Sampler.GREEDY, Sampler.SAMPLE)
+        for t, r in [*((n, n) for n in decode), *mixed]
+    ]
+    buckets += [Bucket(n, n, Sampler.LOGPROBS) for n in coarse_decode]
+    buckets += [Bucket(t, r, Sampler.LOGPROBS) for t, r in coarse_mixed]
+    ladder = Ladder(buckets)
+    if len(ladder) > max_programs:
+        raise InvalidConfig(
+            f"ladder: {len(ladder)} programs for {max_rows} rows and {max_tokens} tokens, "
+            f"at most {max_programs}"
+        )
+    return ladder

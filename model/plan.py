@@ -1,0 +1,209 @@
+"""The contract between the scheduler (host) and the runner (device). No JAX here.
+
+The scheduler decides which tokens run next and says so in a `StepPlan`; a `Runner` launches it and
+hands back `StepOutputs` one step later. Everything in a plan is a host array or a plain tuple, so
+the scheduler can be tested against a fake runner in microseconds.
+
+    Scheduler.schedule() -> StepPlan -> Runner.launch(plan) -> handle
+    Scheduler.update(plan, Runner.collect(handle) -> StepOutputs)
+
+Vocabulary:
+  slot        an index into device state that a running request owns (`Slots` in model/slots.py).
+  generation  how many times that slot was handed out; a result of an older generation is dropped.
+  row         what one slot does in one step: one decode token, or a chunk of its prompt.
+  page        a fixed number of token positions in the KV slab; page 0 is never handed out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ladder import Bucket, Ladder, Sampler
+
+__all__ = [
+    "MAX_LOGPROBS",
+    "MAX_STOP_IDS",
+    "Bucket",
+    "Emit",
+    "Ladder",
+    "LogprobArrays",
+    "Runner",
+    "RunnerSpec",
+    "Sampler",
+    "SlotInit",
+    "StepHandle",
+    "StepOutputs",
+    "StepPlan",
+]
+
+MAX_STOP_IDS = 16
+"""Stop and end-of-sequence token ids one slot can hold on the device."""
+
+MAX_LOGPROBS = 20
+"""Most alternatives whose log-probabilities one token can carry."""
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+
+
+class Emit(IntEnum):
+    """What a row gives back."""
+
+    NONE = 0
+    """Nothing: a chunk in the middle of a prompt."""
+    TOKEN = 1
+    """The next token (up to k of them), sampled at the row's last position."""
+    PROMPT_LOGPROBS = 2
+    """Log-probabilities of the chunk's own tokens."""
+    POOLED = 3
+    """The last position's hidden state."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInit:
+    """Device state of a slot at admission. Sampling parameters go up once, here.
+
+    Attributes:
+      slot: the slot to initialise.
+      position: tokens whose KV already lies in the slot's pages (a prefix hit).
+      remaining: tokens the device may still emit before it freezes the slot.
+      min_remaining: how many of the next tokens must not be a stop id.
+      sample_index: index of the next output token (above 0 after a preemption).
+      seed: 64-bit seed; the random stream depends on (seed, choice, sample_index) alone.
+      choice: which of a request's n answers this is.
+      temperature: 0 means greedy.
+      top_k: 0 means off.
+      top_p: 1.0 means off.
+      min_p: 0.0 means off.
+      stop_ids: at most MAX_STOP_IDS token ids that end the request.
+      adapter: index of a LoRA adapter; 0 is the base model.
+    """
+
+    slot: int
+    position: int
+    remaining: int
+    min_remaining: int = 0
+    sample_index: int = 0
+    seed: int = 0
+    choice: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+    adapter: int = 0
+
+
+def _no_ints(*shape: int) -> IntArray:
+    return np.zeros(shape, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Decode rows come first, then prompt chunks; all arrays are read-only by contract.
+
+    The order in which the device applies a plan: page copies, slot initialisation, page-table
+    additions, then for each layer all K/V writes before any attention, then sampling.
+
+    A decode row's input token and position are on the device; `starts` is the host's upper bound
+    there. For a prompt row `starts` is exact.
+    """
+
+    slots: IntArray  # [R] which slot each row runs
+    generations: IntArray  # [R] the slot's generation, echoed for whoever collects
+    starts: IntArray  # [R] first position of the row (upper bound for decode rows)
+    counts: IntArray  # [R] tokens in the row; decode rows have 1
+    emits: IntArray  # [R] an Emit each
+    num_decode: int  # rows [0, num_decode) are decode rows
+    bucket: Bucket  # the step program to run; holds at least sum(counts) tokens and R rows
+    prompt_tokens: IntArray = field(default_factory=lambda: _no_ints(0))  # [sum of prompt counts]
+    page_adds: IntArray = field(default_factory=lambda: _no_ints(0, 3))  # [A, (slot, index, page)]
+    page_copies: IntArray = field(default_factory=lambda: _no_ints(0, 2))  # [C, (src, dst)]
+    inits: tuple[SlotInit, ...] = ()
+    k: int = 1  # tokens each decode row may emit in this dispatch
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decode + len(self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobArrays:
+    """Log-probabilities of the raw distribution (before temperature and truncation), natural log."""
+
+    chosen: FloatArray  # [R, K] of the emitted token
+    rank: IntArray  # [R, K] 1 = the most likely
+    top_ids: IntArray  # [R, K, MAX_LOGPROBS] most likely first
+    top: FloatArray  # [R, K, MAX_LOGPROBS]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What a step gave, row for row as in its plan.
+
+    `tokens[i, :n_valid[i]]` are row i's new tokens; `n_valid` is 0 for rows that emit nothing and
+    for slots that had frozen. Tokens may run past a stop the device does not know: the scheduler
+    drops them.
+    """
+
+    tokens: IntArray  # [R, K]
+    n_valid: IntArray  # [R] 0..K
+    not_finite: NDArray[np.bool_]  # [R] the row's logits held an inf or NaN
+    logprobs: LogprobArrays | None = None  # when the bucket's sampler is LOGPROBS
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSpec:
+    """The sizes a scheduler must stay within.
+
+    Attributes:
+      num_slots: running requests at most.
+      num_pages: pages in the slab, page 0 included (which is never handed out).
+      page_size: token positions in a page.
+      max_pages_per_seq: width of a page-table row.
+      max_model_len: longest prompt plus output, in tokens.
+      vocab_size: token ids are below this.
+      ladder: the compiled step programs.
+      max_k: most tokens a decode row may emit in one dispatch.
+    """
+
+    num_slots: int
+    num_pages: int
+    page_size: int
+    max_pages_per_seq: int
+    max_model_len: int
+    vocab_size: int
+    ladder: Ladder
+    max_k: int = 1
+
+
+class StepHandle(Protocol):
+    """A launched step whose outputs have not been read yet."""
+
+
+class Runner(Protocol):
+    """Runs plans in the order they are launched."""
+
+    @property
+    def spec(self) -> RunnerSpec: ...
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Starts a step and returns at once, before the device is done."""
+        ...
+
+    def collect(self, handle: StepHandle) -> StepOutputs:
+        """Waits for a launched step. Each handle is collected once, in launch order."""
+        ...
+
+    def reset(self) -> None:
+        """Makes slabs and slots anew after a failed step; all KV is lost."""
+        ...

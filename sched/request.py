@@ -1,0 +1,224 @@
+"""What a caller asks for and what it gets back, as the engine sees them: token ids, never text.
+
+`SamplingParams` is public (`quire.SamplingParams`); names follow vLLM's where both have a thing.
+Whoever makes a `Request` has tokenized the prompt; stop strings are matched after detokenization,
+in serving/text.py, which ends the request by `Engine.finish`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+from ..errors import InvalidRequest, QuireError, invalid
+from ..model.plan import MAX_LOGPROBS, MAX_STOP_IDS, Sampler
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 1024
+UNLIMITED_TOP_K = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when they end. Checked on construction.
+
+    Truncation is applied in the order top_k, top_p (over what top_k left, renormalised), min_p, each
+    by a value threshold: tokens that tie with the last one kept are kept too.
+
+    Attributes:
+      temperature: 0 is greedy; otherwise logits are divided by it. At most 100.
+      top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+      top_p: keep the likeliest tokens whose probabilities first reach this sum; in (0, 1].
+      min_p: drop tokens less likely than min_p times the likeliest; in [0, 1].
+      seed: makes the answer repeatable; the stream depends on (seed, choice, token index) alone.
+        None draws one.
+      max_tokens: at most this many output tokens; None is as many as the context allows.
+      min_tokens: stop ids, end-of-sequence and stop strings are held off until this many tokens.
+      stop: strings that end the answer, and are not part of it; at most 16.
+      stop_token_ids: token ids that end the answer besides the model's own.
+      ignore_eos: the model's own end-of-sequence ids do not end the answer.
+      logprobs: None for none, else how many alternatives to report per token (0 to 20) beside the
+        chosen one. Of the raw distribution, before temperature and truncation.
+      skip_special_tokens: leave special tokens out of the text.
+      n, best_of, presence_penalty, frequency_penalty, repetition_penalty, logit_bias, bad_words,
+      allowed_token_ids, prompt_logprobs: known names that this version does not serve yet; any but
+        the neutral value is refused.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    n: int = 1
+    best_of: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == UNLIMITED_TOP_K:
+            object.__setattr__(self, "top_k", 0)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
+        _check_number("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        self._check_stops()
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, getattr(self, name), "true or false")
+        self._refuse_unserved()
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise invalid("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_LENGTH:
+                raise invalid("stop", text, f"strings of 1 to {MAX_STOP_STRING_LENGTH} characters")
+        if len(self.stop_token_ids) > MAX_STOP_IDS:
+            raise invalid(
+                "stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_IDS}"
+            )
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0, 2**31 - 1)
+
+    def _refuse_unserved(self) -> None:
+        for name in _UNSERVED:
+            value = getattr(self, name)
+            if value not in (_NEUTRAL[name], None) and value not in ([], (), {}):
+                raise InvalidRequest(
+                    f"{name}: got {value!r}; this version of Quire does not serve it, leave it at "
+                    f"{_NEUTRAL[name]!r}"
+                )
+
+    @property
+    def sampler(self) -> Sampler:
+        """The poorest step-program ending that honours these parameters."""
+        if self.logprobs is not None:
+            return Sampler.LOGPROBS
+        return Sampler.GREEDY if self.temperature == 0 else Sampler.SAMPLE
+
+
+_UNSERVED = (
+    "n",
+    "best_of",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "prompt_logprobs",
+)
+_NEUTRAL = {f.name: f.default for f in fields(SamplingParams) if f.name in _UNSERVED}
+
+
+def _check_number(
+    name: str, value: object, low: float, high: float, *, above_low: bool = False
+) -> None:
+    limit = f"a number in {'(' if above_low else '['}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise invalid(name, value, limit)
+    if not low <= value <= high or (above_low and value == low):
+        raise invalid(name, value, limit)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise invalid(name, value, f"a whole number from {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One answer to be generated. Immutable; all that changes lives in the scheduler's Sequence.
+
+    Attributes:
+      id: unique among unfinished requests of the engine.
+      prompt: token ids, at least one.
+      sampling: how tokens are chosen; `seed` must be set by the time it gets here.
+      eos_ids: the model's end-of-sequence ids (ignored with `ignore_eos`).
+      priority: lower is served first; ties go to the earlier arrival.
+      tenant: who asks; for accounting and, in a later version, fairness.
+      deadline: time.monotonic() seconds after which the request ends with DeadlineExceeded.
+      adapter: index of a LoRA adapter; only 0, the base model, is served yet.
+      cache_salt: prefixes are shared only between requests of equal salt.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    eos_ids: tuple[int, ...] = ()
+    priority: int = 0
+    tenant: str = ""
+    deadline: float | None = None
+    adapter: int = 0
+    cache_salt: str = ""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. `STOP` and `LENGTH` are answers; the rest come with an error or none."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output token, natural log, of the raw distribution.
+
+    `top` holds (token id, logprob) pairs, likeliest first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one engine step gave one request.
+
+    Attributes:
+      request_id: of the Request.
+      tokens: new token ids, in order; a stop id that ended the request is included.
+      logprobs: one entry a token where asked for, else None.
+      finish_reason: None while more will come. Exactly one output of a request has one.
+      stop_token: the stop or end-of-sequence id that ended the request, if one did.
+      error: set when finish_reason is ERROR.
+      cached_tokens: prompt tokens that came from the prefix index (set on the last output).
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: QuireError | None = field(default=None, compare=False)
+    cached_tokens: int = 0
