@@ -1,0 +1,185 @@
+"""The decoder: one transformer for every family Quire serves, in Flax NNX.
+
+Tokens of all requests in a step lie in one flat row [T]; there is no batch dimension. What they
+attend to is not the decoder's business: it hands q, k, v of a layer to `attend` and gets the mixed
+values back, so serving (paged slab, model/step.py) and training (one dense sequence,
+tools/train_demo) share every line here. Families differ only in ModelConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import ModelConfig
+from .rope import cos_sin, rotate
+from .weights import contract, matrix, ones, zeros
+
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(layer, q [T, H, D], k [T, KH, D], v [T, KH, D]) -> [T, H, D]; q and k are rotated already."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv:1910.07467), computed in float32 over the last dimension."""
+
+    def __init__(self, size: int, eps: float, axis: str | None, dtype: Any):
+        self.eps = eps
+        self.scale = ones((size,), (axis,), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(power + self.eps)).astype(x.dtype) * self.scale[...]
+
+
+class Linear(nnx.Module):
+    """y = x · Wᵀ (+ b), W [out, in]."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        in_size: int,
+        out_size: int,
+        axes: tuple[str | None, str | None],
+        dtype: Any,
+        *,
+        bias: bool = False,
+    ):
+        self.weight = matrix(rngs, (out_size, in_size), axes, dtype)
+        self.bias = zeros((out_size,), axes[:1], dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = contract(x, self.weight)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Attention(nnx.Module):
+    """Projections, optional norms of q and k, rotation; the mixing itself is `attend`'s."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        c = config
+        self.config = c
+        # Rows q, then k, then v: one matrix product instead of three.
+        self.qkv = Linear(
+            rngs, c.hidden_size, c.q_size + 2 * c.kv_size, ("heads", "embed"), dtype,
+            bias=c.qkv_bias,
+        )  # fmt: skip
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, None, dtype) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, None, dtype) if c.qk_norm else None
+        self.out = Linear(
+            rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias
+        )
+
+    def __call__(
+        self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> jax.Array:
+        c = self.config
+        with jax.named_scope("qkv"):
+            q, k, v = jnp.split(self.qkv(x), [c.q_size, c.q_size + c.kv_size], axis=-1)
+            q = q.reshape(-1, c.num_heads, c.head_dim)
+            k = k.reshape(-1, c.num_kv_heads, c.head_dim)
+            v = v.reshape(-1, c.num_kv_heads, c.head_dim)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        with jax.named_scope("attend"):
+            mixed = attend(layer, q, k, v)
+        with jax.named_scope("out"):
+            return self.out(mixed.reshape(-1, c.q_size))
+
+
+class MLP(nnx.Module):
+    """Gated MLP (SwiGLU, arXiv:2002.05202): down(silu(gate) · up)."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        c = config
+        self.gate_up = Linear(
+            rngs, c.hidden_size, 2 * c.intermediate_size, ("mlp", "embed"), dtype, bias=c.mlp_bias
+        )
+        self.down = Linear(
+            rngs, c.intermediate_size, c.hidden_size, ("embed", "mlp"), dtype, bias=c.mlp_bias
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, "embed", dtype)
+        self.attn = Attention(config, dtype, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, "embed", dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> jax.Array:
+        x = x + self.attn(self.attn_norm(x), layer, rotation, attend)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
+
+
+class Embedding(nnx.Module):
+    """Token table [V, E]; also the output projection of models that tie the two."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.weight = matrix(
+            rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.weight[...], tokens, axis=0)
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm, output projection.
+
+    Args:
+      config: the model's numbers.
+      dtype: of weights and activations.
+      rngs: streams for initial values (training and tests; serving loads over them).
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config, dtype, rngs)
+        # Unrolled, not scanned: a scan over layers copies the sliced weights every step.
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, "embed", dtype)
+        self.lm_head = (
+            None
+            if config.tied_embeddings
+            else Linear(rngs, config.hidden_size, config.vocab_size, ("vocab", "embed"), dtype)
+        )
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """Runs all layers.
+
+        Args:
+          tokens: int32 [T].
+          positions: int32 [T], each token's place in its own sequence.
+          attend: mixes values within each sequence.
+
+        Returns:
+          [T, E] hidden states before the final norm (so that it runs on emitted rows only).
+        """
+        with jax.named_scope("embed"):
+            x = self.embed(tokens)
+        rotation = cos_sin(self.config.rope, self.config.head_dim, positions)
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{i}"):
+                x = layer(x, i, rotation, attend)
+        return x
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [R, E] -> float32 logits [R, V]."""
+        with jax.named_scope("logits"):
+            weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
+            return contract(self.final_norm(hidden), weight, out_dtype=jnp.float32)

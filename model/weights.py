@@ -1,0 +1,73 @@
+"""Weights: how one is declared and multiplied by.
+
+A weight is declared once, in the module that uses it (model/decoder.py): shape, logical axes,
+initializer. From that come the specs that loaders fill and the binding of a flat dict of arrays
+(model/abstract.py), its placement (model/mesh.py) and, for training, its initial value.
+
+`contract` is the one place that looks inside a weight, so that quantized weights can take a plain
+array's place without the layers noticing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, jax.Array]
+"""Parameter name ("layers.0.attn.qkv.weight") to array; matrices are [out, in], as on disk."""
+
+Axes = tuple[str | None, ...]
+
+_INIT_STDDEV = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One parameter: shape, dtype name, and a logical axis name (or None) per dimension."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: Axes
+
+    @property
+    def nbytes(self) -> int:
+        size = jnp.dtype(self.dtype).itemsize
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, int], axes: Axes, dtype: Any) -> nnx.Param:
+    """Declares a matrix [out, in], drawn from N(0, 0.02²)."""
+    value = _INIT_STDDEV * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: Axes, dtype: Any) -> nnx.Param:
+    """Declares a bias."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+
+def ones(shape: tuple[int, ...], axes: Axes, dtype: Any) -> nnx.Param:
+    """Declares a norm's scale."""
+    return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+
+
+def contract(x: jax.Array, weight: nnx.Param, *, out_dtype: Any = None) -> jax.Array:
+    """x [..., in] times weight [out, in] -> [..., out].
+
+    Accumulates in float32. float32 operands multiply at full precision on every backend (GPUs and
+    TPUs would otherwise round them to tf32 or bfloat16, and tokens would differ from the CPU's).
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        weight[...],
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out_dtype or x.dtype,
+    )
