@@ -1,0 +1,80 @@
+"""Compiling: ahead of time, in a pool, cached, and counted. Every experimental JAX API lives here.
+
+After ready nothing may compile: each compilation stalls every running request. `CompileCounter`
+counts them, those of eager operations included, by JAX's own event.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.stages import Compiled, Lowered
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+"""Recorded once for every executable XLA builds or reads from the cache, eager ones too."""
+
+Key = TypeVar("Key", bound=Hashable)
+Progress = Callable[[int, int], None]
+
+
+class CompileCounter:
+    """Counts compilations in this process from its construction on.
+
+    JAX offers no way to remove a single listener, so one is registered for the process and counters
+    read differences of its total.
+    """
+
+    _total = 0
+    _lock = threading.Lock()
+    _listening = False
+
+    def __init__(self) -> None:
+        with CompileCounter._lock:
+            if not CompileCounter._listening:
+                jax.monitoring.register_event_duration_secs_listener(CompileCounter._on_event)
+                CompileCounter._listening = True
+        self._start = CompileCounter._total
+
+    @staticmethod
+    def _on_event(event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            with CompileCounter._lock:
+                CompileCounter._total += 1
+
+    @property
+    def count(self) -> int:
+        return CompileCounter._total - self._start
+
+
+def use_cache(folder: Path) -> None:
+    """Keeps compiled programs in `folder` between processes, however small or quick they are."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_all(
+    programs: Mapping[Key, Callable[[], Lowered]], *, threads: int, progress: Progress | None = None
+) -> dict[Key, Compiled]:
+    """Compiles every program, in the order given (largest first keeps the pool full).
+
+    Lowering traces Python and holds the interpreter, so it stays on this thread; XLA releases it.
+
+    Args:
+      programs: name to a function that traces and lowers it.
+      threads: programs compiled at once.
+      progress: called with (done, total) as programs finish.
+    """
+    done: dict[Key, Compiled] = {}
+    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+        futures = {pool.submit(lower().compile): key for key, lower in programs.items()}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            if progress is not None:
+                progress(len(done), len(programs))
+    return done
