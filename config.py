@@ -83,8 +83,8 @@ class EngineConfig:
     compile_threads: int | None = setting(
         None, "step programs compiled at once (default: cores, at most 8)", low=1
     )
-    cache_dir: Path | None = setting(
-        None, "folder for compiled programs (default: ~/.cache/quire; empty for none)"
+    cache_dir: str | None = setting(
+        None, "folder for compiled programs (default: ~/.cache/quire; an empty string for none)"
     )
     ignore_config_fields: tuple[str, ...] = setting(
         (), "fields of config.json to ignore although Quire does not know them (comma-separated)"

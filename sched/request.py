@@ -23,8 +23,8 @@ UNLIMITED_TOP_K = -1
 class SamplingParams:
     """How one request's tokens are chosen and when they end. Checked on construction.
 
-    Truncation is applied in the order top_k, top_p (over what top_k left, renormalised), min_p, each
-    by a value threshold: tokens that tie with the last one kept are kept too.
+    Truncation is applied in the order top_k, top_p (over what top_k left, renormalised), min_p,
+    each by a value threshold: tokens that tie with the last one kept are kept too.
 
     Attributes:
       temperature: 0 is greedy; otherwise logits are divided by it. At most 100.

@@ -34,14 +34,15 @@ def write_kv(
         raise ValueError(f"v: got shape {v.shape}, must be k's, {k.shape}")
     if slab.ndim != 4 or slab.shape[2:] != (2 * num_kv_heads, head_dim):
         raise ValueError(
-            f"slab: got shape {slab.shape}, must be "
-            f"[layers × pages, page, {2 * num_kv_heads}, {head_dim}]"
+            f"slab: got shape {slab.shape}, must be [pages, page, {2 * num_kv_heads}, {head_dim}]"
         )
     if not jnp.issubdtype(slab.dtype, jnp.floating):
         raise ValueError(f"slab: got {slab.dtype}, must be a float type")
     for name, index in (("pages", pages), ("offsets", offsets)):
         if index.shape != (num_tokens,) or index.dtype != jnp.int32:
-            raise ValueError(f"{name}: got {index.dtype}{index.shape}, must be int32 [{num_tokens}]")
+            raise ValueError(
+                f"{name}: got {index.dtype}{index.shape}, must be int32 [{num_tokens}]"
+            )
 
     with jax.named_scope("write_kv"):
         num_pages, page_size = slab.shape[:2]
@@ -51,6 +52,4 @@ def write_kv(
         inside = (pages >= 0) & (pages < num_pages) & (offsets >= 0) & (offsets < page_size)
         pages = jnp.where(inside, pages, num_pages + jnp.arange(num_tokens, dtype=jnp.int32))
         offsets = jnp.where(inside, offsets, 0)
-        return slab.at[pages, offsets].set(
-            kv.astype(slab.dtype), mode="drop", unique_indices=True
-        )
+        return slab.at[pages, offsets].set(kv.astype(slab.dtype), mode="drop", unique_indices=True)

@@ -185,7 +185,7 @@ def _check(
         slab.ndim == 4 and slab.shape[2] > 0 and slab.shape[2] % 2 == 0,
         "slab",
         f"shape {slab.shape}",
-        "[layers × pages, page, 2·KH, D]",
+        "[pages, page, 2·KH, D]",
     )
     demand(slab.shape[3] == head_dim, "slab", f"head dim {slab.shape[3]}", f"q's, {head_dim}")
     demand(jnp.issubdtype(slab.dtype, jnp.floating), "slab", slab.dtype, "a float type")
@@ -200,7 +200,9 @@ def _check(
     for name, array in batch._asdict().items():
         demand(jnp.dtype(array.dtype) == jnp.int32, name, array.dtype, "int32")
     kv_lens, page_table = batch.kv_lens, batch.page_table
-    demand(kv_lens.ndim == 1 and kv_lens.size > 0, "kv_lens", f"shape {kv_lens.shape}", "[S], S > 0")
+    demand(
+        kv_lens.ndim == 1 and kv_lens.size > 0, "kv_lens", f"shape {kv_lens.shape}", "[S], S > 0"
+    )
     rows = kv_lens.shape[0]
     demand(
         page_table.ndim == 2 and page_table.shape[0] == rows and page_table.shape[1] > 0,
@@ -229,6 +231,8 @@ def _check(
         f"from 0 to below the slab's {slab.shape[0]} pages",
     )
     demand(options.window is None or options.window >= 1, "window", options.window, "at least 1")
-    demand(options.soft_cap is None or options.soft_cap > 0, "soft_cap", options.soft_cap, "above 0")
+    demand(
+        options.soft_cap is None or options.soft_cap > 0, "soft_cap", options.soft_cap, "above 0"
+    )
     if sinks is not None:
         demand(sinks.shape == (num_heads,), "sinks", f"shape {sinks.shape}", f"[{num_heads}]")

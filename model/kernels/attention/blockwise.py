@@ -188,7 +188,9 @@ def _decode(
         seen = (positions < fact[:, 1:2]) & (positions >= fact[:, 2:3])  # [W, block]
 
         k, v = _load(slab, pages, seen, lay)
-        s = jnp.where(seen[:, None, None], _logits(q.at[owner].get(mode="clip"), k, options), _NEG_INF)
+        s = jnp.where(
+            seen[:, None, None], _logits(q.at[owner].get(mode="clip"), k, options), _NEG_INF
+        )
         mine = owner[:, None] == row  # [W, R]
         tops = jnp.where(mine[:, :, None, None], s.max(axis=-1)[:, None], _NEG_INF)
         m = jnp.maximum(state.m, tops.max(axis=0))
@@ -288,7 +290,9 @@ def _tiles(
     q_begins, q_ends = batch.cu_q_lens[:-1], batch.cu_q_lens[1:]
     counts = jnp.where(mine, -(-(q_ends - q_begins) // tile), 0)
     ends = jnp.cumsum(counts)
-    item = jnp.arange(num_tokens // tile + rows.size)  # a row adds at most one tile that is not full
+    item = jnp.arange(
+        num_tokens // tile + rows.size
+    )  # a row adds at most one tile that is not full
     row = jnp.sum(ends <= item[:, None], axis=1)
     row = jnp.minimum(row, rows.size - 1)
     low = q_begins[row] + (item - (ends - counts)[row]) * tile

@@ -43,24 +43,25 @@ def attend(
             k = k * extras.k_scale[:, None]
         if extras.v_scale is not None:
             v = v * extras.v_scale[:, None]
-        k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)  # [M·page, H, D]
 
         highest = jax.lax.Precision.HIGHEST
-        logits = jnp.einsum("hd,thd->ht", q[token].astype(jnp.float32), k, precision=highest)
-        logits *= options.scale
+        queries = q[token].astype(jnp.float32).reshape(num_kv_heads, group, head_dim)
+        logits = jnp.einsum("kgd,tkd->kgt", queries, k, precision=highest) * options.scale
         if options.soft_cap is not None:
             logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-        logits = jnp.where(sees, logits, -jnp.inf)  # [H, M·page]
+        logits = jnp.where(sees, logits, -jnp.inf)  # [KH, G, M·page]
         if extras.sinks is not None:
             sink = jnp.where(jnp.any(owners), extras.sinks, -jnp.inf)
-            logits = jnp.concatenate([logits, sink[:, None]], axis=1)
+            sink = sink.reshape(num_kv_heads, group, 1)
+            logits = jnp.concatenate([logits, sink], axis=2)
             v = jnp.concatenate([v, jnp.zeros_like(v[:1])])
 
-        top = jnp.max(logits, axis=1, keepdims=True)
+        top = jnp.max(logits, axis=2, keepdims=True)
         weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0))
-        total = jnp.sum(weights, axis=1, keepdims=True)  # 0 where a token sees nothing
+        total = jnp.sum(weights, axis=2, keepdims=True)  # 0 where a token sees nothing
         probs = weights / jnp.where(total > 0, total, 1.0)
-        out = jnp.einsum("ht,thd->hd", probs, v, precision=highest)
-        return out.astype(q.dtype), (top + jnp.log(total))[:, 0]
+        out = jnp.einsum("kgt,tkd->kgd", probs, v, precision=highest).astype(q.dtype)
+        lse = top + jnp.log(total)
+        return out.reshape(num_heads, head_dim), lse.reshape(num_heads)
 
     return jax.lax.map(one_token, jnp.arange(num_tokens))

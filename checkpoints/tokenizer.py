@@ -1,0 +1,185 @@
+"""A checkpoint's tokenizer: text <-> token ids. Made by folder.py, used by serving/.
+
+tokenizer.json is the whole truth about how text becomes ids, whether a beginning-of-sequence token
+is added included: transformers 5 reads it the same way and ignores `add_bos_token` beside it.
+tokenizer_config.json says which tokens are special, and may add some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from ..errors import CheckpointError, InvalidRequest
+from .detokenize import StreamDecoder, TokenTable
+from .json_fields import read_json, read_json_if_there
+
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """Wraps a `tokenizers.Tokenizer`; safe to share between threads."""
+
+    def __init__(self, backend: Backend, special_tokens: Mapping[str, str]) -> None:
+        """
+        Args:
+          backend: from tokenizer.json, never truncating.
+          special_tokens: name (such as "bos_token") -> the token.
+        """
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._table = TokenTable(backend, self.special_ids)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._named_id("eos_token")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; with the tokens around it that tokenizer.json asks for, if wanted."""
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            # A lone surrogate, which JSON can spell and UTF-8 cannot.
+            raise InvalidRequest(f"text: cannot be tokenized: {error}") from error
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; ids without a token give nothing."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if "\N{REPLACEMENT CHARACTER}" in text and not self._table.is_byte_level:
+            # For broken bytes streams go their own way (detokenize.py); both must agree.
+            stream = self.stream_decoder(skip_special_tokens)
+            text = stream.push(token_ids) + stream.flush()
+        return text
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """Decodes a sequence as it grows; one per sequence."""
+        return self._table.stream(skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def token_to_id(self, token: str) -> int | None:
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.token_to_id(token)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(_no_tokenizer(folder))
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+    # A file may carry what its training script had set; prompts are never cut.
+    backend.no_truncation()
+    backend.no_padding()
+    config_file = folder / "tokenizer_config.json"
+    config = read_json_if_there(config_file)
+    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    _add_tokens(backend, config_file, config)
+    special = read_special_tokens(folder)
+    _mark_special(backend, special)
+    return Tokenizer(backend, special)
+
+
+def _no_tokenizer(folder: Path) -> str:
+    older = [name for name in ("tokenizer.model", "tekken.json", "vocab.json") if _is(folder, name)]
+    if not older:
+        return f"{folder}: has no tokenizer.json"
+    return (
+        f"{folder}: has {older[0]} but no tokenizer.json, which Quire needs; to make one: "
+        'python -c "from transformers import AutoTokenizer as T; '
+        "T.from_pretrained('IN').save_pretrained('OUT')\""
+    )
+
+
+def _is(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _add_tokens(backend: Backend, file: Path, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that only tokenizer_config.json knows, under the ids it gives them."""
+    declared = config.get("added_tokens_decoder") or {}
+    try:
+        tokens = {int(i): AddedToken(**token) for i, token in declared.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: added_tokens_decoder: must be an object of id: token: {error}"
+        ) from error
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for token_id, token in sorted(tokens.items()):
+        if repr(known.get(token.content)) != repr(token):
+            # New, or the same token with other flags, which then count.
+            backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            raise CheckpointError(
+                f"{file}: added_tokens_decoder: {token.content!r}: got id {token_id}, must be "
+                f"{found} to follow tokenizer.json"
+            )
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """Name -> token, without reading the vocabulary.
+
+    special_tokens_map.json is the older file: it counts where tokenizer_config.json declares no
+    tokens, as in transformers.
+    """
+    config = read_json_if_there(folder / "tokenizer_config.json")
+    merged = dict(config)
+    map_file = folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and map_file.is_file():
+        merged |= read_json(map_file)
+    found = {name: _content(merged.get(name)) for name in NAMED_TOKENS}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _content(value: Any) -> str | None:
+    """A token is spelled as a string or as {"content": ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _mark_special(backend: Backend, special: Mapping[str, str]) -> None:
+    """Makes the named tokens special where tokenizer.json has them as ordinary ones.
+
+    A named token that is not in the vocabulary at all gets no id: a made-up one would lie beyond
+    the embedding table.
+    """
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in special.values():
+        if token not in added and backend.token_to_id(token) is not None:
+            backend.add_special_tokens([AddedToken(token, special=True)])

@@ -1,0 +1,134 @@
+"""Who holds which page: reference counts, the free list, and what may be evicted.
+
+Called by `kv/cache.py` alone. Owns the state of every page of the slab; knows nothing of tokens.
+
+    free ──allocate──> owned ──release (last holder)──> cached ──share──> owned
+      ^                  └───────── not findable ─────────┐ └─evicted / dropped─┐
+      └──────────────────────────────────────────────────┴────────────────────┘
+
+Page 0 is never handed out: it fills the unused entries of page tables.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from enum import Enum
+
+
+class PageState(Enum):
+    """What a page is doing. A later version adds pages in transfer between hosts."""
+
+    FREE = "free"
+    OWNED = "owned"
+    """At least one running sequence holds it."""
+    CACHED = "cached"
+    """Nobody holds it, but the prefix index still finds it; evicted least recently used first."""
+
+
+class PageAllocator:
+    """Counts references to pages, and hands out free ones.
+
+    Args:
+      num_pages: pages in the slab, page 0 included.
+      evict: told the least recently used cached page when room is needed; must `drop` that page,
+        and may drop others with it.
+    """
+
+    def __init__(self, num_pages: int, evict: Callable[[int], None] | None = None):
+        self._evict = evict or self.drop
+        self._refs = [0] * num_pages
+        self._free = list(range(num_pages - 1, 0, -1))  # a stack: warm pages are reused first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._findable: set[int] = set()
+        self.total = num_pages - 1
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can hand out, by eviction if need be."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def owned(self) -> int:
+        return self.total - len(self._free) - len(self._cached)
+
+    def references(self, page: int) -> int:
+        return self._refs[page]
+
+    def state(self, page: int) -> PageState:
+        if self._refs[page]:
+            return PageState.OWNED
+        return PageState.CACHED if page in self._cached else PageState.FREE
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one holder each, or None (and no change) if there are too few."""
+        free = self._free
+        if count > len(free) + len(self._cached):
+            return None
+        while len(free) < count:
+            self._evict(next(iter(self._cached)))
+        pages = [free.pop() for _ in range(count)]
+        for page in pages:
+            self._refs[page] = 1
+        return pages
+
+    def share(self, page: int) -> None:
+        """One more holder of a page that is owned or cached."""
+        if not self._refs[page]:
+            del self._cached[page]  # KeyError: the page is free, its content is gone
+        self._refs[page] += 1
+
+    def release(self, page: int) -> None:
+        """One holder fewer; the last one leaves the page cached if it can be found, else free."""
+        if self._refs[page] <= 0:
+            raise RuntimeError(f"page {page} was released more often than it was held")
+        self._refs[page] -= 1
+        if self._refs[page]:
+            return
+        if page in self._findable:
+            self._cached[page] = None
+        else:
+            self._free.append(page)
+
+    def keep(self, page: int) -> None:
+        """The index can find this owned page from now on."""
+        self._findable.add(page)
+
+    def drop(self, page: int) -> None:
+        """The index cannot find this page any more; if nobody holds it, it becomes free."""
+        self._findable.discard(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)
+
+    def check(self, counted: dict[int, int], findable: set[int]) -> None:
+        """Proves the counts against what holders hold and what the index finds.
+
+        Args:
+          counted: how many holders name each page.
+          findable: the pages that the index leads to.
+
+        Raises:
+          RuntimeError: a page is leaked, doubly owned or counted wrong.
+        """
+        free, cached = set(self._free), set(self._cached)
+        owned = {page for page, refs in enumerate(self._refs) if refs}
+        if len(free) != len(self._free):
+            raise RuntimeError("a page is on the free list twice")
+        if free & cached or free & owned or cached & owned:
+            raise RuntimeError(
+                f"pages in two states: {sorted(free & cached | free & owned | cached & owned)}"
+            )
+        if free | cached | owned != set(range(1, self.total + 1)):
+            lost = set(range(1, self.total + 1)) - free - cached - owned
+            raise RuntimeError(f"pages lost: {sorted(lost)}, or page 0 was handed out")
+        actual = {page: self._refs[page] for page in owned}
+        if actual != counted:
+            wrong = {p for p in owned | set(counted) if actual.get(p) != counted.get(p)}
+            raise RuntimeError(f"reference counts differ from the holders' for {sorted(wrong)}")
+        if self._findable != findable or not cached <= findable or free & findable:
+            raise RuntimeError("the prefix index and the page states disagree")

@@ -1,0 +1,135 @@
+"""Which page holds the KV of which tokens: a hash chain over full pages.
+
+Called by `kv/cache.py` alone. Owns the map from a page's content (and all that came before it) to
+the page. A page is found by the digest of (digest of the page before, its tokens); the first page
+of a chain also carries a salt, so that requests of different salts never meet.
+
+A digest only finds a candidate. A hit needs equal tokens and the very same parent entry, so by
+induction the whole prefix is equal, and two prefixes whose digests collide never share a page.
+
+Dropping an entry drops everything below it: a child without its parent could never be found again
+and would only take up a page.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+Hash = Callable[[bytes, bytes], bytes]
+
+
+def page_digest(parent: bytes, block: bytes) -> bytes:
+    """Digest of a page given the digest of the one before (empty for the first)."""
+    return blake2b(parent + block, digest_size=16).digest()
+
+
+class Chain:
+    """The digests of one sequence's full pages, computed once each, as far as they are asked for.
+
+    Tokens are only ever appended to a sequence, so a digest stays right for its whole life, through
+    preemption and requeueing.
+    """
+
+    __slots__ = ("_hash", "_page_size", "_salt", "blocks", "digests")
+
+    def __init__(self, page_size: int, salt: bytes, hash_page: Hash = page_digest):
+        self._page_size = page_size
+        self._salt = salt
+        self._hash = hash_page
+        self.digests: list[bytes] = []
+        self.blocks: list[bytes] = []  # what was hashed, for the check of equality
+
+    def reach(self, page: int, tokens: Sequence[int]) -> None:
+        """Makes `digests[page]` and `blocks[page]` available; `tokens` must fill that page."""
+        size = self._page_size
+        for index in range(len(self.digests), page + 1):
+            block = array("i", tokens[index * size : (index + 1) * size]).tobytes()
+            # The tokens' bytes have a fixed length, so salt + tokens reads in one way only.
+            block = block if index else self._salt + block
+            parent = self.digests[-1] if index else b""
+            self.blocks.append(block)
+            self.digests.append(self._hash(parent, block))
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One findable page."""
+
+    digest: bytes
+    block: bytes
+    parent: Entry | None
+    page: int
+    live: bool = True
+    children: set[Entry] = field(default_factory=set)
+
+
+class PrefixIndex:
+    """Finds pages by content."""
+
+    def __init__(self) -> None:
+        self._by_digest: dict[bytes, Entry] = {}
+        self._by_page: dict[int, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._by_digest.values())
+
+    def find(self, digest: bytes, block: bytes, parent: Entry | None) -> Entry | None:
+        """The entry of this content after that parent, if there is one."""
+        entry = self._by_digest.get(digest)
+        if entry is None or entry.parent is not parent or entry.block != block:
+            return None
+        return entry
+
+    def insert(self, digest: bytes, block: bytes, parent: Entry | None, page: int) -> Entry | None:
+        """Makes `page` findable, unless equal content already is: then that entry is returned.
+
+        None when the chain cannot go on: its parent was dropped, or a digest collided.
+        """
+        if parent is not None and not parent.live:
+            return None
+        if digest in self._by_digest:
+            return self.find(digest, block, parent)
+        entry = Entry(digest, block, parent, page)
+        self._by_digest[digest] = entry
+        self._by_page[page] = entry
+        if parent is not None:
+            parent.children.add(entry)
+        return entry
+
+    def entry_of(self, page: int) -> Entry:
+        return self._by_page[page]
+
+    def drop(self, entry: Entry) -> list[int]:
+        """Forgets an entry and all below it; returns their pages. Nothing if it was forgotten."""
+        if not entry.live:
+            return []
+        if entry.parent is not None:
+            entry.parent.children.discard(entry)
+        pages, below = [], [entry]
+        while below:
+            gone = below.pop()
+            gone.live = False
+            del self._by_digest[gone.digest]
+            del self._by_page[gone.page]
+            pages.append(gone.page)
+            below.extend(gone.children)
+            gone.children.clear()
+        return pages
+
+    def check(self) -> set[int]:
+        """Proves that every entry can be reached; returns the pages that can be found."""
+        for entry in self:
+            if not entry.live or self._by_page.get(entry.page) is not entry:
+                raise RuntimeError(f"prefix index: page {entry.page} has a wrong entry")
+            parent = entry.parent
+            if parent is not None and (not parent.live or entry not in parent.children):
+                raise RuntimeError(f"prefix index: page {entry.page} outlived its parent")
+        if len(self._by_page) != len(self._by_digest):
+            raise RuntimeError("prefix index: a page has two entries")
+        return set(self._by_page)

@@ -1,0 +1,273 @@
+"""The engine: one thread that schedules, launches, and collects.
+
+    any thread ──submit/finish──> inbox ─┐
+                                         v
+    loop:  schedule() ──plan N──> runner.launch
+           runner.collect(N-1) ──> update() ──> on_outputs
+
+While the device runs step N, the host takes in step N-1 and plans N+1. The thread owns the
+scheduler and the runner; other threads touch the inbox, under one lock, and nothing else.
+
+Every accepted request ends with exactly one output that has a finish_reason, also when the engine
+stops or dies. A device step that fails costs the device's state: running requests start over once.
+A fault of the scheduler itself cannot be repaired; then all requests end with Internal.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+
+from ..errors import Internal, QuireError, Unavailable, invalid
+from ..model.plan import Runner, StepHandle, StepOutputs, StepPlan
+from .limits import check_reason
+from .request import FinishReason, Request, RequestOutput
+from .scheduler import Scheduler
+from .stats import EngineStats
+
+log = logging.getLogger(__name__)
+
+IDLE_BEFORE_CHECK = 0.5
+"""Seconds without work before the engine checks itself, so that the check delays nobody."""
+
+JOIN_GRACE = 5.0
+"""Seconds that a stop which may not wait still gives the step in progress."""
+
+
+class State(Enum):
+    OPEN = "open"
+    DRAINING = "draining"
+    """Takes no new requests, and stops when those it has are done."""
+    CLOSED = "closed"
+
+
+class Engine:
+    """Serves requests until it is stopped.
+
+    Either call `start`, and the engine runs in a thread of its own; or call `step` until
+    `has_work` is false, from one thread.
+
+    Args:
+      runner: where steps run.
+      scheduler: decides which; owned by the engine from now on.
+      overlap: launch a step before the results of the last are read.
+      on_outputs: gets what a step gave, once per step, from the engine's thread; must not block.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        overlap: bool,
+        on_outputs: Callable[[list[RequestOutput]], None],
+    ):
+        self._runner = runner
+        self._scheduler = scheduler
+        self._on_outputs = on_outputs
+        self._ahead = 1 if overlap else 0  # steps left in flight after a launch
+        self._flights: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._thread: threading.Thread | None = None
+
+        self._wake = threading.Condition()  # guards what follows
+        self._state = State.OPEN
+        self._why_closed = "the engine was stopped"
+        self._inbox: list[Request | tuple[str, FinishReason]] = []
+        self._pending = 0  # requests in the inbox
+        self._live: set[str] = set()  # accepted, and not told yet that they ended
+
+    # ---- any thread
+
+    def start(self) -> None:
+        """Runs the loop in a thread."""
+        if self._thread is not None:
+            raise RuntimeError("the engine was started before")
+        self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Accepts a request, or raises InvalidRequest, Overloaded or Unavailable."""
+        self._scheduler.validate(request)
+        with self._wake:
+            if self._state is not State.OPEN:
+                raise Unavailable(f"request {request.id!r}: {self._why_closed}")
+            if request.id in self._live:
+                raise invalid("id", request.id, "unlike that of every unfinished request")
+            self._scheduler.check_queue(self._pending)
+            self._live.add(request.id)
+            self._inbox.append(request)
+            self._pending += 1
+            self._wake.notify_all()
+
+    def finish(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends a request early; does nothing if it ended already."""
+        check_reason(reason)
+        with self._wake:
+            if request_id in self._live:
+                self._inbox.append((request_id, reason))
+                self._wake.notify_all()
+
+    def stop(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Takes no more requests, and returns when the loop has ended.
+
+        Args:
+          drain: let accepted requests run to their end; else they end with Unavailable.
+          timeout: seconds to drain at most.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._wake:
+            if self._state is State.OPEN:
+                self._state = State.DRAINING
+                self._why_closed = "the engine is stopping"
+        if drain:
+            self._drain(deadline)
+        self._close("the engine was stopped")
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_GRACE)
+        self._abandon(Unavailable(self._why_closed))
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it takes requests."""
+        return self._state is State.OPEN
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox or self._flights or self._scheduler.unfinished)
+
+    # ---- the engine's thread
+
+    def step(self) -> None:
+        """One round of the loop. Never raises: what cannot be repaired closes the engine."""
+        try:
+            self._take_inbox()
+            plan = self._scheduler.schedule()
+            if plan is None and not self._flights and self._scheduler.unfinished:
+                raise RuntimeError("the scheduler made no progress")
+            try:
+                self._launch(plan)
+                results = self._collect(ahead=self._ahead if plan is not None else 0)
+            except Exception as fault:
+                self._recover(fault)
+                results = None
+            outputs = self._scheduler.update(*results) if results else None
+            self._deliver(self._scheduler.take_outputs() if outputs is None else outputs)
+        except Exception as fault:
+            self._die(fault)
+
+    def _launch(self, plan: StepPlan | None) -> None:
+        if plan is not None:
+            self._flights.append((plan, self._runner.launch(plan)))
+
+    def _collect(self, ahead: int) -> tuple[StepPlan, StepOutputs] | None:
+        """Reads the oldest step in flight, unless the host may run ahead of it."""
+        if len(self._flights) <= ahead:
+            return None
+        plan, handle = self._flights.popleft()
+        return plan, self._runner.collect(handle)
+
+    def _recover(self, fault: Exception) -> None:
+        log.exception("a device step failed; running requests start over", exc_info=fault)
+        self._flights.clear()
+        self._runner.reset()
+        self._scheduler.requeue_all(fault)
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self.step()
+        except Exception as fault:
+            self._die(fault)
+        self._close("the engine was stopped")
+        self._abandon(Unavailable(self._why_closed))
+
+    def _wait_for_work(self) -> bool:
+        """Blocks while there is nothing to do; False when the loop shall end.
+
+        Deadlines need no alarm here: a request that could miss one is work.
+        """
+        with self._wake:
+            checked = False
+            while not self.has_work:
+                if self._state is not State.OPEN:
+                    return False
+                woken = self._wake.wait(None if checked else IDLE_BEFORE_CHECK)
+                if not woken:
+                    self._scheduler.check_integrity()
+                    checked = True
+            return self._state is not State.CLOSED
+
+    def _take_inbox(self) -> None:
+        if not self._inbox:
+            return
+        with self._wake:
+            for message in self._inbox:
+                if isinstance(message, Request):
+                    self._scheduler.add(message)
+                else:
+                    self._scheduler.finish(*message)
+            self._inbox.clear()
+            self._pending = 0
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        if not outputs:
+            return
+        ended = [output.request_id for output in outputs if output.finish_reason is not None]
+        with self._wake:
+            if self._state is State.CLOSED:
+                return  # whoever closed it tells those who are still live
+            self._live.difference_update(ended)
+        self._on_outputs(outputs)
+
+    # ---- the end
+
+    def _drain(self, deadline: float | None) -> None:
+        """Waits until the accepted requests are done, or the deadline has passed."""
+        if self._thread is not None:
+            with self._wake:
+                self._wake.notify_all()
+            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            return
+        while self.has_work and self._state is not State.CLOSED:
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            self.step()
+
+    def _close(self, why: str) -> None:
+        with self._wake:
+            if self._state is not State.CLOSED:
+                self._state = State.CLOSED
+                self._why_closed = why
+            self._wake.notify_all()
+
+    def _die(self, fault: Exception) -> None:
+        log.critical("the engine failed and closes", exc_info=fault)
+        why = f"the engine failed: {type(fault).__name__}: {fault}"
+        self._close(why)
+        self._abandon(Internal(why))
+
+    def _abandon(self, error: QuireError) -> None:
+        """Tells all who still wait for an end that this is it."""
+        with self._wake:
+            ended = sorted(self._live)
+            self._live.clear()
+            self._inbox.clear()
+            self._pending = 0
+        if not ended:
+            return
+        try:
+            self._on_outputs(
+                [
+                    RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
+                    for request_id in ended
+                ]
+            )
+        except Exception:
+            log.exception("outputs could not be handed over while closing")

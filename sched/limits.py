@@ -1,0 +1,89 @@
+"""Which requests can be served at all. Pure: safe to ask from any thread.
+
+Called for every request before it is queued. What is refused here names the field, the value and
+the limit; what passes can always run to its end, if need be alone.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from ..errors import InvalidRequest, invalid
+from ..model.plan import MAX_STOP_IDS, RunnerSpec
+from .request import FinishReason, Request
+from .sequence import stop_ids
+
+CALLER_REASONS = (FinishReason.ABORT, FinishReason.STOP, FinishReason.LENGTH)
+"""Why a caller may end a request; the engine alone says ERROR, because that carries one."""
+
+
+def check_reason(reason: FinishReason) -> None:
+    """Raises InvalidRequest for a reason that callers may not give."""
+    if reason not in CALLER_REASONS:
+        raise invalid("reason", reason, f"one of {', '.join(CALLER_REASONS)}")
+
+
+def context_limit(spec: RunnerSpec) -> tuple[int, str]:
+    """The most tokens prompt and output may have together, and what sets that limit."""
+    pages = min(spec.num_pages - 1, spec.max_pages_per_seq)
+    fits = pages * spec.page_size + 1  # the last token's KV is never stored
+    if fits < spec.max_model_len:
+        return fits, f"{pages} KV pages of {spec.page_size} tokens"
+    return spec.max_model_len, "max_model_len"
+
+
+def resolve_max_tokens(request: Request, spec: RunnerSpec) -> int:
+    """max_tokens, where None becomes as many as the context allows."""
+    asked = request.sampling.max_tokens
+    return context_limit(spec)[0] - len(request.prompt) if asked is None else asked
+
+
+def check_request(request: Request, spec: RunnerSpec) -> None:
+    """Raises InvalidRequest if this request can never be served as asked."""
+    _check_prompt(request.prompt, spec)
+    _check_length(request, spec)
+    sampling = request.sampling
+    if sampling.seed is None:
+        raise invalid("seed", None, "a number by the time the request is submitted")
+    if request.adapter != 0:
+        raise invalid("adapter", request.adapter, "0 (the base model); adapters are not served yet")
+    stops = len(stop_ids(request))
+    if stops > MAX_STOP_IDS:
+        raise invalid(
+            "stop_token_ids",
+            f"{stops} ids together with the model's end-of-sequence ids",
+            f"at most {MAX_STOP_IDS}",
+        )
+
+
+def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:
+    if not prompt:
+        raise InvalidRequest("prompt: got 0 tokens, must be at least 1")
+    try:
+        array("q", prompt)  # refuses what is not a whole number, at the speed of C
+        wrong = min(prompt) < 0 or max(prompt) >= spec.vocab_size
+    except (TypeError, OverflowError):
+        wrong = True
+    if wrong:
+        limit = f"whole numbers from 0 to {spec.vocab_size - 1} (the vocabulary)"
+        for at, token in enumerate(prompt):
+            if not isinstance(token, int) or not 0 <= token < spec.vocab_size:
+                raise invalid(f"prompt[{at}]", token, limit)
+
+
+def _check_length(request: Request, spec: RunnerSpec) -> None:
+    length, (limit, source) = len(request.prompt), context_limit(spec)
+    sampling = request.sampling
+    if length >= limit:
+        raise InvalidRequest(
+            f"prompt: got {length} tokens, must be at most {limit - 1}, to leave room for one "
+            f"output token within {limit} ({source})"
+        )
+    room = limit - length
+    for name in ("max_tokens", "min_tokens"):
+        value = getattr(sampling, name)
+        if value is not None and value > room:
+            raise InvalidRequest(
+                f"{name}: got {value}, must be at most {room}: the prompt has {length} tokens and "
+                f"the limit for both together is {limit} ({source})"
+            )

@@ -1,0 +1,107 @@
+"""From the sequences a step runs to the arrays of its `StepPlan`.
+
+Used by the scheduler, once per step: rows are added in any order of kinds; decode rows come out
+first, as the contract wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..model.plan import Emit, Ladder, Sampler, SlotInit, StepPlan
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was planned and whose results have not been read."""
+
+    plan: StepPlan
+    rows: list[Sequence]  # [R]
+    promised: list[int]  # [R] most tokens each row may bring
+
+
+class StepBuilder:
+    """Gathers the rows of one step."""
+
+    def __init__(self, k: int):
+        self.k = k
+        self.sampler = Sampler.GREEDY
+        self.decodes: list[Sequence] = []
+        self.decode_starts: list[int] = []
+        self._prompts: list[Sequence] = []
+        self._prompt_starts: list[int] = []
+        self._counts: list[int] = []
+        self._emits: list[int] = []
+        self._tokens: list[int] = []
+        self._page_adds: list[int] = []  # (slot, index, page) after one another
+        self._inits: list[SlotInit] = []
+
+    @property
+    def rows(self) -> int:
+        return len(self.decodes) + len(self._prompts)
+
+    def prompt(self, seq: Sequence, start: int, end: int) -> None:
+        """A row for positions [start, end) of what a sequence must prefill.
+
+        Its tokens come from the host even if it is one token: only decode rows read the last token
+        on the device. The row that completes the prompt emits a token.
+        """
+        last = end == seq.target
+        self._prompts.append(seq)
+        self._prompt_starts.append(start)
+        self._counts.append(end - start)
+        self._emits.append(Emit.TOKEN if last else Emit.NONE)
+        self._tokens += seq.tokens[start:end]
+        if last and seq.sampler > self.sampler:
+            self.sampler = seq.sampler
+
+    def pages(self, slot: int, first: int, pages: list[int]) -> None:
+        """Page-table entries of a slot, from index `first` on."""
+        for index, page in enumerate(pages, first):
+            self._page_adds += (slot, index, page)
+
+    def init(self, seq: Sequence) -> None:
+        """The device state of a slot that was just handed out."""
+        sampling = seq.request.sampling
+        done = seq.outputs
+        assert sampling.seed is not None  # limits.py refuses requests without one
+        self._inits.append(
+            SlotInit(
+                slot=seq.slot,
+                position=seq.prefilled,
+                remaining=seq.max_tokens - done,
+                min_remaining=max(0, sampling.min_tokens - done),
+                sample_index=done,
+                seed=sampling.seed,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                stop_ids=tuple(sorted(seq.stop_ids)),
+                adapter=seq.request.adapter,
+            )
+        )
+
+    def build(self, ladder: Ladder) -> Flight:
+        """The plan, on the cheapest step program that holds it."""
+        decodes = len(self.decodes)
+        rows = self.decodes + self._prompts
+        tokens = decodes + len(self._tokens)
+        plan = StepPlan(
+            slots=np.array([seq.slot for seq in rows], np.int32),
+            generations=np.array([seq.generation for seq in rows], np.int32),
+            starts=np.array(self.decode_starts + self._prompt_starts, np.int32),
+            counts=np.array([1] * decodes + self._counts, np.int32),
+            emits=np.array([int(Emit.TOKEN)] * decodes + self._emits, np.int32),
+            num_decode=decodes,
+            bucket=ladder.choose(tokens, len(rows), self.sampler, decode_only=not self._prompts),
+            prompt_tokens=np.array(self._tokens, np.int32),
+            page_adds=np.array(self._page_adds, np.int32).reshape(-1, 3),
+            inits=tuple(self._inits),
+            k=self.k,
+        )
+        promised = [self.k] * decodes + [int(emit == Emit.TOKEN) for emit in self._emits]
+        return Flight(plan, rows, promised)

@@ -1,0 +1,104 @@
+"""Who is served first, who gives way, who may come in, and how many tokens a dispatch decodes.
+
+Called by the scheduler; pure but for the lists in it. Everything here could be decided otherwise
+without harm to correctness: the scheduler keeps pages and slots right under any policy, as long as
+the first in order never gives way to another.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+from ..kv.cache import KVCache, PrefixHit
+from .sequence import Sequence
+
+MAX_RECOMPUTE_RATIO = 0.1
+"""Recomputed per useful token above which admission reserves the worst case."""
+
+
+def by_rank(seq: Sequence) -> tuple[int, int]:
+    """Order of service: lower priority numbers first, then earlier arrivals."""
+    return seq.rank
+
+
+def by_deadline(seq: Sequence) -> tuple[float, int]:
+    """Order of expiry, for sequences that have a deadline."""
+    return seq.request.deadline or 0.0, seq.arrival
+
+
+class Ranked(Collection[Sequence]):
+    """Sequences in order of a key that differs for each. Short enough for a plain sorted list."""
+
+    def __init__(self, key: Callable[[Sequence], Any]):
+        self._key = key
+        self._items: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._items)
+
+    def __contains__(self, seq: object) -> bool:
+        return seq in self._items
+
+    @property
+    def first(self) -> Sequence:
+        return self._items[0]
+
+    @property
+    def last(self) -> Sequence:
+        """By rank, this is who gives way: the youngest of the lowest priority."""
+        return self._items[-1]
+
+    def add(self, seq: Sequence) -> None:
+        insort(self._items, seq, key=self._key)
+
+    def remove(self, seq: Sequence) -> None:
+        at = bisect_left(self._items, self._key(seq), key=self._key)
+        if at == len(self._items) or self._items[at] is not seq:
+            raise RuntimeError(f"request {seq.request.id!r} is not in this list")
+        del self._items[at]
+
+
+def decode_tokens(max_k: int, decoding: int, prefilling: int, waiting: int, cache: KVCache) -> int:
+    """How many tokens each decode row may emit in the next dispatch.
+
+    More than one saves host work, but holds up whoever waits for the dispatch to end, and may ask
+    for pages early; so only when nobody waits, and when every row could get its pages.
+    """
+    if prefilling or waiting or cache.available < decoding * cache.pages_for(max_k):
+        return 1
+    return max_k
+
+
+def reserved_pages(
+    running: Collection[Sequence],
+    prefilling: Iterable[Sequence],
+    cache: KVCache,
+    *,
+    worst_case: bool,
+) -> int:
+    """Pages that admission must leave for those who run already.
+
+    Normally what their prompts still need and one more for each, so that nobody has to give way at
+    once; in the worst case all they may ever need, so that nobody has to give way at all.
+    """
+    if worst_case:
+        return sum(cache.pages_for(seq.limit) - len(seq.kv.pages) for seq in running)
+    prompts = sum(cache.pages_for(seq.target) - len(seq.kv.pages) for seq in prefilling)
+    return prompts + len(running)
+
+
+def may_enter(
+    seq: Sequence, hit: PrefixHit, reserved: int, cache: KVCache, *, worst_case: bool
+) -> bool:
+    """Whether pages are left for a waiting sequence, beside those reserved for running ones.
+
+    A lone request always may: limits.py made sure that its worst case fits.
+    """
+    horizon = seq.limit if worst_case else min(seq.limit, len(seq.tokens) + cache.page_size)
+    needed = cache.pages_for(horizon) - len(hit.entries) + hit.idle_pages
+    return needed + reserved <= cache.available

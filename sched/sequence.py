@@ -1,0 +1,79 @@
+"""What changes while a request is served. Made and owned by the scheduler; nobody else writes it.
+
+Two counts say how far a running sequence has come:
+
+  prefilled  positions of tokens[:target] whose computation was scheduled; exact.
+  unread     most tokens that launched steps may still bring; the host's bound on the position of
+             the next decode row is len(tokens) - 1 + unread, and pages are granted by that bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..kv.cache import Holding
+from ..kv.prefix import Chain
+from ..model.plan import Sampler
+from .request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in the scheduler. It waits while `slot` is -1, runs otherwise, until `ended`."""
+
+    request: Request
+    arrival: int
+    submitted: float
+    max_tokens: int  # resolved: never None
+    chain: Chain
+
+    # Copied from the request, because each step looks at them.
+    rank: tuple[int, int] = field(init=False)  # order of service
+    prompt_len: int = field(init=False)
+    limit: int = field(init=False)  # positions that can ever be needed
+    sampler: Sampler = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+
+    tokens: list[int] = field(init=False)  # the prompt, then all output known so far
+    cached_tokens: int = -1  # prompt tokens found in the prefix index; -1 before admission
+    recompute_until: int = 0  # positions that were computed before a preemption
+    requeues: int = 0  # device failures survived
+    ended: bool = False
+
+    # Set at admission.
+    slot: int = -1
+    generation: int = 0
+    kv: Holding = field(init=False)
+    target: int = 0  # tokens to prefill: the prompt, and the output known at admission
+    prefilled: int = 0
+    unread: int = 0
+    in_flight: int = 0  # rows launched whose results have not been read
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.rank = (request.priority, self.arrival)
+        self.prompt_len = len(request.prompt)
+        self.limit = self.prompt_len + self.max_tokens - 1  # the last token's KV is never needed
+        self.sampler = request.sampling.sampler
+        self.stop_ids = stop_ids(request)
+        self.tokens = list(request.prompt)
+
+    @property
+    def outputs(self) -> int:
+        """Output tokens known."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def prefilling(self) -> bool:
+        return self.prefilled < self.target
+
+    @property
+    def scheduled(self) -> int:
+        """Positions whose computation was scheduled; an upper bound once it decodes."""
+        return self.prefilled if self.prefilling else len(self.tokens) - 1 + self.unread
+
+
+def stop_ids(request: Request) -> frozenset[int]:
+    """The token ids that end a request: its own, and the model's unless it ignores those."""
+    own = frozenset(request.sampling.stop_token_ids)
+    return own if request.sampling.ignore_eos else own | frozenset(request.eos_ids)

@@ -1,0 +1,311 @@
+"""A runner without a device, which distrusts its scheduler.
+
+It keeps slots and a slab as a device would, but in place of K/V it stores, for each position, which
+position and token it came from and a hash of the whole history up to there. Before a row runs, the
+fake walks its page table and checks that chain, so a page that was leaked, handed out twice, reused
+too early or shared wrongly is seen at once. The next token is a function of that hash, the seed and
+the token index, so the answer to a request is known beforehand (`expected_answer`), however it was
+batched, chunked, preempted or found in the prefix index.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quire.model.ladder import Bucket, Ladder, Sampler
+from quire.model.plan import Emit, LogprobArrays, RunnerSpec, SlotInit, StepOutputs, StepPlan
+from quire.sched.request import Request, SamplingParams
+
+ROOT = 1469598103
+
+
+def extend_hash(history: int, token: int) -> int:
+    return (history * 1000003 + token * 7919 + 12345) & 0xFFFFFFFFFFFF
+
+
+def next_token(
+    history: int, seed: int, index: int, vocab: int, barred: frozenset[int] = frozenset()
+) -> int:
+    """What the model says after a history; never one of `barred`."""
+    mixed = (history ^ (seed * 0x9E3779B1) ^ (index * 0x85EBCA6B)) & 0xFFFFFFFFFFFF
+    token = ((mixed * 2654435761) >> 13) % vocab
+    while token in barred:
+        token = (token + 1) % vocab
+    return token
+
+
+def expected_answer(request: Request, vocab: int, max_tokens: int) -> tuple[list[int], int | None]:
+    """The tokens of a request that nobody interrupts, and the stop id that ends them."""
+    sampling = request.sampling
+    stops = frozenset(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stops |= frozenset(request.eos_ids)
+    history = ROOT
+    for token in request.prompt:
+        history = extend_hash(history, token)
+    answer: list[int] = []
+    while len(answer) < max_tokens:
+        barred = stops if len(answer) < sampling.min_tokens else frozenset()
+        token = next_token(history, sampling.seed or 0, len(answer), vocab, barred)
+        answer.append(token)
+        if token in stops:
+            return answer, token
+        history = extend_hash(history, token)
+    return answer, None
+
+
+def make_request(
+    id: str = "a",
+    prompt: tuple[int, ...] = (1, 2, 3),
+    max_tokens: int | None = 4,
+    *,
+    eos_ids: tuple[int, ...] = (),
+    priority: int = 0,
+    deadline: float | None = None,
+    cache_salt: str = "",
+    adapter: int = 0,
+    **sampling: object,
+) -> Request:
+    params = {"seed": 0, "temperature": 0.0, **sampling}
+    return Request(
+        id=id,
+        prompt=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        eos_ids=eos_ids,
+        priority=priority,
+        deadline=deadline,
+        cache_salt=cache_salt,
+        adapter=adapter,
+    )
+
+
+def make_spec(
+    *,
+    slots: int = 4,
+    pages: int = 33,
+    page_size: int = 4,
+    max_model_len: int = 64,
+    vocab: int = 50,
+    tokens: int = 32,
+    max_k: int = 1,
+) -> RunnerSpec:
+    shapes = [(slots, slots), (max(tokens, slots + 1), slots)]
+    return RunnerSpec(
+        num_slots=slots,
+        num_pages=pages,
+        page_size=page_size,
+        max_pages_per_seq=-(-max_model_len // page_size),
+        max_model_len=max_model_len,
+        vocab_size=vocab,
+        ladder=Ladder(Bucket(t, r, s) for t, r in shapes for s in Sampler),
+        max_k=max_k,
+    )
+
+
+class DeviceFault(RuntimeError):
+    """Raised where a test asked for it."""
+
+
+@dataclass
+class _Slot:
+    generation: int = 0
+    position: int = 0
+    history: int = ROOT
+    last: int = -1
+    remaining: int = 0
+    min_remaining: int = 0
+    index: int = 0
+    seed: int = 0
+    stops: frozenset[int] = frozenset()
+    frozen: bool = True
+    dry: int = 0  # decode rows in a row that gave nothing
+    pages: dict[int, int] = field(default_factory=dict)
+
+
+class FakeRunner:
+    """Runs plans on the host, at launch, as a device that executes in order may.
+
+    Args:
+      spec: the sizes it enforces.
+      rng: where given, decode rows bring 0 to k tokens at random, and rows may run past a stop.
+      fail_launch, fail_collect: numbers of the calls (from 0) that raise DeviceFault.
+      poison: (request's first prompt token) rows of such a slot come back not finite.
+    """
+
+    def __init__(
+        self,
+        spec: RunnerSpec,
+        rng: random.Random | None = None,
+        *,
+        fail_launch: tuple[int, ...] = (),
+        fail_collect: tuple[int, ...] = (),
+    ):
+        self.spec = spec
+        self.rng = rng
+        self.fail_launch = fail_launch
+        self.fail_collect = fail_collect
+        self.launches = 0
+        self.collects = 0
+        self.resets = 0
+        self.poisoned_slots: set[int] = set()
+        self._in_flight: list[StepOutputs] = []
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.slots = [_Slot() for _ in range(self.spec.num_slots)]
+        self.slab: dict[tuple[int, int], tuple[int, int, int]] = {}  # position, token, history
+
+    def reset(self) -> None:
+        self.resets += 1
+        self._in_flight.clear()
+        self._fresh()
+
+    def launch(self, plan: StepPlan) -> StepOutputs:
+        self.launches += 1
+        if self.launches - 1 in self.fail_launch:
+            raise DeviceFault("launch")
+        outputs = self._run(plan)
+        self._in_flight.append(outputs)
+        return outputs
+
+    def collect(self, handle: StepOutputs) -> StepOutputs:
+        self.collects += 1
+        if self.collects - 1 in self.fail_collect:
+            raise DeviceFault("collect")
+        assert self._in_flight.pop(0) is handle, "collected out of order"
+        return handle
+
+    # ---- one step
+
+    def _run(self, plan: StepPlan) -> StepOutputs:
+        self._check_shape(plan)
+        for init in plan.inits:
+            self._init(init)
+        for slot, index, page in plan.page_adds.tolist():
+            assert 0 < page < self.spec.num_pages, "a page that may not be handed out"
+            assert 0 <= index < self.spec.max_pages_per_seq
+            assert index not in self.slots[slot].pages, "a page-table entry set twice"
+            self.slots[slot].pages[index] = page
+        tokens = np.full((plan.num_rows, plan.k), -1, np.int32)
+        n_valid = np.zeros(plan.num_rows, np.int32)
+        bad = np.zeros(plan.num_rows, bool)
+        at = 0
+        self._written: set[tuple[int, int]] = set()
+        for row in range(plan.num_rows):
+            number, start = int(plan.slots[row]), int(plan.starts[row])
+            count, slot = int(plan.counts[row]), self.slots[number]
+            if row < plan.num_decode:
+                given = self._decode(slot, start, plan.k)
+            else:
+                chunk = plan.prompt_tokens[at : at + count].tolist()
+                at += count
+                given = self._prefill(slot, start, chunk, Emit(int(plan.emits[row])))
+            tokens[row, : len(given)] = given
+            n_valid[row] = len(given)
+            bad[row] = number in self.poisoned_slots
+        logprobs = self._logprobs(tokens) if plan.bucket.sampler is Sampler.LOGPROBS else None
+        return StepOutputs(tokens, n_valid, bad, logprobs)
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        assert plan.bucket in self.spec.ladder.buckets
+        assert plan.num_rows <= plan.bucket.rows and plan.num_tokens <= plan.bucket.tokens
+        assert 1 <= plan.k <= self.spec.max_k
+        assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot in two rows"
+        assert (plan.counts[: plan.num_decode] == 1).all() and (plan.counts > 0).all()
+        assert plan.counts[plan.num_decode :].sum() == len(plan.prompt_tokens)
+        assert plan.num_decode == plan.num_rows or plan.k == 1
+        for array in (plan.slots, plan.starts, plan.emits, plan.prompt_tokens, plan.page_adds):
+            assert array.dtype == np.int32
+
+    def _init(self, init: SlotInit) -> None:
+        self.slots[init.slot] = _Slot(
+            position=init.position,
+            remaining=init.remaining,
+            min_remaining=init.min_remaining,
+            index=init.sample_index,
+            seed=init.seed,
+            stops=frozenset(init.stop_ids),
+            frozen=False,
+        )
+        assert init.remaining > 0
+        self.poisoned_slots.discard(init.slot)
+
+    def _prefill(self, slot: _Slot, start: int, chunk: list[int], emit: Emit) -> list[int]:
+        assert not slot.frozen and slot.position == start, "a prompt chunk out of place"
+        history = self._read(slot)
+        for token in chunk:
+            history = self._write(slot, token, history)
+        if emit is Emit.NONE:
+            return []
+        return [self._sample(slot, history)]
+
+    def _decode(self, slot: _Slot, start: int, k: int) -> list[int]:
+        if slot.frozen:
+            return []
+        assert slot.last >= 0, "a decode row before its prompt was done"
+        assert start >= slot.position, "the host's position is no upper bound"
+        room = min(k, slot.remaining)
+        take = room
+        if self.rng is not None and self.rng.random() < 0.5:
+            take = self.rng.randint(1 if slot.dry >= 2 else 0, room)
+        slot.dry = slot.dry + 1 if take == 0 else 0
+        history, given = self._read(slot), []
+        for _ in range(take):
+            if slot.frozen:
+                break
+            history = self._write(slot, slot.last, history)
+            given.append(self._sample(slot, history))
+        if not slot.frozen:
+            # As drafts that were refused would: what lies there must never be read.
+            for position in range(slot.position, slot.position + room - len(given)):
+                self.slab[self._place(slot, position)] = (-1, -1, -1)
+        return given
+
+    def _sample(self, slot: _Slot, history: int) -> int:
+        barred = slot.stops if slot.min_remaining > 0 else frozenset()
+        token = next_token(history, slot.seed, slot.index, self.spec.vocab_size, barred)
+        slot.last = token
+        slot.index += 1
+        slot.remaining -= 1
+        slot.min_remaining -= 1
+        stopped = token in slot.stops and (self.rng is None or self.rng.random() < 0.5)
+        slot.frozen = slot.remaining == 0 or stopped
+        return token
+
+    def _place(self, slot: _Slot, position: int) -> tuple[int, int]:
+        page = slot.pages.get(position // self.spec.page_size)
+        assert page is not None, f"position {position} has no page"
+        return page, position % self.spec.page_size
+
+    def _write(self, slot: _Slot, token: int, history: int) -> int:
+        place = self._place(slot, slot.position)
+        assert place not in self._written, "two rows wrote the same place"
+        self._written.add(place)
+        history = extend_hash(history, token)
+        self.slab[place] = (slot.position, token, history)
+        slot.position += 1
+        return history
+
+    def _read(self, slot: _Slot) -> int:
+        """The history behind a slot, after a check of every position of it."""
+        history = ROOT
+        for position in range(slot.position):
+            kv = self.slab.get(self._place(slot, position))
+            assert kv is not None, f"position {position} was never written"
+            history = extend_hash(history, kv[1])
+            assert kv == (position, kv[1], history), f"position {position} holds another's KV"
+        return history
+
+    def _logprobs(self, tokens: np.ndarray) -> LogprobArrays:
+        """Of a token t: -t; its alternatives are 0, 1, 2, …"""
+        rows, k = tokens.shape
+        top = np.broadcast_to(np.arange(20, dtype=np.int32), (rows, k, 20))
+        return LogprobArrays(
+            chosen=-tokens.astype(np.float32),
+            rank=tokens + 1,
+            top_ids=top,
+            top=-top.astype(np.float32),
+        )

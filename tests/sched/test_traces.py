@@ -1,0 +1,242 @@
+"""Thousands of random traces through the scheduler, against a runner that checks everything.
+
+Each trace mixes arrivals, priorities, shared prefixes, aborts, stops, deadlines, tiny page pools,
+random chunking and budgets, and a device that gives 0 to k tokens a row. After every step pages and
+slots must add up; at the end every request has ended once, with exactly the tokens it would have
+got alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from fake_runner import FakeRunner, expected_answer, make_request, make_spec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quire.errors import DeadlineExceeded
+from quire.sched.limits import resolve_max_tokens
+from quire.sched.request import FinishReason, Request, RequestOutput
+from quire.sched.scheduler import Scheduler
+
+VOCAB = 13
+
+
+@dataclass(frozen=True)
+class World:
+    """What a trace is made of."""
+
+    seed: int
+    page_size: int
+    pages: int
+    slots: int
+    max_k: int
+    budget: int
+    chunk: int
+    depth: int  # steps in flight while the next is planned
+    caching: bool
+    requests: int
+    interrupts: bool  # aborts, stops found by the text layer, deadlines
+
+
+@dataclass
+class Story:
+    """What callers saw of one request."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    end: RequestOutput | None = None
+    ended_by: FinishReason | None = None  # by the caller
+
+
+worlds = st.builds(
+    World,
+    seed=st.integers(0, 2**32 - 1),
+    page_size=st.sampled_from([1, 2, 4]),
+    pages=st.integers(6, 30),
+    slots=st.integers(1, 5),
+    max_k=st.integers(1, 5),
+    budget=st.integers(6, 24),
+    chunk=st.integers(1, 24),
+    depth=st.integers(0, 2),
+    caching=st.booleans(),
+    requests=st.integers(1, 9),
+    interrupts=st.booleans(),
+)
+
+
+class Trace:
+    """Plays one world to its end."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.rng = rng = random.Random(world.seed)
+        self.now = 0.0
+        self.spec = make_spec(
+            slots=world.slots,
+            pages=world.pages,
+            page_size=world.page_size,
+            max_model_len=24,
+            vocab=VOCAB,
+            tokens=world.budget,
+            max_k=world.max_k,
+        )
+        self.runner = FakeRunner(self.spec, random.Random(rng.random()))
+        self.scheduler = Scheduler(
+            self.spec,
+            max_batched_tokens=max(world.budget, world.slots + 1),
+            prefill_chunk=world.chunk,
+            prefix_caching=world.caching,
+            clock=lambda: self.now,
+        )
+        self.flights: deque = deque()
+        self.stories: dict[str, Story] = {}
+        self.prefixes = [self.some_tokens(rng.randint(0, 9)) for _ in range(2)]
+        self.stalled = 0
+
+    def some_tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self.rng.randrange(VOCAB) for _ in range(count))
+
+    def play(self) -> None:
+        world, rng = self.world, self.rng
+        left = world.requests
+        while left:
+            for _ in range(min(left, rng.choice((0, 0, 1, 1, 2, 4)))):
+                left -= self.arrive(str(left))
+            if world.interrupts and self.stories and rng.random() < 0.15:
+                self.interrupt(rng.choice(list(self.stories.values())))
+            self.step()
+        work = sum(len(s.request.prompt) + 24 for s in self.stories.values())
+        for _ in range(8 * work + 20):
+            if not self.scheduler.unfinished and not self.flights:
+                break
+            self.step()
+        self.check_the_end()
+
+    def arrive(self, id: str) -> int:
+        rng = self.rng
+        prompt = rng.choice(self.prefixes) + self.some_tokens(rng.randint(1, 8))
+        request = make_request(
+            id,
+            prompt,
+            rng.choice((1, 2, 4, 8, 12, None)),
+            eos_ids=rng.choice(((), (3,), (3, 5))),
+            ignore_eos=rng.random() < 0.2,
+            stop_token_ids=rng.choice(((), (7,))),
+            priority=rng.choice((0, 0, 1)),
+            cache_salt=rng.choice(("", "", "x")),
+            seed=rng.randrange(3),
+            deadline=self.now + rng.randint(1, 60)
+            if self.world.interrupts and rng.random() < 0.2
+            else None,
+        )
+        try:
+            self.scheduler.submit(request)
+        except ValueError:  # too long for this pool; another in its place
+            return 0
+        self.stories[id] = Story(request)
+        return 1
+
+    def interrupt(self, story: Story) -> None:
+        """The caller leaves, or the text layer found a stop string; perhaps twice, or too late."""
+        reason = self.rng.choice((FinishReason.ABORT, FinishReason.STOP))
+        if story.end is None and story.ended_by is None:
+            story.ended_by = reason
+        self.scheduler.finish(story.request.id, reason)
+
+    def step(self) -> None:
+        self.now += 1
+        plan = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        if plan is None:
+            assert self.flights or not self.scheduler.unfinished, "stuck"
+        else:
+            self.check_the_first_advances(plan)
+            self.flights.append((plan, self.runner.launch(plan)))
+        if len(self.flights) > (self.world.depth if plan is not None else 0):
+            plan, handle = self.flights.popleft()
+            self.hear(self.scheduler.update(plan, self.runner.collect(handle)))
+        else:
+            self.hear(self.scheduler.take_outputs())
+        self.scheduler.check_integrity()
+
+    def check_the_first_advances(self, plan) -> None:
+        """Whoever is first in order gets a row, or has results on the way, at every step."""
+        running = self.scheduler._roster.running
+        if not running or running.first.slot in plan.slots:
+            self.stalled = 0
+            return
+        self.stalled += 1
+        assert running.first.in_flight or self.stalled <= self.world.depth + 1, "starved"
+
+    def hear(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            story = self.stories[output.request_id]
+            assert story.end is None, "an output after the last"
+            story.tokens += output.tokens
+            if output.finish_reason is not None:
+                story.end = output
+
+    def check_the_end(self) -> None:
+        for story in self.stories.values():
+            end, request = story.end, story.request
+            assert end is not None, f"{request.id} never ended"
+            answer, stop = expected_answer(request, VOCAB, resolve_max_tokens(request, self.spec))
+            if end.finish_reason in (FinishReason.LENGTH, FinishReason.STOP) and (
+                story.ended_by is None or story.tokens == answer
+            ):
+                assert story.tokens == answer
+                if story.ended_by is None:
+                    assert end.stop_token == stop
+                    assert (end.finish_reason is FinishReason.STOP) == (stop is not None)
+                continue
+            assert story.tokens == answer[: len(story.tokens)]
+            if end.finish_reason is FinishReason.ERROR:
+                assert isinstance(end.error, DeadlineExceeded)
+            else:
+                assert end.finish_reason is story.ended_by
+        stats = self.scheduler.stats()
+        assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+        assert stats.output_tokens == sum(len(s.tokens) for s in self.stories.values())
+        assert self.world.caching or stats.pages_cached == 0
+
+
+@settings(
+    max_examples=2500,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(worlds)
+def test_any_trace_ends_right(world: World) -> None:
+    Trace(world).play()
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=50_000,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(worlds)
+def test_many_more_traces_end_right(world: World) -> None:
+    Trace(world).play()
+
+
+def test_traces_reach_what_they_are_for() -> None:
+    """The traces would prove little if they never preempted, shared or overran."""
+    preempted = hits = recomputed = 0
+    for seed in range(150):
+        trace = Trace(World(seed, 2, 14, 4, 3, 16, 6, 1, True, 8, True))
+        trace.play()
+        stats = trace.scheduler.stats()
+        preempted += stats.preemptions
+        hits += stats.prefix_hit_tokens
+        recomputed += stats.recomputed_tokens
+    assert preempted > 50
+    assert hits > 500
+    assert recomputed > 20
