@@ -134,7 +134,14 @@ def _template_files(folder: Path) -> dict[str, str]:
     files = {"default": folder / "chat_template.jinja"}
     for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         files[extra.stem] = extra
-    return {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    return {name: _read_text(file) for name, file in files.items() if file.is_file()}
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
 class _GenerationTag(Extension):

@@ -6,7 +6,7 @@ of a tensor (`CHUNK_BYTES`), beside the mapped pages that the kernel may drop wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -69,20 +69,27 @@ def save_params(folder: Path, config: ModelConfig, params: Mapping[str, np.ndarr
 
     The dtypes are those of `params`, which must hold exactly the parameters of `config`.
     """
-    wanted = parameters(config)
-    _check_names(params, wanted)
-    tensors: dict[str, np.ndarray] = {}
-    for parameter in wanted:
-        array = np.asarray(params[parameter.name])
-        if array.shape != parameter.shape:
-            raise CheckpointError(
-                f"parameter {parameter.name}: got shape {array.shape}, must be {parameter.shape}"
-            )
-        for piece, rows in pieces_of(parameter):
-            tensors[piece.name] = np.ascontiguousarray(array[rows])
+    tensors = dict(to_hugging_face(config, params))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     return folder / SINGLE
+
+
+def to_hugging_face(
+    config: ModelConfig, params: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that `params` are made of under Hugging Face's names, as views where possible."""
+    wanted = parameters(config)
+    _check_names(params, wanted)
+    for parameter in wanted:
+        array = np.asarray(params[parameter.name])
+        if array.shape != parameter.shape or array.dtype.name not in DTYPES:
+            raise CheckpointError(
+                f"parameter {parameter.name}: got shape {array.shape} and dtype {array.dtype}, "
+                f"must be {parameter.shape} and one of {', '.join(DTYPES)}"
+            )
+        for piece, rows in pieces_of(parameter):
+            yield piece.name, np.ascontiguousarray(array[rows])
 
 
 def _assemble(files: WeightFiles, parameter: Parameter, dtype: np.dtype) -> np.ndarray:

@@ -41,8 +41,7 @@ class Tokenizer:
         """
         self._backend = backend
         self.special_tokens = dict(special_tokens)
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_ids = _special_ids(backend)
         self._table = TokenTable(backend, self.special_ids)
 
     @cached_property
@@ -91,6 +90,15 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_to_id(token)
+
+
+def _special_ids(backend: Backend) -> frozenset[int]:
+    """The tokens that the library leaves out. Its own flags do not tell: a token that was special
+    and was declared anew as ordinary is left out all the same."""
+    added = backend.get_added_tokens_decoder()
+    return frozenset(
+        i for i in added if backend.decode([i], False) and not backend.decode([i], True)
+    )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

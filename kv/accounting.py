@@ -12,6 +12,9 @@ from dataclasses import dataclass
 RECOMPUTE_WINDOW = 1 << 18
 """Computed tokens of the recompute ratio; older ones count half, then a quarter."""
 
+WASTE_PERIOD = 0.02
+"""Seconds between looks at how full the pages are."""
+
 
 class WasteMeter:
     """Share of the allocated token slots that hold no token, weighted by time.
@@ -26,6 +29,11 @@ class WasteMeter:
         self._allocated = 0
         self._used_seconds = 0.0
         self._allocated_seconds = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the last look is old enough for another; looking costs time per request."""
+        return self._clock() - self._since >= WASTE_PERIOD
 
     def observe(self, used: int, allocated: int) -> None:
         """From now on, `used` of `allocated` token slots hold a token."""

@@ -13,8 +13,9 @@ Only full pages are shared, and a full page is never written again, so sharing n
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .pages import PageAllocator
@@ -104,7 +105,7 @@ class KVCache:
         """The digests of a new sequence; only equal adapters and salts share pages."""
         return Chain(self.page_size, f"{adapter}/{cache_salt}/".encode(), self._hash)
 
-    def match(self, chain: Chain, tokens: Sequence[int]) -> PrefixHit:
+    def match(self, chain: Chain, tokens: array[int]) -> PrefixHit:
         """The known prefix of `tokens`: full pages, and never all of them.
 
         At least one token is left to compute, because sampling needs the logits of the last.
@@ -145,7 +146,7 @@ class KVCache:
             holding.capacity = len(holding.pages) * self.page_size
         return added
 
-    def register(self, holding: Holding, tokens: Sequence[int], positions: int) -> None:
+    def register(self, holding: Holding, tokens: array[int], positions: int) -> None:
         """Makes the pages that the first `positions` of `tokens` fill findable by others."""
         if not self._caching:
             return

@@ -14,7 +14,7 @@ and would only take up a page.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -42,11 +42,11 @@ class Chain:
         self.digests: list[bytes] = []
         self.blocks: list[bytes] = []  # what was hashed, for the check of equality
 
-    def reach(self, page: int, tokens: Sequence[int]) -> None:
+    def reach(self, page: int, tokens: array[int]) -> None:
         """Makes `digests[page]` and `blocks[page]` available; `tokens` must fill that page."""
         size = self._page_size
         for index in range(len(self.digests), page + 1):
-            block = array("i", tokens[index * size : (index + 1) * size]).tobytes()
+            block = tokens[index * size : (index + 1) * size].tobytes()
             # The tokens' bytes have a fixed length, so salt + tokens reads in one way only.
             block = block if index else self._salt + block
             parent = self.digests[-1] if index else b""

@@ -14,16 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import MAX_STOP_IDS, Bucket, SlotInit, StepPlan
-from .slots import NO_TOKEN, Slots
+from .plan import Bucket, SlotInit, StepPlan
+from .slots import SLOT_WORDS, Slots, init_words
 
 _HEADER_WORDS = 2  # rows, decode rows
 _ROW_WORDS = 3  # slot, tokens, emit
-_INIT_WORDS = 13 + MAX_STOP_IDS
+_INIT_WORDS = 1 + SLOT_WORDS  # slot, then its words
 
 Buffer = NDArray[np.int32]
 
@@ -126,7 +125,8 @@ def pack_updates(
     init_rows = init_part.reshape(room.inits, _INIT_WORDS)
     init_rows[:, 0] = num_slots
     for row, init in zip(init_rows, inits, strict=False):
-        _pack_init(row, init)
+        row[0] = init.slot
+        init_words(init, row[1:])
     adds = add_part.reshape(room.adds, 3)
     adds[:, 0] = num_slots
     if page_adds is not None and len(page_adds):
@@ -135,23 +135,6 @@ def pack_updates(
     copies[:, 1] = -1
     if page_copies is not None and len(page_copies):
         copies[: len(page_copies)] = page_copies
-
-
-def _pack_init(row: Buffer, init: SlotInit) -> None:
-    seed = init.seed & (2**64 - 1)
-    row[:6] = (
-        init.slot,
-        init.position,
-        init.remaining,
-        init.min_remaining,
-        init.sample_index,
-        init.choice,
-    )
-    row[6:8].view(np.uint32)[:] = (seed >> 32, seed & 0xFFFFFFFF)
-    row[8], row[9] = init.top_k, init.adapter
-    row[10:13].view(np.float32)[:] = (init.temperature, init.top_p, init.min_p)
-    row[13:] = NO_TOKEN
-    row[13 : 13 + len(init.stop_ids)] = init.stop_ids
 
 
 def unpack(buffer: jax.Array, layout: InputLayout) -> StepInputs:
@@ -187,28 +170,5 @@ def unpack_updates(buffer: jax.Array, room: UpdateRoom) -> SlotUpdates:
 
 def apply_updates(slots: Slots, updates: SlotUpdates) -> Slots:
     """Initialises slots, then adds pages; entries whose slot is out of range are dropped."""
-    init, slot = updates.inits, updates.inits[:, 0]
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot].set(new, mode="drop")
-
-    def floats(column: int) -> jax.Array:
-        return jax.lax.bitcast_convert_type(init[:, column], jnp.float32)
-
-    add_slot, add_index, page = updates.page_adds.T
-    return slots.replace(
-        last_token=put(slots.last_token, jnp.zeros_like(slot)),
-        position=put(slots.position, init[:, 1]),
-        remaining=put(slots.remaining, init[:, 2]),
-        min_remaining=put(slots.min_remaining, init[:, 3]),
-        sample_index=put(slots.sample_index, init[:, 4]),
-        choice=put(slots.choice, init[:, 5]),
-        seed=put(slots.seed, jax.lax.bitcast_convert_type(init[:, 6:8], jnp.uint32)),
-        top_k=put(slots.top_k, init[:, 8]),
-        adapter=put(slots.adapter, init[:, 9]),
-        temperature=put(slots.temperature, floats(10)),
-        top_p=put(slots.top_p, floats(11)),
-        min_p=put(slots.min_p, floats(12)),
-        stop_ids=put(slots.stop_ids, init[:, 13:]),
-        page_table=slots.page_table.at[add_slot, add_index].set(page, mode="drop"),
-    )
+    slot, index, page = updates.page_adds.T
+    return slots.put(updates.inits[:, 0], updates.inits[:, 1:]).put_pages(slot, index, page)

@@ -16,6 +16,8 @@ from ..errors import InvalidConfig
 
 MAX_PROGRAMS = 32
 
+_FEW_ROWS = 8
+
 
 class Sampler(IntEnum):
     """What the end of a step program can do; each includes the ones before it."""
@@ -23,7 +25,7 @@ class Sampler(IntEnum):
     GREEDY = 0
     """Arg-max only."""
     SAMPLE = 1
-    """Temperature, top-k, top-p, min-p, per row."""
+    """Temperature, top-k, top-p, min-p, min-tokens, per row."""
     LOGPROBS = 2
     """SAMPLE, and log-probabilities of the chosen and the MAX_LOGPROBS likeliest tokens."""
 
@@ -52,11 +54,11 @@ def _doublings(first: int, last: int) -> list[int]:
 
 
 def _thin(sizes: list[int], keep: int) -> list[int]:
-    """At most `keep` of `sizes`, the largest always among them, evenly spread."""
+    """At most `keep` of `sizes`, evenly spread, the largest always among them."""
     if keep >= len(sizes):
         return sizes
-    picks = {round((i + 1) * len(sizes) / keep) - 1 for i in range(keep)}
-    return [sizes[i] for i in sorted(picks)]
+    picks = {round(i * (len(sizes) - 1) / max(keep - 1, 1)) for i in range(keep)}
+    return [sizes[i] for i in sorted({*picks, len(sizes) - 1})][-keep:]
 
 
 class Ladder:
@@ -126,12 +128,14 @@ def make_ladder(max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGR
 
     Decode rungs double from 8 rows to `max_rows` (and one of a single row); mixed rungs double from
     64 tokens to `max_tokens`, with few rows for the prompt that arrives on an idle engine and with
-    all rows for the busy one. Log-probabilities, asked for rarely, get a coarser set.
+    all rows for the busy one. Where that makes too many programs they are thinned out, evenly.
+    Log-probabilities, asked for rarely, get a coarse set.
 
     Args:
       max_rows: most rows a step may have (the number of slots).
       max_tokens: most tokens a step may have; must exceed `max_rows`.
-      max_programs: bound on the number of rungs.
+      max_programs: bound on the number of rungs; at least 6 (a decode and a mixed rung for each
+        sampler).
     """
     if max_tokens <= max_rows:
         raise InvalidConfig(
@@ -139,34 +143,29 @@ def make_ladder(max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGR
             "that a step with every slot decoding still has room for a prompt chunk"
         )
     decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
-    few = min(8, max_rows)
-    tokens = [t for t in _doublings(64, max_tokens) if t > few] or [max_tokens]
-    mixed = [(t, few) for t in tokens] + [(t, max_rows) for t in tokens if t > max_rows]
-    mixed = sorted(set(mixed))
-    # Two full sets (greedy, sampled) and a coarse one for log-probabilities.
-    coarse_decode = _thin(decode, 3)
-    coarse_mixed = [(t, max_rows) for t in _thin([t for t in tokens if t > max_rows], 2)]
-    room = max_programs - len(coarse_decode) - len(coarse_mixed)
-    while 2 * (len(decode) + len(mixed)) > room:
-        # Drop the small-row mixed rungs first, largest first: their padding costs the least there.
-        few_rows = [m for m in mixed if m[1] == few and few != max_rows]
-        if len(few_rows) > 2:
-            mixed.remove(few_rows[-1])
-        elif len(decode) > 3:
+    few = max_rows if max_rows < 4 * _FEW_ROWS else _FEW_ROWS
+    sizes = [t for t in _doublings(64, max_tokens) if t > few]
+    all_rows = [t for t in sizes if t > max_rows]
+    alone = [t for t in sizes if few < max_rows]
+
+    spare = max_programs >= 24  # enough for more than one size of each kind
+    logprobs = [(n, n) for n in _thin(decode, 3 if spare else 1)]
+    logprobs += [(t, max_rows) for t in _thin(all_rows, 2 if spare else 1)]
+    # What is left is for two full sets, greedy and sampled.
+    room = (max_programs - len(logprobs)) // 2
+    while len(decode) + len(all_rows) + len(alone) > room:
+        # Large prompts fill the rungs with all rows well enough; then whatever has most goes.
+        if len(alone) > 2:
+            alone = alone[:-1]
+        elif len(decode) >= len(all_rows) and len(decode) > 1:
             decode = _thin(decode, len(decode) - 1)
+        elif len(all_rows) > 1:
+            all_rows = _thin(all_rows, len(all_rows) - 1)
+        elif alone:
+            alone = alone[:-1]
         else:
-            break
-    buckets = [
-        Bucket(t, r, s)
-        for s in (Sampler.GREEDY, Sampler.SAMPLE)
-        for t, r in [*((n, n) for n in decode), *mixed]
-    ]
-    buckets += [Bucket(n, n, Sampler.LOGPROBS) for n in coarse_decode]
-    buckets += [Bucket(t, r, Sampler.LOGPROBS) for t, r in coarse_mixed]
-    ladder = Ladder(buckets)
-    if len(ladder) > max_programs:
-        raise InvalidConfig(
-            f"ladder: {len(ladder)} programs for {max_rows} rows and {max_tokens} tokens, "
-            f"at most {max_programs}"
-        )
-    return ladder
+            raise InvalidConfig(f"max_programs: got {max_programs}, must be at least 6")
+    full = [(n, n) for n in decode]
+    full += [(t, max_rows) for t in all_rows] + [(t, few) for t in alone]
+    buckets = [Bucket(t, r, s) for s in (Sampler.GREEDY, Sampler.SAMPLE) for t, r in full]
+    return Ladder(buckets + [Bucket(t, r, Sampler.LOGPROBS) for t, r in logprobs])

@@ -18,23 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from .plan import MAX_LOGPROBS, Sampler
+from .slots import SlotRows
 
 _BITS = 32
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowSampling:
-    """Sampling state of R rows, gathered from their slots."""
-
-    temperature: jax.Array  # float32 [R]
-    top_k: jax.Array  # int32 [R]
-    top_p: jax.Array  # float32 [R]
-    min_p: jax.Array  # float32 [R]
-    seed: jax.Array  # uint32 [R, 2]
-    choice: jax.Array  # int32 [R]
-    sample_index: jax.Array  # int32 [R]
-    banned: jax.Array  # int32 [R, B] token ids that may not come next; out of range for none
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +36,7 @@ class Sampled:
     top_logprobs: jax.Array | None = None  # float32 [R, MAX_LOGPROBS]
 
 
-def sample(logits: jax.Array, rows: RowSampling, sampler: Sampler) -> Sampled:
+def sample(logits: jax.Array, rows: SlotRows, sampler: Sampler) -> Sampled:
     """One token a row.
 
     Args:
@@ -59,21 +45,28 @@ def sample(logits: jax.Array, rows: RowSampling, sampler: Sampler) -> Sampled:
       sampler: static; what this program can do (greedy rows are honoured by all).
     """
     not_finite = ~jnp.all(jnp.isfinite(logits), axis=-1)
-    allowed = _ban(logits, rows.banned)
-    tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
-    if sampler >= Sampler.SAMPLE:
-        tokens = jnp.where(rows.temperature > 0, _draw(allowed, rows), tokens)
-    if sampler < Sampler.LOGPROBS:
+    if sampler == Sampler.GREEDY:
+        return Sampled(_likeliest(logits), not_finite)
+    allowed = _hold_off_stops(logits, rows)
+    tokens = jnp.where(rows.temperature > 0, _draw(allowed, rows), _likeliest(allowed))
+    if sampler == Sampler.SAMPLE:
         return Sampled(tokens, not_finite)
     return _with_logprobs(logits, Sampled(tokens, not_finite))
 
 
-def _ban(logits: jax.Array, banned: jax.Array) -> jax.Array:
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[rows, banned].set(-jnp.inf, mode="drop")
+def _likeliest(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _draw(logits: jax.Array, rows: RowSampling) -> jax.Array:
+def _hold_off_stops(logits: jax.Array, rows: SlotRows) -> jax.Array:
+    """Rows that still owe min_tokens cannot choose a stop id."""
+    vocab = logits.shape[-1]
+    held = (rows.min_remaining > 0)[:, None] & (rows.stop_ids >= 0)
+    banned = jnp.where(held, rows.stop_ids, vocab)  # out of range is dropped
+    return logits.at[jnp.arange(logits.shape[0])[:, None], banned].set(-jnp.inf, mode="drop")
+
+
+def _draw(logits: jax.Array, rows: SlotRows) -> jax.Array:
     """A token from each row's truncated, tempered distribution [R, V] -> int32 [R]."""
     # A greedy row's temperature of 0 would divide by zero; its draw is not used.
     tempered = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]

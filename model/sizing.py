@@ -1,4 +1,4 @@
-"""How large an engine is: slots, tokens a step, pages, and the memory they take. Pure, no JAX.
+"""How large an engine is: slots, tokens a step, pages, and the memory they take. Pure.
 
 The page count follows from the configuration and the device's capacity, never from what happens to
 be free at the moment, so the same command makes the same programs every time.
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from ..config import EngineConfig
 from ..errors import InvalidConfig
 from .config import DTYPE_BYTES, ModelConfig
-from .ladder import make_ladder
-from .plan import MAX_STOP_IDS, RunnerSpec
+from .ladder import MAX_PROGRAMS, make_ladder
+from .plan import RunnerSpec
+from .slots import SLOT_WORDS
 
 _KV_SHARE = 0.5
 """Share of the memory left beside the weights that KV pages take unless told otherwise."""
@@ -25,10 +26,11 @@ class Defaults:
 
     num_seqs: int
     batched_tokens: int
+    programs: int
 
 
-_DEFAULTS = {"cpu": Defaults(16, 256)}
-_ACCELERATOR = Defaults(256, 2048)
+_DEFAULTS = {"cpu": Defaults(16, 256, 12)}  # compiling is slow there, padding cheap
+_ACCELERATOR = Defaults(256, 2048, MAX_PROGRAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def settle(
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
     num_seqs = config.max_num_seqs or defaults.num_seqs
     tokens = config.max_batched_tokens or max(defaults.batched_tokens, 2 * num_seqs)
-    ladder = make_ladder(num_seqs, tokens)
+    ladder = make_ladder(num_seqs, tokens, max_programs=defaults.programs)
     longest = _longest(config, model)
 
     weights = weight_bytes(model, dtype)
@@ -140,7 +142,7 @@ def settle(
         prefill_chunk=min(config.prefill_chunk or tokens, tokens),
         weight_bytes=weights,
         kv_bytes=pages * page_bytes,
-        slot_bytes=num_seqs * 4 * (13 + MAX_STOP_IDS + per_seq),
+        slot_bytes=num_seqs * 4 * (SLOT_WORDS + per_seq),
         token_bytes=kv_token_bytes,
         capacity=capacity,
         notes=tuple(notes),

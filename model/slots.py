@@ -2,73 +2,190 @@
 
 The next step reads a slot's last token and position here, on the device, so launching step N+1
 never waits for the tokens of step N. What the host knows of a position is an upper bound.
+
+All scalars of a slot lie side by side in one int32 row (floats as their bits): admitting a slot,
+reading the rows of a step and moving them on are then one gather or scatter each, where a dozen
+arrays would take a dozen kernels a step. `SlotRows` gives the words their names back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from .mesh import Mesh
-from .plan import MAX_STOP_IDS
+from .plan import MAX_STOP_IDS, SlotInit
 
 NO_TOKEN = -1
 """Fills unused stop ids; equals no token."""
 
 
+class Word(IntEnum):
+    """Where each scalar lies in a slot's row. Those up to SAMPLE_INDEX change every step."""
+
+    LAST_TOKEN = 0
+    POSITION = 1
+    REMAINING = 2
+    MIN_REMAINING = 3
+    SAMPLE_INDEX = 4
+    CHOICE = 5
+    SEED_HIGH = 6
+    SEED_LOW = 7
+    TOP_K = 8
+    ADAPTER = 9
+    TEMPERATURE = 10  # float32, as are the next two
+    TOP_P = 11
+    MIN_P = 12
+    STOP_IDS = 13  # MAX_STOP_IDS words
+
+
+_MOVING = Word.SAMPLE_INDEX + 1
+SLOT_WORDS = Word.STOP_IDS + MAX_STOP_IDS
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """S slots. A slot with remaining == 0 is frozen: its rows write, emit and change nothing."""
+    """S slots. A slot whose REMAINING is 0 is frozen: its rows write, emit and change nothing."""
 
-    last_token: jax.Array  # int32 [S] input of the next decode row
-    position: jax.Array  # int32 [S] where that token goes = tokens with KV in the pages
-    remaining: jax.Array  # int32 [S] output tokens still allowed
-    min_remaining: jax.Array  # int32 [S] output tokens that may not be a stop id
-    sample_index: jax.Array  # int32 [S] index of the next output token
-    seed: jax.Array  # uint32 [S, 2] high and low word
-    choice: jax.Array  # int32 [S]
-    temperature: jax.Array  # float32 [S] 0 = greedy
-    top_k: jax.Array  # int32 [S] 0 = off
-    top_p: jax.Array  # float32 [S] 1 = off
-    min_p: jax.Array  # float32 [S] 0 = off
-    adapter: jax.Array  # int32 [S] 0 = the base model
-    stop_ids: jax.Array  # int32 [S, MAX_STOP_IDS] NO_TOKEN where unused
+    words: jax.Array  # int32 [S, SLOT_WORDS]
     page_table: jax.Array  # int32 [S, M] page of each page-sized stretch; 0 where unused
 
     @property
     def num_slots(self) -> int:
-        return self.last_token.shape[0]
+        return self.words.shape[0]
 
-    def replace(self, **changes: jax.Array) -> Slots:
-        return dataclasses.replace(self, **changes)
+    def rows(self, slot: jax.Array) -> SlotRows:
+        """The state of `slot` int32 [R]; out-of-range slots read as the last one."""
+        return SlotRows(self.words[slot])
+
+    def put(self, slot: jax.Array, words: jax.Array) -> Slots:
+        """Writes `words` [R, SLOT_WORDS] to `slot` [R]; out-of-range slots are dropped."""
+        return Slots(self.words.at[slot].set(words, mode="drop"), self.page_table)
+
+    def put_pages(self, slot: jax.Array, index: jax.Array, page: jax.Array) -> Slots:
+        """Sets page-table entries (slot, index), each [A]; out-of-range slots are dropped."""
+        return Slots(self.words, self.page_table.at[slot, index].set(page, mode="drop"))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotRows:
+    """The state of the R slots that a step runs, by name. Each is [R] unless said otherwise."""
+
+    words: jax.Array  # int32 [R, SLOT_WORDS]
+
+    def _int(self, word: Word) -> jax.Array:
+        return self.words[:, word]
+
+    def _float(self, word: Word) -> jax.Array:
+        return jax.lax.bitcast_convert_type(self.words[:, word], jnp.float32)
+
+    @property
+    def last_token(self) -> jax.Array:
+        """Input of the next decode row."""
+        return self._int(Word.LAST_TOKEN)
+
+    @property
+    def position(self) -> jax.Array:
+        """Where that token goes: the tokens whose KV is in the pages."""
+        return self._int(Word.POSITION)
+
+    @property
+    def remaining(self) -> jax.Array:
+        """Output tokens still allowed; 0 is frozen."""
+        return self._int(Word.REMAINING)
+
+    @property
+    def min_remaining(self) -> jax.Array:
+        """Above 0: so many more output tokens may not be a stop id."""
+        return self._int(Word.MIN_REMAINING)
+
+    @property
+    def sample_index(self) -> jax.Array:
+        """Index of the next output token."""
+        return self._int(Word.SAMPLE_INDEX)
+
+    @property
+    def choice(self) -> jax.Array:
+        return self._int(Word.CHOICE)
+
+    @property
+    def seed(self) -> jax.Array:
+        """uint32 [R, 2], high word first."""
+        words = self.words[:, Word.SEED_HIGH : Word.SEED_LOW + 1]
+        return jax.lax.bitcast_convert_type(words, jnp.uint32)
+
+    @property
+    def top_k(self) -> jax.Array:
+        """0 is off."""
+        return self._int(Word.TOP_K)
+
+    @property
+    def temperature(self) -> jax.Array:
+        """float32; 0 is greedy."""
+        return self._float(Word.TEMPERATURE)
+
+    @property
+    def top_p(self) -> jax.Array:
+        """float32; 1 is off."""
+        return self._float(Word.TOP_P)
+
+    @property
+    def min_p(self) -> jax.Array:
+        """float32; 0 is off."""
+        return self._float(Word.MIN_P)
+
+    @property
+    def stop_ids(self) -> jax.Array:
+        """int32 [R, MAX_STOP_IDS]; NO_TOKEN where unused."""
+        return self.words[:, Word.STOP_IDS :]
+
+    def moved(
+        self,
+        last_token: jax.Array,
+        position: jax.Array,
+        remaining: jax.Array,
+        min_remaining: jax.Array,
+        sample_index: jax.Array,
+    ) -> jax.Array:
+        """The rows' words with these new values, [R, SLOT_WORDS]."""
+        moving = [last_token, position, remaining, min_remaining, sample_index]
+        return jnp.concatenate([jnp.stack(moving, axis=1), self.words[:, _MOVING:]], axis=1)
+
+
+def init_words(init: SlotInit, out: NDArray[np.int32]) -> None:
+    """Writes the words of a freshly admitted slot to `out` [SLOT_WORDS], on the host."""
+    seed = init.seed & (2**64 - 1)
+    out[: Word.SEED_HIGH] = (
+        NO_TOKEN,  # the first decode row's token comes from the prompt's last row
+        init.position,
+        init.remaining,
+        init.min_remaining,
+        init.sample_index,
+        init.choice,
+    )
+    out[Word.SEED_HIGH : Word.TOP_K].view(np.uint32)[:] = (seed >> 32, seed & 0xFFFFFFFF)
+    out[Word.TOP_K : Word.TEMPERATURE] = (init.top_k, init.adapter)
+    out[Word.TEMPERATURE : Word.STOP_IDS].view(np.float32)[:] = (
+        init.temperature,
+        init.top_p,
+        init.min_p,
+    )
+    out[Word.STOP_IDS :] = NO_TOKEN
+    out[Word.STOP_IDS : Word.STOP_IDS + len(init.stop_ids)] = init.stop_ids
 
 
 def abstract_slots(num_slots: int, pages_per_seq: int, mesh: Mesh) -> Slots:
     """Shapes, dtypes and placement (a copy on every device), for compiling ahead."""
 
-    def array(dtype: str, *tail: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            (num_slots, *tail), jnp.dtype(dtype), sharding=mesh.of(("slots", *(None for _ in tail)))
-        )
+    def array(width: int) -> jax.ShapeDtypeStruct:
+        sharding = mesh.of(("slots", None))
+        return jax.ShapeDtypeStruct((num_slots, width), jnp.int32, sharding=sharding)
 
-    ints, floats = array("int32"), array("float32")
-    return Slots(
-        last_token=ints,
-        position=ints,
-        remaining=ints,
-        min_remaining=ints,
-        sample_index=ints,
-        seed=array("uint32", 2),
-        choice=ints,
-        temperature=floats,
-        top_k=ints,
-        top_p=floats,
-        min_p=floats,
-        adapter=ints,
-        stop_ids=array("int32", MAX_STOP_IDS),
-        page_table=array("int32", pages_per_seq),
-    )
+    return Slots(words=array(SLOT_WORDS), page_table=array(pages_per_seq))

@@ -34,8 +34,8 @@ from .inputs import (
 from .kernels.attention.api import ragged_paged_attention
 from .kernels.kv_write import write_kv
 from .plan import MAX_LOGPROBS, Emit, LogprobArrays, Sampler, StepOutputs
-from .sampling import RowSampling, Sampled, sample
-from .slots import Slots
+from .sampling import Sampled, sample
+from .slots import SlotRows, Slots
 from .weights import Params
 
 Step = Callable[[Params, Slabs, Slots, jax.Array], tuple[Slabs, Slots, jax.Array]]
@@ -50,8 +50,8 @@ _NO_PAGE = -1  # a write to it is dropped
 class _Placed:
     """Where each token and row of a step lies."""
 
+    rows: SlotRows  # [R] the slots' state before this step
     live: jax.Array  # bool [R] a real row of a slot that is not frozen
-    starts: jax.Array  # int32 [R] position of the row's first token
     cu: jax.Array  # int32 [R + 1] running sum of counts
     tokens: jax.Array  # int32 [T]
     positions: jax.Array  # int32 [T]
@@ -84,7 +84,7 @@ def make_step(decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: 
             return ragged_paged_attention(
                 q,
                 slab,
-                jnp.where(placed.live, placed.starts + inputs.counts, 0),
+                jnp.where(placed.live, placed.rows.position + inputs.counts, 0),
                 placed.page_table,
                 placed.cu,
                 inputs.num_rows,
@@ -101,8 +101,7 @@ def make_step(decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: 
         logits = model.logits(hidden if bucket.decode_only else hidden[last])
 
         with jax.named_scope("sample"):
-            sampled = sample(logits, _row_sampling(slots, inputs.slots, logits.shape[-1]),
-                             bucket.sampler)  # fmt: skip
+            sampled = sample(logits, placed.rows, bucket.sampler)
             emitted = placed.live & (inputs.emits == Emit.TOKEN)
             slots = _advance(slots, inputs, placed, emitted, sampled.tokens)
             outputs = _pack_outputs(sampled, emitted)
@@ -131,63 +130,41 @@ def make_admit(groups: tuple[CacheGroup, ...]) -> Admit:
 def _place(inputs: StepInputs, slots: Slots, layout: InputLayout) -> _Placed:
     """Finds each row's tokens, positions and pages."""
     bucket = layout.bucket
-    rows = jnp.arange(bucket.rows)
-    slot = inputs.slots
-    live = (rows < inputs.num_rows) & (slots.remaining[slot] > 0)
-    starts = slots.position[slot]
+    rows = slots.rows(inputs.slots)
+    at_row = jnp.arange(bucket.rows)
+    live = (at_row < inputs.num_rows) & (rows.remaining > 0)
     cu = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(inputs.counts, dtype=jnp.int32)])
     at = jnp.arange(bucket.tokens)
     if inputs.prompt_tokens is None:
-        row, tokens, positions = rows, slots.last_token[slot], starts
+        row, tokens, positions = at_row, rows.last_token, rows.position
     else:
         row = jnp.sum(at[:, None] >= cu[None, 1:], axis=1)  # rows that end at or before this token
         row = jnp.minimum(row, bucket.rows - 1)
         decodes = at < inputs.num_decode
-        tokens = jnp.where(decodes, slots.last_token[slot[row]], inputs.prompt_tokens)
-        positions = starts[row] + at - cu[row]
+        tokens = jnp.where(decodes, rows.last_token[row], inputs.prompt_tokens)
+        positions = rows.position[row] + at - cu[row]
     written = live[row] & (at < cu[-1])
-    page_table = slots.page_table[slot]
+    page_table = slots.page_table[inputs.slots]
     index = jnp.minimum(positions // layout.page_size, page_table.shape[1] - 1)
     pages = jnp.where(written, page_table[row, index], _NO_PAGE)
-    return _Placed(
-        live, starts, cu, tokens, positions, pages, positions % layout.page_size, page_table
-    )
-
-
-def _row_sampling(slots: Slots, slot: jax.Array, vocab: int) -> RowSampling:
-    stops = slots.stop_ids[slot]
-    held_off = (slots.min_remaining[slot] > 0)[:, None] & (stops >= 0)
-    return RowSampling(
-        temperature=slots.temperature[slot],
-        top_k=slots.top_k[slot],
-        top_p=slots.top_p[slot],
-        min_p=slots.min_p[slot],
-        seed=slots.seed[slot],
-        choice=slots.choice[slot],
-        sample_index=slots.sample_index[slot],
-        banned=jnp.where(held_off, stops, vocab),
-    )
+    offsets = positions % layout.page_size
+    return _Placed(rows, live, cu, tokens, positions, pages, offsets, page_table)
 
 
 def _advance(
     slots: Slots, inputs: StepInputs, placed: _Placed, emitted: jax.Array, tokens: jax.Array
 ) -> Slots:
     """Moves the slots of live rows on; a stop id or the last allowed token freezes a slot."""
-    slot = jnp.where(placed.live, inputs.slots, slots.num_slots)
-    one = emitted.astype(jnp.int32)
-    stopped = jnp.any(tokens[:, None] == slots.stop_ids[inputs.slots], axis=-1)
-    remaining = jnp.where(emitted & stopped, 0, slots.remaining[inputs.slots] - one)
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot].set(new, mode="drop")
-
-    return slots.replace(
-        position=put(slots.position, placed.starts + inputs.counts),
-        last_token=put(slots.last_token, tokens),
-        remaining=put(slots.remaining, remaining),
-        min_remaining=put(slots.min_remaining, slots.min_remaining[inputs.slots] - one),
-        sample_index=put(slots.sample_index, slots.sample_index[inputs.slots] + one),
+    rows, one = placed.rows, emitted.astype(jnp.int32)
+    stopped = emitted & jnp.any(tokens[:, None] == rows.stop_ids, axis=-1)
+    words = rows.moved(
+        last_token=tokens,
+        position=rows.position + inputs.counts,
+        remaining=jnp.where(stopped, 0, rows.remaining - one),
+        min_remaining=rows.min_remaining - one,
+        sample_index=rows.sample_index + one,
     )
+    return slots.put(jnp.where(placed.live, inputs.slots, slots.num_slots), words)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ first, as the contract wants.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,24 +25,33 @@ class Flight:
 
 
 class StepBuilder:
-    """Gathers the rows of one step."""
+    """Gathers the rows of one step, and notes in their sequences what it may bring."""
 
     def __init__(self, k: int):
         self.k = k
         self.sampler = Sampler.GREEDY
-        self.decodes: list[Sequence] = []
-        self.decode_starts: list[int] = []
+        self._decodes: list[Sequence] = []
+        self._decode_starts: list[int] = []
         self._prompts: list[Sequence] = []
         self._prompt_starts: list[int] = []
         self._counts: list[int] = []
         self._emits: list[int] = []
-        self._tokens: list[int] = []
+        self._tokens = array("i")
         self._page_adds: list[int] = []  # (slot, index, page) after one another
         self._inits: list[SlotInit] = []
 
+    def decode(self, seq: Sequence, start: int) -> None:
+        """A row that goes on from the sequence's last token, at `start` or a little before."""
+        self._decodes.append(seq)
+        self._decode_starts.append(start)
+        if seq.sampler > self.sampler:
+            self.sampler = seq.sampler
+        seq.unread += self.k
+        seq.in_flight += 1
+
     @property
     def rows(self) -> int:
-        return len(self.decodes) + len(self._prompts)
+        return len(self._decodes) + len(self._prompts)
 
     def prompt(self, seq: Sequence, start: int, end: int) -> None:
         """A row for positions [start, end) of what a sequence must prefill.
@@ -57,6 +67,8 @@ class StepBuilder:
         self._tokens += seq.tokens[start:end]
         if last and seq.sampler > self.sampler:
             self.sampler = seq.sampler
+        seq.unread += last
+        seq.in_flight += 1
 
     def pages(self, slot: int, first: int, pages: list[int]) -> None:
         """Page-table entries of a slot, from index `first` on."""
@@ -87,13 +99,13 @@ class StepBuilder:
 
     def build(self, ladder: Ladder) -> Flight:
         """The plan, on the cheapest step program that holds it."""
-        decodes = len(self.decodes)
-        rows = self.decodes + self._prompts
+        decodes = len(self._decodes)
+        rows = self._decodes + self._prompts
         tokens = decodes + len(self._tokens)
         plan = StepPlan(
             slots=np.array([seq.slot for seq in rows], np.int32),
             generations=np.array([seq.generation for seq in rows], np.int32),
-            starts=np.array(self.decode_starts + self._prompt_starts, np.int32),
+            starts=np.array(self._decode_starts + self._prompt_starts, np.int32),
             counts=np.array([1] * decodes + self._counts, np.int32),
             emits=np.array([int(Emit.TOKEN)] * decodes + self._emits, np.int32),
             num_decode=decodes,
@@ -103,5 +115,5 @@ class StepBuilder:
             inits=tuple(self._inits),
             k=self.k,
         )
-        promised = [self.k] * decodes + [int(emit == Emit.TOKEN) for emit in self._emits]
+        promised = [self.k] * decodes + [emit == Emit.TOKEN for emit in self._emits]
         return Flight(plan, rows, promised)

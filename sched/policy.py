@@ -59,7 +59,7 @@ class Ranked(Collection[Sequence]):
     def remove(self, seq: Sequence) -> None:
         at = bisect_left(self._items, self._key(seq), key=self._key)
         if at == len(self._items) or self._items[at] is not seq:
-            raise RuntimeError(f"request {seq.request.id!r} is not in this list")
+            raise RuntimeError(f"request {seq.id!r} is not in this list")
         del self._items[at]
 
 

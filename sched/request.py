@@ -120,7 +120,9 @@ class SamplingParams:
         """The poorest step-program ending that honours these parameters."""
         if self.logprobs is not None:
             return Sampler.LOGPROBS
-        return Sampler.GREEDY if self.temperature == 0 else Sampler.SAMPLE
+        if self.temperature > 0 or self.min_tokens > 0:  # min_tokens masks stop ids
+            return Sampler.SAMPLE
+        return Sampler.GREEDY
 
 
 _UNSERVED = (
@@ -201,9 +203,11 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestOutput:
-    """What one engine step gave one request.
+    """What one engine step gave one request. Nobody changes one after it was made.
+
+    Not frozen, unlike the rest: one is made per row and step, and freezing would triple its cost.
 
     Attributes:
       request_id: of the Request.

@@ -10,17 +10,13 @@ from .request import FinishReason, TokenLogprobs
 from .sequence import Sequence
 
 
-def accept(seq: Sequence, sampled: list[int]) -> tuple[int, FinishReason | None]:
-    """Appends sampled tokens up to the one that ends the request.
+def accept(seq: Sequence, sampled: list[int]) -> FinishReason | None:
+    """Appends sampled tokens, and returns why they end the request, if they do.
 
-    A device may run past a stop, and past tokens that the host knows to be the last; those are
-    dropped here, so they never reach a caller nor the prefix index.
-
-    Returns:
-      How many of the tokens count, and why the request ends, if it does.
+    A device may run past a stop, and past what the host knows to be the last token. That is cut off
+    `sampled` here, so it reaches neither a caller nor the prefix index.
     """
-    left = seq.max_tokens - seq.outputs
-    count, reason = len(sampled), None
+    count, left, reason = len(sampled), seq.max_tokens - seq.outputs, None
     if count >= left:
         count, reason = left, FinishReason.LENGTH
     if not seq.stop_ids.isdisjoint(sampled):
@@ -30,8 +26,9 @@ def accept(seq: Sequence, sampled: list[int]) -> tuple[int, FinishReason | None]
             if sampled[at] in seq.stop_ids:
                 count, reason = at + 1, FinishReason.STOP
                 break
-    seq.tokens += sampled if count == len(sampled) else sampled[:count]
-    return count, reason
+    del sampled[count:]
+    seq.tokens.extend(sampled)
+    return reason
 
 
 def logprobs_of(

@@ -86,13 +86,13 @@ class Roster:
             self.waiting.remove(seq)
         if seq.request.deadline is not None:
             self._deadlines.remove(seq)
-        del self._by_id[seq.request.id]
+        del self._by_id[seq.id]
         seq.ended = True
         self.finished += 1
         at_stop = reason is FinishReason.STOP and tokens and tokens[-1] in seq.stop_ids
         self.outbox.append(
             RequestOutput(
-                request_id=seq.request.id,
+                request_id=seq.id,
                 tokens=tokens,
                 logprobs=logprobs,
                 finish_reason=reason,
@@ -123,9 +123,9 @@ class Roster:
             raise RuntimeError("the set of prefilling sequences is wrong")
         for seq in holders:
             if seq.generation != self._generations[seq.slot] or seq.ended:
-                raise RuntimeError(f"request {seq.request.id!r} runs in a slot it lost")
+                raise RuntimeError(f"request {seq.id!r} runs in a slot it lost")
             if seq.scheduled > seq.kv.capacity:
-                raise RuntimeError(f"request {seq.request.id!r} has more tokens than page room")
+                raise RuntimeError(f"request {seq.id!r} has more tokens than page room")
         self._cache.check_integrity(seq.kv for seq in holders)
 
     def _vacate(self, seq: Sequence) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from ..errors import DeadlineExceeded, Internal, Overloaded
 from ..kv.accounting import PrefixCounters, RecomputeMeter, WasteMeter
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import RunnerSpec, StepOutputs, StepPlan
+from ..model.plan import LogprobArrays, RunnerSpec, StepOutputs, StepPlan
 from . import policy
 from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
@@ -141,7 +141,6 @@ class Scheduler:
         step = StepBuilder(self._decode_tokens())
         room = self._plan_running(step)
         self._admit(step, room)
-        self._observe_waste()
         return self._depart(step.build(self._spec.ladder)) if step.rows else None
 
     def _decode_tokens(self) -> int:
@@ -160,7 +159,7 @@ class Scheduler:
         One pass in order of service, so that who gives way is not yet part of the step.
         """
         running, prefilling = self._roster.running, self._roster.prefilling
-        k, decodes, starts = step.k, step.decodes, step.decode_starts
+        k = step.k
         prompt_room = self._max_tokens - (len(running) - len(prefilling))
         pages_short, self._resting = False, None
         for seq in tuple(running):
@@ -174,14 +173,13 @@ class Scheduler:
                 continue
             start = len(seq.tokens) - 1 + seq.unread
             # At the limit, its last token is on the way; should fewer arrive, it runs again.
-            if start >= seq.limit or len(decodes) >= self._max_rows:
+            if start >= seq.limit or step.rows >= self._max_rows:
                 continue
             end = min(start + k, seq.limit)
-            if end > seq.kv.capacity and not self._grow(step, seq, end):
+            if end <= seq.kv.capacity or self._grow(step, seq, end):
+                step.decode(seq, start)
+            else:
                 pages_short = True
-                continue
-            decodes.append(seq)
-            starts.append(start)
         # Nobody comes in while pages are short, or who gave way would be back at once.
         return 0 if pages_short else prompt_room
 
@@ -246,10 +244,7 @@ class Scheduler:
         self._roster.suspend(seq)
 
     def _depart(self, flight: Flight) -> StepPlan:
-        """Notes what the step may bring."""
-        for seq, promised in zip(flight.rows, flight.promised, strict=True):
-            seq.unread += promised
-            seq.in_flight += 1
+        """Counts a step that is about to be launched."""
         self._flights.append(flight)
         self._counters.steps += 1
         self._counters.real_tokens += flight.plan.num_tokens
@@ -266,33 +261,35 @@ class Scheduler:
         sampled, counts = outputs.tokens.tolist(), outputs.n_valid.tolist()
         generations = plan.generations.tolist()
         bad = set(outputs.not_finite.nonzero()[0].tolist())
-        for row, (seq, promised) in enumerate(zip(flight.rows, flight.promised, strict=True)):
+        for row, seq in enumerate(flight.rows):
+            count = counts[row]
             if row in bad:
                 self._fail(seq, "its logits held an inf or NaN")
             elif not seq.ended and seq.generation == generations[row]:
                 seq.in_flight -= 1
-                seq.unread -= promised
-                if counts[row]:
-                    self._receive(seq, sampled[row][: counts[row]], row, outputs)
-                elif promised and row >= plan.num_decode:
+                seq.unread -= flight.promised[row]
+                if count:
+                    self._receive(seq, sampled[row][:count], row, outputs.logprobs)
+                elif flight.promised[row] and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
-        decoded = sum(counts[: plan.num_decode])
-        self._recompute.count(decoded, 0)
+        self._recompute.count(sum(counts[: plan.num_decode]), 0)
+        self._observe_waste()
         return self.take_outputs()
 
-    def _receive(self, seq: Sequence, tokens: list[int], row: int, outputs: StepOutputs) -> None:
+    def _receive(
+        self, seq: Sequence, tokens: list[int], row: int, arrays: LogprobArrays | None
+    ) -> None:
         """New tokens of one sequence."""
-        count, reason = accept(seq, tokens)
-        del tokens[count:]
-        self._counters.output_tokens += count
+        reason = accept(seq, tokens)
+        self._counters.output_tokens += len(tokens)
         # All but the last token are known to be part of the answer and have their KV.
         if len(seq.tokens) > seq.kv.index_at:
             self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
-        logprobs, wanted = None, seq.request.sampling.logprobs
-        if wanted is not None and outputs.logprobs is not None:
-            logprobs = logprobs_of(outputs.logprobs, row, tokens, wanted)
+        logprobs = None
+        if arrays is not None and seq.request.sampling.logprobs is not None:
+            logprobs = logprobs_of(arrays, row, tokens, seq.request.sampling.logprobs)
         if reason is None:
-            self._roster.outbox.append(RequestOutput(seq.request.id, tuple(tokens), logprobs))
+            self._roster.outbox.append(RequestOutput(seq.id, tuple(tokens), logprobs))
         else:
             self._roster.end(seq, reason, tokens=tuple(tokens), logprobs=logprobs)
 
@@ -303,7 +300,7 @@ class Scheduler:
         """
         self._cache.forget(seq.kv)
         if not seq.ended:
-            error = Internal(f"request {seq.request.id!r}: {why}")
+            error = Internal(f"request {seq.id!r}: {why}")
             self._roster.end(seq, FinishReason.ERROR, error=error)
 
     def requeue_all(self, fault: Exception) -> None:
@@ -313,7 +310,7 @@ class Scheduler:
         for seq in tuple(self._roster.running):
             if seq.requeues:
                 error = Internal(
-                    f"request {seq.request.id!r}: a device step failed for the second time: {fault}"
+                    f"request {seq.id!r}: a device step failed for the second time: {fault}"
                 )
                 self._roster.end(seq, FinishReason.ERROR, error=error)
             else:
@@ -372,9 +369,7 @@ class Scheduler:
 
     def _observe_waste(self) -> None:
         """Full pages may be held by many; what is empty belongs to one alone."""
-        empty = 0
-        for seq in self._roster.running:
-            done = seq.prefilled if seq.prefilled < seq.target else len(seq.tokens) - 1 + seq.unread
-            empty += seq.kv.capacity - done
-        allocated = self._cache.owned * self._cache.page_size
-        self._waste.observe(allocated - empty, allocated)
+        if self._waste.due or not self._roster.running:
+            empty = sum(seq.kv.capacity - seq.scheduled for seq in self._roster.running)
+            allocated = self._cache.owned * self._cache.page_size
+            self._waste.observe(allocated - empty, allocated)

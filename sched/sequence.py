@@ -4,11 +4,13 @@ Two counts say how far a running sequence has come:
 
   prefilled  positions of tokens[:target] whose computation was scheduled; exact.
   unread     most tokens that launched steps may still bring; the host's bound on the position of
-             the next decode row is len(tokens) - 1 + unread, and pages are granted by that bound.
+             the next decode row is len(tokens) - 1 + unread, and pages are granted by that bound
+             (but not beyond `limit`, where the device stops by itself).
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from ..kv.cache import Holding
@@ -27,14 +29,17 @@ class Sequence:
     max_tokens: int  # resolved: never None
     chain: Chain
 
-    # Copied from the request, because each step looks at them.
+    # Derived from the request once, because each step looks at them.
+    id: str = field(init=False)
     rank: tuple[int, int] = field(init=False)  # order of service
     prompt_len: int = field(init=False)
     limit: int = field(init=False)  # positions that can ever be needed
     sampler: Sampler = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
 
-    tokens: list[int] = field(init=False)  # the prompt, then all output known so far
+    # The prompt, then all output known so far. An array is hashed fast, and the garbage collector
+    # does not walk it.
+    tokens: array[int] = field(init=False)
     cached_tokens: int = -1  # prompt tokens found in the prefix index; -1 before admission
     recompute_until: int = 0  # positions that were computed before a preemption
     requeues: int = 0  # device failures survived
@@ -51,12 +56,13 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request = self.request
+        self.id = request.id
         self.rank = (request.priority, self.arrival)
         self.prompt_len = len(request.prompt)
         self.limit = self.prompt_len + self.max_tokens - 1  # the last token's KV is never needed
         self.sampler = request.sampling.sampler
         self.stop_ids = stop_ids(request)
-        self.tokens = list(request.prompt)
+        self.tokens = array("i", request.prompt)
 
     @property
     def outputs(self) -> int:
@@ -70,7 +76,9 @@ class Sequence:
     @property
     def scheduled(self) -> int:
         """Positions whose computation was scheduled; an upper bound once it decodes."""
-        return self.prefilled if self.prefilling else len(self.tokens) - 1 + self.unread
+        if self.prefilling:
+            return self.prefilled
+        return min(len(self.tokens) - 1 + self.unread, self.limit)
 
 
 def stop_ids(request: Request) -> frozenset[int]:

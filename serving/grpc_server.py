@@ -24,6 +24,7 @@ from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.engine import Engine
 from ..sched.request import Request, RequestOutput
 from .answer import Answer, Chunk, Completion
+from .assemble import Assembled, Deliver
 from .intake import Intake
 from .wire import chunk_message, labels_of, prompt_of, response_message, sampling_of
 
@@ -197,9 +198,7 @@ class Server:
         await self._server.start()
         return self.port
 
-    async def open(
-        self, build: Callable[[Callable[[list[RequestOutput]], None]], tuple[Engine, Intake]]
-    ) -> Engine:
+    async def open(self, build: Callable[[Deliver], Assembled]) -> Assembled:
         """Builds the engine off the event loop, then serves it.
 
         Args:
@@ -207,10 +206,10 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         mailbox = Mailbox(loop)
-        engine, intake = await loop.run_in_executor(None, build, mailbox.deliver)
-        self._service.open(engine, intake, mailbox)
+        parts = await loop.run_in_executor(None, build, mailbox.deliver)
+        self._service.open(parts.engine, parts.intake, mailbox)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
-        return engine
+        return parts
 
     async def drain(self, timeout: float) -> None:
         """Takes no more calls, lets the running ones end for `timeout` seconds, then ends them."""

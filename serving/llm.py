@@ -23,7 +23,7 @@ from ..sched.stats import EngineStats
 from .answer import Answer, Chunk, Completion, Logprob, PositionLogprobs
 from .assemble import assemble
 from .intake import Intake, Messages, Prompt
-from .progress import Reporter
+from .progress import Reporter, Silent
 
 __all__ = ["LLM", "Chunk", "Completion", "Generation", "Logprob", "PositionLogprobs"]
 
@@ -96,29 +96,19 @@ class LLM:
         Raises:
           InvalidRequest: a prompt or parameter cannot be served; then none of them runs.
         """
-        texts = _as_list(prompts)
-        tokens = [self._intake.tokens_of(p) for p in texts]
+        prompts = _as_list(prompts)
+        tokens = [self._intake.tokens_of(p) for p in prompts]
         results = [
-            Generation(_text_of(p), list(t)) for p, t in zip(texts, tokens, strict=True)
+            Generation(_text_of(p), list(t), [Completion(index=0)])
+            for p, t in zip(prompts, tokens, strict=True)
         ]
-        requests = self._requests(tokens, sampling_params)
-        call, remaining = self._submit(requests), len(requests)
-        by_id = {r.id: g for r, g in zip(requests, results, strict=True)}
-        for generation in results:
-            generation.outputs = [Completion(index=0)]
-        try:
-            if progress is None:
-                for request_id, chunk in self._follow(call):
-                    _add(by_id[request_id], chunk)
-            else:
-                with progress.phase("generating") as update:
-                    update(0, len(requests))
-                    for request_id, chunk in self._follow(call):
-                        _add(by_id[request_id], chunk)
-                        remaining -= chunk.finish_reason is not None
-                        update(len(requests) - remaining, len(requests))
-        finally:
-            self._leave(call)
+        with (progress or Silent()).phase("generating") as update:
+            done = 0
+            for i, chunk in self.stream_many([list(t) for t in tokens], sampling_params):
+                _add(results[i], chunk)
+                if chunk.finish_reason is not None:
+                    done += 1
+                    update(done, len(results))
         return results
 
     def chat(
@@ -129,36 +119,47 @@ class LLM:
     ) -> list[Generation]:
         """Answers chats: one list of {"role", "content"} messages, or several such lists."""
         chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            list(self._intake.chat_tokens(cast(Messages, chat), **template_args)) for chat in chats
-        ]
+        prompts = [self.chat_prompt(cast(Messages, chat), **template_args) for chat in chats]
         return self.generate(prompts, sampling_params)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[Chunk]:
         """Answers one prompt piece by piece. Closing the iterator early ends the request."""
-        return self.stream_tokens(self._intake.tokens_of(prompt), sampling_params)
+        return (chunk for _, chunk in self.stream_many([prompt], sampling_params))
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None, **args: Any
     ) -> Iterator[Chunk]:
         """`stream` for chat messages."""
-        return self.stream_tokens(self._intake.chat_tokens(messages, **args), sampling_params)
+        return self.stream(self.chat_prompt(messages, **args), sampling_params)
 
-    def stream_tokens(
-        self, prompt: tuple[int, ...], sampling_params: SamplingParams | None = None
-    ) -> Iterator[Chunk]:
-        call = self._submit(self._requests([prompt], sampling_params))
+    def stream_many(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Answers several prompts at once, as pieces come: (index of the prompt, chunk).
 
-        def chunks() -> Iterator[Chunk]:
+        The requests are submitted by this call, not by the first `next`.
+        """
+        tokens = [self._intake.tokens_of(p) for p in prompts]
+        requests = self._requests(tokens, sampling_params)
+        call = self._submit(requests)
+        index = {r.id: i for i, r in enumerate(requests)}
+
+        def chunks() -> Iterator[tuple[int, Chunk]]:
             try:
-                for _, chunk in self._follow(call):
-                    yield chunk
+                for request_id, chunk in self._follow(call):
+                    yield index[request_id], chunk
             finally:
                 self._leave(call)
 
         return chunks()
+
+    def chat_prompt(self, messages: Messages, **template_args: Any) -> list[int]:
+        """Token ids of chat messages, by the model's chat template."""
+        return list(self._intake.chat_tokens(messages, **template_args))
 
     def default_sampling_params(self, **chosen: Any) -> SamplingParams:
         """The model's own sampling defaults, with `chosen` over them."""

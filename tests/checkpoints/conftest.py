@@ -71,6 +71,7 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
 
     def write(case: str = "llama", /, **changes: Any) -> Path:
         config = make_config(case)
+        config.dtype = "float32"
         config.architectures = [f"{CASES[case][0]}ForCausalLM"]
         config.save_pretrained(tmp_path)
         return edit_json(tmp_path / "config.json", **changes).parent
@@ -93,7 +94,7 @@ def edit_json_fixture() -> Edit:
 TEXTS = (
     "Hello world, how are you?",
     "  leading and trailing blanks  ",
-    "naïve café – “quotes” … ½ ÷ 你好，世界 😀👩‍👩‍👧 हिन्दी",
+    "naïve café — “quotes” … ½ ÷ 你好、世界 😀👩‍👩‍👧 हिन्दी",
     "line\n\nbreaks\tand\r\ntabs",
     "<s>special</s> in <|im_start|>text<|im_end|>",
     "�",

@@ -216,6 +216,8 @@ def test_save_checks_its_input(write_model: Any, tmp_path: Path) -> None:
         save_params(tmp_path / "x", config, {**params, "extra": params["embed.weight"]})
     with pytest.raises(CheckpointError, match=r"embed\.weight: got shape \(32, 96\)"):
         save_params(tmp_path / "x", config, {**params, "embed.weight": params["embed.weight"].T})
+    with pytest.raises(CheckpointError, match=r"got shape .* and dtype float64, must be"):
+        save_params(tmp_path / "x", config, {name: a.astype("f8") for name, a in params.items()})
 
 
 # Refusals.
@@ -394,6 +396,7 @@ def test_files_are_closed_after_an_error(write_model: Any) -> None:
     index = folder / "model.safetensors.index.json"
     edit_map(index, lambda m: m.__setitem__("ghost", m["model.norm.weight"]))
     maps = Path("/proc/self/maps")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         WeightFiles(folder)
     assert str(folder) not in maps.read_text()
+    assert caught.tb  # which keeps the half-made object alive until here

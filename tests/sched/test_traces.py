@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.errors import DeadlineExceeded
-from quire.sched.limits import resolve_max_tokens
+from quire.sched.limits import context_limit, resolve_max_tokens
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.sched.scheduler import Scheduler
 
@@ -105,7 +105,8 @@ class Trace:
         left = world.requests
         while left:
             for _ in range(min(left, rng.choice((0, 0, 1, 1, 2, 4)))):
-                left -= self.arrive(str(left))
+                self.arrive(str(left))
+                left -= 1
             if world.interrupts and self.stories and rng.random() < 0.15:
                 self.interrupt(rng.choice(list(self.stories.values())))
             self.step()
@@ -116,13 +117,18 @@ class Trace:
             self.step()
         self.check_the_end()
 
-    def arrive(self, id: str) -> int:
+    def arrive(self, id: str) -> None:
         rng = self.rng
         prompt = rng.choice(self.prefixes) + self.some_tokens(rng.randint(1, 8))
+        room = context_limit(self.spec)[0]
+        prompt = prompt[: room - 1]
+        room -= len(prompt)
+        max_tokens = rng.choice((1, 2, 4, 8, 12, None))
         request = make_request(
             id,
             prompt,
-            rng.choice((1, 2, 4, 8, 12, None)),
+            max_tokens and min(max_tokens, room),
+            min_tokens=rng.choice((0, 0, 1, 3)) if (max_tokens or 12) > 3 and room > 3 else 0,
             eos_ids=rng.choice(((), (3,), (3, 5))),
             ignore_eos=rng.random() < 0.2,
             stop_token_ids=rng.choice(((), (7,))),
@@ -133,12 +139,8 @@ class Trace:
             if self.world.interrupts and rng.random() < 0.2
             else None,
         )
-        try:
-            self.scheduler.submit(request)
-        except ValueError:  # too long for this pool; another in its place
-            return 0
+        self.scheduler.submit(request)
         self.stories[id] = Story(request)
-        return 1
 
     def interrupt(self, story: Story) -> None:
         """The caller leaves, or the text layer found a stop string; perhaps twice, or too late."""

@@ -1,0 +1,22 @@
+"""The environment of every test process: set before anything imports JAX, inherited by children."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "xla-tests"
+
+for _name, _value in {
+    "JAX_PLATFORMS": "cpu",
+    # Compiled programs are kept between runs and shared by xdist's workers, however small they are.
+    "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Workers share the cores; a BLAS that takes all of them per worker only waits for itself.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # Tests start child interpreters; the root must not come first on their path (sched).
+    "PYTHONSAFEPATH": "1",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,63 @@
+"""The `quire` command. Composes everything; each subcommand has its own module in tools/.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 an error of Quire's own
+(one line says what), 2 a wrong command line, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import QuireError
+
+COMMANDS = {
+    "generate": "answer prompts and print the answers",
+    "chat": "talk to a model in the terminal",
+    "serve": "serve a model over gRPC",
+    "inspect": "say what a checkpoint is and what memory it needs",
+    "demo": "watch the engine answer several questions at once",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Each subcommand's module adds its own arguments; none loads JAX."""
+    top = argparse.ArgumentParser(
+        prog="quire",
+        description="Serve open-weight language models with JAX, on TPUs and GPUs.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"quire {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        module = importlib.import_module(f"..{name}_command", f"{__name__}")
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return int(args.run(args) or 0)
+    except QuireError as error:
+        print(f"quire: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`quire generate … | head`); keep the exit quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
