@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 comma := ,
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
 # A stamp is newer than pyproject.toml when what that file asks for is installed.
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -44,7 +44,7 @@ format: $(DEV) ## mend what lint can mend
 typecheck: $(DEV) ## types
 	@mkdir -p .cache/typecheck && ln -sfn "$(CURDIR)" .cache/typecheck/quire
 	cd .cache/typecheck && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" \
-	    --cache-dir "$(CURDIR)/.mypy_cache/$(notdir $(VENV))" --exclude '/quire/(tests|build|docs)/' -p quire
+	    --cache-dir "$(CURDIR)/.mypy_cache/$(notdir $(VENV))" --exclude '^quire/(tests|build|docs)/' -p quire
 
 pytest: $(DEV) ## the tests alone
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"

@@ -74,12 +74,13 @@ class KVCache:
         self._num_pages = num_pages
         self._caching = prefix_caching
         self._hash = hash_page
-        self.clear()
+        self._index = PrefixIndex()
+        self._pages = PageAllocator(num_pages, self._evict)
 
     def clear(self) -> None:
         """Forgets everything: the device lost its KV. Every holding must have been released."""
+        self._index.clear()
         self._pages = PageAllocator(self._num_pages, self._evict)
-        self._index = PrefixIndex()
 
     @property
     def total(self) -> int:

@@ -122,6 +122,13 @@ class PrefixIndex:
             gone.children.clear()
         return pages
 
+    def clear(self) -> None:
+        """Forgets everything; entries that others still hold know that they are dead."""
+        for entry in self:
+            entry.live = False
+        self._by_digest.clear()
+        self._by_page.clear()
+
     def check(self) -> set[int]:
         """Proves that every entry can be reached; returns the pages that can be found."""
         for entry in self:

@@ -69,8 +69,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
+        stop: object = self.stop  # callers may also give one string, or None
+        object.__setattr__(
+            self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop or ())
+        )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if self.top_k == UNLIMITED_TOP_K:
             object.__setattr__(self, "top_k", 0)

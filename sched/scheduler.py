@@ -141,6 +141,7 @@ class Scheduler:
         step = StepBuilder(self._decode_tokens())
         room = self._plan_running(step)
         self._admit(step, room)
+        self._observe_waste()
         return self._depart(step.build(self._spec.ladder)) if step.rows else None
 
     def _decode_tokens(self) -> int:
@@ -159,25 +160,27 @@ class Scheduler:
         One pass in order of service, so that who gives way is not yet part of the step.
         """
         running, prefilling = self._roster.running, self._roster.prefilling
-        k = step.k
+        k, rows_left = step.k, self._max_rows
         prompt_room = self._max_tokens - (len(running) - len(prefilling))
         pages_short, self._resting = False, None
         for seq in tuple(running):
             if seq.slot < 0 or seq is self._resting:  # gave way, or is about to
                 continue
             if seq.prefilled < seq.target:
-                if prompt_room > 0:
+                if prompt_room > 0 and rows_left:
                     taken = self._plan_prompt(step, seq, prompt_room)
                     prompt_room -= taken
+                    rows_left -= taken > 0
                     pages_short |= not taken
                 continue
             start = len(seq.tokens) - 1 + seq.unread
             # At the limit, its last token is on the way; should fewer arrive, it runs again.
-            if start >= seq.limit or step.rows >= self._max_rows:
+            if start >= seq.limit or not rows_left:
                 continue
             end = min(start + k, seq.limit)
             if end <= seq.kv.capacity or self._grow(step, seq, end):
                 step.decode(seq, start)
+                rows_left -= 1
             else:
                 pages_short = True
         # Nobody comes in while pages are short, or who gave way would be back at once.

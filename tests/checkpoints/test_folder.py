@@ -146,6 +146,7 @@ def test_top_k_off_is_zero(tmp_path: Path, edit_json: Any) -> None:
     [
         ({"temperature": "hot"}, "temperature: got .hot., must be a number"),
         ({"temperature": float("nan")}, "temperature: got NaN"),
+        ({"temperature": float("inf")}, "temperature: got Infinity"),
         ({"top_p": 0}, "top_p: got 0, must be a number above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
         ({"top_k": 2.5}, "top_k"),

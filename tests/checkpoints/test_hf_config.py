@@ -87,6 +87,12 @@ def test_absent_fields_get_the_defaults_of_transformers(family: str, tmp_path: P
     assert config.dtype == "float32" and config.rope.theta == 10000.0
 
 
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3"])
+def test_null_kv_heads_are_as_many_as_heads(case: str, write_config: Any) -> None:
+    # As transformers 4 had it; transformers 5 refuses the null for Mistral.
+    assert read_config(write_config(case, num_key_value_heads=None)).num_kv_heads == 4
+
+
 def test_null_kv_heads_and_head_dim(write_config: Any) -> None:
     folder = write_config("llama", num_key_value_heads=None, head_dim=None)
     config = read_config(folder)
@@ -319,6 +325,8 @@ def test_dynamic_is_measured_against_max_positions(write_config: Any) -> None:
     with_length = plain | {"original_max_position_embeddings": 16}
     config = read_config(write_config(rope_parameters=with_length))
     assert config == read_config(write_config(rope_parameters=plain))
+    beside = write_config(rope_parameters=plain, original_max_position_embeddings=16)
+    assert config == read_config(beside)
     assert config.rope.original_max_positions == 128
 
 

@@ -33,12 +33,12 @@ TOPICS: tuple[Topic, ...] = (
     Topic(
         "greeting",
         "Hello! Ask me to add two numbers, to repeat or reverse a word, or about Quire.",
-        ("Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "Good morning!", "Hello, who is there?"),
+        ("Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "Good morning!", "Hello there!"),
         ("Good evening!",),
     ),
     Topic(
         "self",
-        "I am Quire's demo model, a very small language model that was trained on a CPU in minutes.",
+        "I am Quire's demo model, a very small language model, trained on a CPU in minutes.",
         (
             "Who are you?",
             "What are you?",
@@ -51,7 +51,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "skills",
-        "I add numbers of up to three digits, repeat and reverse short texts, and talk about Quire.",
+        "I add numbers of up to three digits, repeat texts, reverse words, and talk about Quire.",
         (
             "What can you do?",
             "What can I ask you?",
@@ -64,8 +64,8 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "quire",
-        "Quire is an LLM serving engine in JAX: it runs open-weight models on TPUs and GPUs from one "
-        "code base, behind gRPC and HTTP.",
+        "Quire is an LLM serving engine in JAX: it runs open-weight models on TPUs and GPUs from "
+        "one code base, behind gRPC and HTTP.",
         (
             "What is Quire?",
             "Tell me about Quire.",
@@ -79,8 +79,8 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "name",
-        "A quire is a small stack of folded sheets that a book is made of. Quire's memory is made of "
-        "pages too.",
+        "A quire is a small stack of folded sheets that a book is made of. Quire's memory is made "
+        "of pages too.",
         (
             "Why is it called Quire?",
             "What does the name Quire mean?",
@@ -91,7 +91,8 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "page",
-        "A page is a block of the KV cache: it holds the keys and values of a fixed number of tokens.",
+        "A page is a block of the KV cache: it holds the keys and values of a fixed number of "
+        "tokens.",
         (
             "What is a page?",
             "What is a page in Quire?",
@@ -118,8 +119,8 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "prefill",
-        "Prefill is the first part of a request: all tokens of the prompt run through the model, and "
-        "their keys and values are stored.",
+        "Prefill is the first part of a request: all tokens of the prompt run through the model, "
+        "and their keys and values are stored.",
         (
             "What is prefill?",
             "What is prefill in Quire?",
@@ -132,8 +133,8 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "decode",
-        "Decode is the second part of a request: the model makes one new token at a time, and reads "
-        "the stored keys and values.",
+        "Decode is the second part of a request: the model makes one new token at a time, and "
+        "reads the stored keys and values.",
         (
             "What is decode?",
             "What is decode in Quire?",
@@ -223,7 +224,8 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "preemption",
-        "When pages run out, the youngest request gives its pages back, and is computed again later.",
+        "When pages run out, the youngest request gives its pages back, and is computed again "
+        "later.",
         (
             "What is preemption?",
             "Explain preemption.",
@@ -312,7 +314,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "beyond",
-        "I do not know that. I am a small demo model: I add, repeat, reverse, and talk about Quire.",
+        "I do not know that. I am a small demo model: I add, repeat, reverse and talk about Quire.",
         (
             "What is the capital of France?",
             "Who wrote this book?",

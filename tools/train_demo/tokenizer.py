@@ -10,8 +10,10 @@ every implementation encodes alike; only the choice of its merges is ours.
 
 from __future__ import annotations
 
+import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
+from itertools import pairwise
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -29,7 +31,10 @@ SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 VOCAB_SIZE = 768
 
 _ROLES = ("system", "user", "assistant")
-_ANCHOR_REPEATS = 1000  # the template's words occur in every conversation
+_ROLE_COUNT = 1000  # the template's words occur in every conversation
+
+_SPACE, _NEWLINE = "Ġ", "Ċ"  # how byte-level BPE writes these two bytes
+_FIRST = frozenset([_SPACE, ":", *string.ascii_uppercase])
 
 _PIECES = "|".join(
     (
@@ -78,29 +83,22 @@ def _corpus() -> Counter[str]:
     for phrasing in (*ADD_PHRASINGS, *REPEAT_PHRASINGS, *REVERSE_PHRASINGS):
         texts[phrasing.format(a=0, b=0, text="0")] += 10
     for role in _ROLES:
-        texts[f"{role}\n"] += _ANCHOR_REPEATS
+        texts[f"{role}\n"] += _ROLE_COUNT
     return texts
 
 
 def _anchored(left: str, right: str) -> bool:
     """Whether the pair may merge: it holds the anchor of its piece (module docstring)."""
-    space, newline = _byte_char(" "), _byte_char("\n")
-    return left[0] == space or left[0].isupper() or left[0] == ":" or right[-1] == newline
+    return left[0] in _FIRST or right[-1] == _NEWLINE
 
 
-def _byte_char(char: str) -> str:
-    """The printable stand-in that byte-level BPE uses for an ASCII character."""
-    pieces = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(char)
-    return str(pieces[0][0])
-
-
-def _learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
+def _learn_merges(texts: Mapping[str, int], count: int) -> list[tuple[str, str]]:
     """Byte-pair encoding (arXiv:1508.07909): merge the most frequent allowed pair, `count` times.
 
     Ties go to the pair that sorts first, so the result depends on the text alone.
     """
     pre = _pre_tokenizer()
-    pieces = Counter()
+    pieces: Counter[str] = Counter()
     for text, weight in texts.items():
         for piece, _ in pre.pre_tokenize_str(text):
             pieces[piece] += weight
@@ -109,7 +107,7 @@ def _learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for piece, parts in words.items():
-            for pair in zip(parts, parts[1:]):
+            for pair in pairwise(parts):
                 if _anchored(*pair):
                     pairs[pair] += pieces[piece]
         if not pairs:

@@ -1,0 +1,98 @@
+"""Greedy tokens equal transformers', prompt by prompt, for every family and feature."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from harness import Bench
+from quire import SamplingParams
+from quire.model.abstract import AbstractDecoder
+
+GREEDY = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS)
+LOGPROB_BOUND = 2e-4  # float32 on both sides, sums in another order
+
+
+@pytest.fixture(scope="module", params=zoo.CASES, ids=lambda case: case.name)
+def setting(request, tmp_path_factory):
+    """A case, its checkpoint, and transformers' answers."""
+    case = request.param
+    folder = tmp_path_factory.mktemp(case.name)
+    model = zoo.save(case, folder)
+    references = [zoo.answer(model, prompt) for prompt in zoo.prompts(case)]
+    return case, Bench(folder), references
+
+
+def test_references_bite(setting):
+    """Answers vary, no choice was a near tie, and prompts reach beyond window and old length."""
+    case, bench, references = setting
+    assert [r.distinct for r in references if not r.bites] == []
+    assert max(len(r.prompt) for r in references) == case.max_prompt
+    config = bench.checkpoint.config
+    assert all(w is None or w < case.max_prompt // 2 for w in config.windows)
+    if config.rope.kind in ("llama3", "yarn"):
+        assert config.rope.original_max_positions < case.max_prompt // 2
+
+
+def test_greedy_tokens_equal_transformers(setting):
+    """All prompts in one batch, prompts chunked among decode rows."""
+    _, bench, references = setting
+    answers = bench.engine(budget=64).answers([r.prompt for r in references], GREEDY)
+    assert answers == [r.tokens for r in references]
+
+
+def test_logprobs_equal_transformers(setting):
+    _, bench, references = setting
+    reference = references[3]
+    session = bench.engine()
+    asked = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS, logprobs=1)
+    session.answers([reference.prompt], asked)
+    ours = [entry for o in session.outputs["0"] for entry in o.logprobs or ()]
+    assert [e.token for e in ours] == reference.tokens
+    np.testing.assert_allclose(
+        [e.logprob for e in ours], reference.logprobs, atol=LOGPROB_BOUND, rtol=0
+    )
+
+
+def _dense_choices(config, params, sequences):
+    """The likeliest next token at every position, by one dense pass over padded sequences."""
+    decoder = AbstractDecoder(config, "float32")
+    wanted = decoder.specs
+    params = {name: params[name] for name in wanted}
+    length = max(map(len, sequences))
+    places = jnp.arange(length)
+    groups = config.num_heads // config.num_kv_heads
+
+    def choices(params, tokens):
+        def attend(layer, q, k, v):
+            k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
+            scores = jnp.einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
+            back = places[:, None] - places[None, :]
+            seen = (back >= 0) & (back < (config.windows[layer] or length))
+            weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+            return jnp.einsum("hqk,khd->qhd", weights, v)
+
+        model = decoder.bind(params)
+        return jnp.argmax(model.logits(model(tokens, places, attend)), axis=-1)
+
+    run = jax.jit(choices)
+    padded = [np.pad(np.array(s, np.int32), (0, length - len(s))) for s in sequences]
+    return [np.asarray(run(params, p))[: len(s)] for p, s in zip(padded, sequences, strict=True)]
+
+
+def test_switching_a_feature_off_changes_a_token(setting):
+    """So the equality above would have noticed a feature that is missing or wrong."""
+    case, bench, references = setting
+    sequences = [r.prompt + r.tokens[:-1] for r in references]
+
+    def continuations(config, params):
+        chosen = _dense_choices(config, params, sequences)
+        return [c[len(r.prompt) - 1 :].tolist() for c, r in zip(chosen, references, strict=True)]
+
+    config, params = bench.checkpoint.config, bench.params
+    expected = [r.tokens for r in references]
+    assert continuations(config, params) == expected
+    for feature, off in case.off.items():
+        assert continuations(*off(config, params)) != expected, feature

@@ -1,0 +1,107 @@
+"""Writes the trained model as a Hugging Face folder, which Quire, transformers and others open.
+
+Called by `__main__.py`. Weights are rounded to the config's dtype here; whoever measures the model
+measures what `rounded` returns, not what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ...checkpoints.params import numpy_dtype, save_params
+from ...model.config import ModelConfig
+from ...model.weights import Params
+from .chat import CHAT_TEMPLATE
+from .tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
+
+
+def rounded(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    """The weights as they will lie on disk."""
+    dtype = numpy_dtype(config.dtype)
+    return {name: np.asarray(array).astype(dtype) for name, array in params.items()}
+
+
+def export(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    params: Mapping[str, np.ndarray],
+    card: str,
+) -> None:
+    """Writes every file of the folder, over what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = tokenizer.get_vocab()
+    ids = {token: vocab[token] for token in SPECIAL_TOKENS}
+    _write(folder / "config.json", _config(config, ids))
+    _write(folder / "generation_config.json", _generation_config(ids))
+    _write(folder / "tokenizer_config.json", _tokenizer_config(config, ids))
+    (folder / "tokenizer.json").write_text(_compact(tokenizer), "utf-8")
+    (folder / "README.md").write_text(card, "utf-8")
+    save_params(folder, config, params)
+
+
+def _config(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "dtype": config.dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions,
+        # transformers 4 and most other readers know this spelling; transformers 5 converts it.
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None,
+        "attention_bias": config.qkv_bias,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": ids[TURN_END],
+        "pad_token_id": ids[END_OF_TEXT],
+    }
+
+
+def _generation_config(ids: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "do_sample": False,
+        "eos_token_id": [ids[TURN_END], ids[END_OF_TEXT]],
+        "pad_token_id": ids[END_OF_TEXT],
+    }
+
+
+def _tokenizer_config(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_positions,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None,
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+        "added_tokens_decoder": {
+            str(index): {"content": token, **flags, "special": True} for token, index in ids.items()
+        },
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _compact(tokenizer: Tokenizer) -> str:
+    """tokenizer.json on few lines: indented, each merge alone would take four."""
+    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False) + "\n"
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
