@@ -32,8 +32,8 @@ class WasteMeter:
 
     @property
     def due(self) -> bool:
-        """Whether the last look is old enough for another; looking costs time per request."""
-        return self._clock() - self._since >= WASTE_PERIOD
+        """Whether it is time for another look, which costs time for each running request."""
+        return not self._allocated or self._clock() - self._since >= WASTE_PERIOD
 
     def observe(self, used: int, allocated: int) -> None:
         """From now on, `used` of `allocated` token slots hold a token."""

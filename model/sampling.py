@@ -122,6 +122,7 @@ def truncate(
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """float32 -> uint32 that sorts the same way (negative patterns reversed, sign flipped)."""
+    x = jnp.where(x == 0, 0.0, x)  # -0.0 equals 0.0, but its pattern does not
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << (_BITS - 1))
     return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -48,7 +48,7 @@ class Sequence:
     # Set at admission.
     slot: int = -1
     generation: int = 0
-    kv: Holding = field(init=False)
+    kv: Holding = field(init=False, repr=False)
     target: int = 0  # tokens to prefill: the prompt, and the output known at admission
     prefilled: int = 0
     unread: int = 0

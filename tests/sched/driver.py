@@ -57,6 +57,7 @@ class Driver:
         """To the end of all requests."""
         for _ in range(limit):
             if not self.flights and not self.scheduler.unfinished:
+                self.hear(self.scheduler.take_outputs())
                 return self
             self.step()
         raise AssertionError("requests are left")
