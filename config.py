@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,72 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: int | None = None) -> Any:
-    """A config field that is also a flag: `max_num_seqs` becomes `--max-num-seqs`."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: int | None = None,
+    high: int | None = None,
+    is_size: bool = False,
+) -> Any:
+    """A config field that is also a flag: `max_num_seqs` becomes `--max-num-seqs`.
+
+    Args:
+      default: its value when the user says nothing.
+      help: what the user reads.
+      choices: all values it may have.
+      low, high: bounds of a number.
+      is_size: bytes, also given as text such as "512MiB".
+    """
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "low": low, "high": high, "is_size": is_size},
+    )
 
 
 def parse_bytes(text: str) -> int:
     """Reads a size such as "512MiB", "6GB" or "1073741824" into bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if not match or match[2].upper() not in _UNITS:
         raise InvalidConfig(f"size: got {text!r}, must be like 512MiB, 6GB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Decimal(match[1]) * _UNITS[match[2].upper()])
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (int, "a whole number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+    "tuple[str, ...]": (tuple, "a list of names"),
+}
 
 
 def _check(config: Any) -> None:
-    """Holds every field against the `choices` and `low` it was declared with."""
+    """Holds every field against its type and what it was declared with."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        choices, low = f.metadata.get("choices"), f.metadata.get("low")
-        if choices and value not in choices:
-            raise InvalidConfig(f"{f.name}: got {value!r}, must be one of {', '.join(choices)}")
-        if low is not None and value is not None and value < low:
-            raise InvalidConfig(f"{f.name}: got {value!r}, must be at least {low}")
+        value, says = getattr(config, f.name), f.metadata
+        if says["is_size"] and isinstance(value, str):
+            try:
+                value = parse_bytes(value)
+            except InvalidConfig as error:
+                raise InvalidConfig(f"{f.name}: {error}") from error
+        elif isinstance(value, list):
+            value = tuple(value)
+        object.__setattr__(config, f.name, value)
+        kind, _, optional = str(f.type).partition(" | ")
+        if optional and value is None:
+            continue
+        wanted, limit = _KINDS[kind]
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise InvalidConfig(f"{f.name}: got {value!r}, must be {limit}")
+        if says["choices"] and value not in says["choices"]:
+            raise InvalidConfig(
+                f"{f.name}: got {value!r}, must be one of {', '.join(says['choices'])}"
+            )
+        if says["low"] is not None and value < says["low"]:
+            raise InvalidConfig(f"{f.name}: got {value!r}, must be at least {says['low']}")
+        if says["high"] is not None and value > says["high"]:
+            raise InvalidConfig(f"{f.name}: got {value!r}, must be at most {says['high']}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +118,7 @@ class EngineConfig:
         "bytes for KV pages, like 512MiB (default: what every slot needs at full length, at most "
         "half of the memory that is free)",
         low=1,
+        is_size=True,
     )
     prefix_caching: bool = setting(True, "share the KV of equal prompt prefixes")
     overlap: bool = setting(True, "launch a step while the results of the last are collected")
@@ -94,6 +140,11 @@ class EngineConfig:
         _check(self)
         if self.page_size & (self.page_size - 1):
             raise InvalidConfig(f"page_size: got {self.page_size}, must be a power of two")
+        if self.prefill_chunk and self.prefill_chunk > (self.max_batched_tokens or 2**31):
+            raise InvalidConfig(
+                f"prefill_chunk: got {self.prefill_chunk}, must be at most max_batched_tokens "
+                f"({self.max_batched_tokens})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +152,18 @@ class ServerConfig:
     """Settings of the gRPC service."""
 
     host: str = setting("127.0.0.1", "address to bind")
-    port: int = setting(50051, "port to bind; 0 takes a free one and prints it", low=0)
+    port: int = setting(50051, "port to bind; 0 takes a free one and says which", low=0, high=65535)
     drain_timeout: int = setting(30, "seconds running requests get to end on SIGTERM", low=0)
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.port > 65535:
-            raise InvalidConfig(f"port: got {self.port}, must be at most 65535")
+        if not self.host:
+            raise InvalidConfig("host: got '', must be a name or an address")
 
 
 def settings_of(config: type) -> list[Field]:
-    """The fields of a config class that are flags, in declaration order."""
-    return [f for f in fields(config) if f.default is not MISSING and "help" in f.metadata]
+    """The settings a config class declares, in order."""
+    return list(fields(config))
 
 
 def default_cache_dir() -> Path:

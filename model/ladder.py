@@ -78,6 +78,11 @@ class Ladder:
             )
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
+        if not self._fit(max(Sampler), self.max_tokens, self.max_rows, decode_only=False):
+            raise InvalidConfig(
+                f"ladder: no rung of the richest sampler holds both {self.max_tokens} tokens and "
+                f"{self.max_rows} rows, which a step may have"
+            )
 
     def __len__(self) -> int:
         return len(self.buckets)

@@ -51,7 +51,7 @@ def check_request(request: Request, spec: RunnerSpec) -> None:
     if stops > MAX_STOP_IDS:
         raise invalid(
             "stop_token_ids",
-            f"{stops} ids together with the model's end-of-sequence ids",
+            f"{stops} ids, end-of-sequence ids included",
             f"at most {MAX_STOP_IDS}",
         )
 

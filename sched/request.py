@@ -218,7 +218,7 @@ class RequestOutput:
       finish_reason: None while more will come. Exactly one output of a request has one.
       stop_token: the stop or end-of-sequence id that ended the request, if one did.
       error: set when finish_reason is ERROR.
-      cached_tokens: prompt tokens that came from the prefix index (set on the last output).
+      cached_tokens: prompt tokens that came from the prefix index (0 until it was admitted).
     """
 
     request_id: str

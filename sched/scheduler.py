@@ -292,7 +292,11 @@ class Scheduler:
         if arrays is not None and seq.request.sampling.logprobs is not None:
             logprobs = logprobs_of(arrays, row, tokens, seq.request.sampling.logprobs)
         if reason is None:
-            self._roster.outbox.append(RequestOutput(seq.id, tuple(tokens), logprobs))
+            self._roster.outbox.append(
+                RequestOutput(
+                    seq.id, tuple(tokens), logprobs, cached_tokens=max(0, seq.cached_tokens)
+                )
+            )
         else:
             self._roster.end(seq, reason, tokens=tuple(tokens), logprobs=logprobs)
 

@@ -24,7 +24,8 @@ class Logprob:
 
 
 PositionLogprobs = dict[int, Logprob]
-"""Token id to its Logprob, for one position: the chosen token and the likeliest alternatives."""
+"""Token id to its Logprob, for one position: the alternatives asked for, likeliest first, and then
+the chosen token where it is not among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Chunk:
       finish_reason: "stop" or "length" on the last chunk, else None.
       stop_reason: on the last chunk, the stop string or stop token id that ended the answer; None
         for the model's own end of sequence.
-      cached_tokens: on the last chunk, prompt tokens whose KV was found in the prefix index.
+      cached_tokens: prompt tokens whose KV was found in the prefix index.
     """
 
     text: str
@@ -51,7 +52,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Completion:
-    """A whole answer; fields as in Chunk, summed up."""
+    """A whole answer; fields as in Chunk, summed up. `index` tells a request's answers apart."""
 
     index: int
     text: str = ""
@@ -66,7 +67,9 @@ class Completion:
         self.text += chunk.text
         self.token_ids += chunk.token_ids
         if chunk.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + chunk.logprobs
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs += chunk.logprobs
             gained = sum(
                 at[token].logprob for at, token in zip(chunk.logprobs, chunk.token_ids, strict=True)
             )
@@ -121,10 +124,10 @@ class Answer:
         return Chunk(
             text=text,
             token_ids=list(tokens),
-            logprobs=self._logprobs(output.logprobs[:used]) if output.logprobs else None,
+            logprobs=self._logprobs(output.logprobs, used),
             finish_reason=reason,
             stop_reason=stop_reason,
-            cached_tokens=output.cached_tokens if self.finished else 0,
+            cached_tokens=output.cached_tokens,
         )
 
     def _decode(self, output: RequestOutput) -> tuple[str, int]:
@@ -150,14 +153,16 @@ class Answer:
         asked_for = output.stop_token in self._sampling.stop_token_ids
         return output.finish_reason.value, output.stop_token if asked_for else None
 
-    def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> list[PositionLogprobs]:
-        return [self._position(entry) for entry in entries]
+    def _logprobs(
+        self, entries: tuple[TokenLogprobs, ...] | None, used: int
+    ) -> list[PositionLogprobs] | None:
+        return None if entries is None else [self._position(entry) for entry in entries[:used]]
 
     def _position(self, entry: TokenLogprobs) -> PositionLogprobs:
-        # Alternatives are the likeliest in order, so their rank is their place.
         at = {
-            token: Logprob(value, i + 1, self._token_text(token))
-            for i, (token, value) in enumerate(entry.top)
+            token: Logprob(value, place, self._token_text(token))
+            for place, (token, value) in enumerate(entry.top, start=1)
         }
+        # Its true rank: where tokens tie, a place in the list is one of several fair ones.
         at[entry.token] = Logprob(entry.logprob, entry.rank, self._token_text(entry.token))
         return at

@@ -80,6 +80,7 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
     mesh = default_mesh()
     sizes = settle_sizes(config, checkpoint, mesh)
     _announce(checkpoint, mesh, sizes, reporter)
+    intake = Intake(checkpoint, sizes.spec)
     _use_cache(config)
 
     decoder = AbstractDecoder(checkpoint.config, sizes.dtype)
@@ -99,7 +100,7 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
     )
     engine = Engine(runner, scheduler, overlap=config.overlap, on_outputs=deliver)
     engine.start()
-    return Assembled(engine, Intake(checkpoint), runner, sizes, checkpoint)
+    return Assembled(engine, intake, runner, sizes, checkpoint)
 
 
 def load(
@@ -147,3 +148,5 @@ def _announce(checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Report
     left_out = checkpoint.generation.not_honoured
     if left_out:
         reporter.note(f"generation_config.json: not honoured: {', '.join(left_out)}")
+    if not checkpoint.has_tokenizer:
+        reporter.note("no tokenizer.json: serves token ids, not text")

@@ -1,11 +1,13 @@
 """From what callers send to what the engine takes: tokenizing, defaults, limits, request ids.
 
 Both faces (serving/llm.py, serving/grpc_server.py) make their requests here, so a prompt means the
-same through each.
+same through each. Everything that can be wrong with a request is found here, before any of a call's
+requests is submitted.
 """
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +15,8 @@ from typing import Any
 
 from ..checkpoints.folder import Checkpoint
 from ..errors import InvalidRequest, invalid
+from ..model.plan import RunnerSpec
+from ..sched.limits import check_request, context_limit
 from ..sched.request import Request, SamplingParams
 from .answer import Answer
 
@@ -24,12 +28,14 @@ Messages = Sequence[Mapping[str, Any]]
 
 MAX_NAME_LENGTH = 256
 
+_NO_TOKENIZER = "this checkpoint has no tokenizer.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Labels:
     """What a caller may say of a request besides prompt and sampling."""
 
-    request_id: str = ""
+    name: str = ""  # the caller's own id; in messages and logs
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
@@ -41,16 +47,37 @@ class Intake:
 
     Args:
       checkpoint: gives the tokenizer, the chat template and the model's own defaults.
+      spec: the engine's limits.
+
+    Raises:
+      CheckpointError: there is a tokenizer, but it cannot be read.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, spec: RunnerSpec):
         self._checkpoint = checkpoint
+        self._spec = spec
+        # Read now, not at the first request: it takes a second, and may be broken.
+        self._tokenizer = checkpoint.tokenizer if checkpoint.has_tokenizer else None
+        self._eos_ids = checkpoint.eos_ids
+        # Log-probabilities ask for up to 21 of them at each position.
+        self._token_text = functools.cache(self._text_of_token)
 
-    def default_sampling(self, **chosen: Any) -> SamplingParams:
+    def default_sampling(self, prompt_tokens: int = 1, **chosen: Any) -> SamplingParams:
         """The model's own defaults (generation_config.json; greedy if it says nothing), overridden
-        by what the caller chose. `max_tokens` is unlimited unless either says otherwise."""
+        by what the caller chose.
+
+        Args:
+          prompt_tokens: of the prompt it is for. The model's own `max_tokens` gives way where the
+            context has less room; one that the caller chose does not.
+          chosen: any fields of SamplingParams.
+        """
         model = self._checkpoint.generation
         own: dict[str, Any] = {"temperature": 0.0, "max_tokens": model.max_new_tokens}
+        if model.max_new_tokens is not None:
+            room = max(context_limit(self._spec)[0] - prompt_tokens, 1)
+            least = chosen.get("min_tokens")
+            wanted = max(model.max_new_tokens, least if isinstance(least, int) else 0)
+            own["max_tokens"] = min(wanted, room)
         if model.do_sample:  # transformers, too, ignores the rest unless this is set
             names = ("temperature", "top_k", "top_p", "min_p")
             own |= {n: getattr(model, n) for n in names if getattr(model, n) is not None}
@@ -64,65 +91,104 @@ class Intake:
           InvalidRequest: of another form, or empty.
         """
         if isinstance(prompt, Mapping):
-            known = [k for k in ("prompt_token_ids", "prompt") if k in prompt]
-            if len(known) != 1 or len(prompt) != 1:
-                raise invalid("prompt", sorted(prompt), 'a dict of "prompt" or "prompt_token_ids"')
-            prompt = prompt[known[0]]
-            if (known[0] == "prompt") != isinstance(prompt, str):
-                raise invalid(known[0], prompt, "text" if known[0] == "prompt" else "token ids")
-        if isinstance(prompt, str):
-            tokens = self._checkpoint.tokenizer.encode(prompt)
-        else:
-            tokens = _ids(prompt)
+            prompt = _unwrapped(prompt)
+        tokens = self._encode("prompt", prompt) if isinstance(prompt, str) else _ids(prompt)
         if not tokens:
             raise InvalidRequest("prompt: got no tokens, must have at least 1")
         return tuple(tokens)
 
     def chat_tokens(self, messages: Messages, **template_args: Any) -> tuple[int, ...]:
         """Token ids of chat messages, by the model's chat template, ready for an answer."""
+        _check_messages(messages)
         text = self._checkpoint.chat_template.render(messages, **template_args)
         # The template writes its own special tokens.
-        return tuple(self._checkpoint.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._encode("messages", text, add_special_tokens=False))
 
     def request(
         self, prompt: tuple[int, ...], sampling: SamplingParams, labels: Labels = Labels()
     ) -> Request:
-        """A request for the engine; draws what the caller left open (id, seed)."""
-        for name in ("request_id", "tenant", "cache_salt"):
-            value = getattr(labels, name)
+        """A request that the engine can serve; draws what the caller left open (id, seed).
+
+        Raises:
+          InvalidRequest: it can never be served as asked.
+        """
+        for field in ("name", "tenant", "cache_salt"):
+            value = getattr(labels, field)
             if len(value) > MAX_NAME_LENGTH:
-                raise invalid(name, f"{len(value)} characters", f"at most {MAX_NAME_LENGTH}")
-        return Request(
-            id=labels.request_id or secrets.token_hex(8),
+                # Callers know the name as request_id.
+                field = "request_id" if field == "name" else field
+                limit = f"at most {MAX_NAME_LENGTH} characters"
+                raise invalid(field, f"{len(value)} characters", limit)
+        if sampling.stop and self._tokenizer is None:
+            raise invalid("stop", list(sampling.stop), f"empty: {_NO_TOKENIZER}")
+        request = Request(
+            id=_drawn_id(labels.name),
             prompt=prompt,
             sampling=_seeded(sampling),
-            eos_ids=self._checkpoint.eos_ids,
+            eos_ids=self._eos_ids,
             priority=labels.priority,
             tenant=labels.tenant,
             deadline=labels.deadline,
             cache_salt=labels.cache_salt,
         )
+        check_request(request, self._spec)
+        return request
 
     def answer(self, sampling: SamplingParams) -> Answer:
         """What will follow the request's outputs. Without a tokenizer, it has no text."""
-        if not self._checkpoint.has_tokenizer:
-            if sampling.stop:
-                raise invalid("stop", sampling.stop, "empty: this checkpoint has no tokenizer")
-            return Answer(sampling, None, lambda token: "")
-        tokenizer = self._checkpoint.tokenizer
-        decoder = tokenizer.stream_decoder(skip_special_tokens=sampling.skip_special_tokens)
-        return Answer(
-            sampling, decoder, lambda token: tokenizer.decode([token], skip_special_tokens=False)
-        )
+        decoder = None
+        if self._tokenizer is not None:
+            skip = sampling.skip_special_tokens
+            decoder = self._tokenizer.stream_decoder(skip_special_tokens=skip)
+        return Answer(sampling, decoder, self._token_text)
+
+    def _text_of_token(self, token: int) -> str:
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def _encode(self, field: str, text: str, **how: Any) -> list[int]:
+        if self._tokenizer is None:
+            raise InvalidRequest(f"{field}: got text, must be token ids: {_NO_TOKENIZER}")
+        return self._tokenizer.encode(text, **how)
+
+
+def _unwrapped(prompt: Mapping[str, Any]) -> str | Sequence[int]:
+    """The prompt within a dict of one entry."""
+    match dict(prompt):
+        case {"prompt": str(text), **rest} if not rest:
+            return text
+        case {"prompt_token_ids": ids, **rest} if not rest and not isinstance(ids, str):
+            return ids  # type: ignore[no-any-return]  # checked next
+    shown = {key: type(value).__name__ for key, value in prompt.items()}
+    raise invalid("prompt", shown, 'a dict of "prompt": text or "prompt_token_ids": a list')
 
 
 def _ids(prompt: object) -> list[int]:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise invalid("prompt", type(prompt).__name__, "text or a list of token ids")
-    for token in prompt:
+    for at, token in enumerate(prompt):
         if isinstance(token, bool) or not isinstance(token, int):
-            raise invalid("prompt_token_ids", token, "whole numbers")
+            raise invalid(f"prompt[{at}]", token, "a token id (a whole number)")
     return list(prompt)
+
+
+def _check_messages(messages: object) -> None:
+    limit = 'objects with a "role", such as {"role": "user", "content": "Hello"}'
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise invalid("messages", type(messages).__name__, f"a list of {limit}")
+    if not messages:
+        raise InvalidRequest("messages: got none, must be at least 1")
+    for at, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise invalid(f"messages[{at}]", message, limit)
+
+
+def _drawn_id(name: str) -> str:
+    """Unique whatever callers call their requests: a name may be used again while the engine still
+    puts away the request that had it before."""
+    drawn = secrets.token_hex(8)
+    return f"{name}/{drawn}" if name else drawn
 
 
 def _seeded(sampling: SamplingParams) -> SamplingParams:

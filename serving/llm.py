@@ -9,23 +9,26 @@ Answers come back in the order of the prompts; names follow vLLM's where both ha
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from ..config import EngineConfig
-from ..errors import InvalidRequest, Unavailable
-from ..sched.request import Request, RequestOutput, SamplingParams
+from ..errors import InvalidRequest, invalid
+from ..sched.request import Request, SamplingParams
 from ..sched.stats import EngineStats
 from .answer import Answer, Chunk, Completion, Logprob, PositionLogprobs
-from .assemble import assemble
-from .intake import Intake, Messages, Prompt
+from .assemble import Assembled, assemble
+from .intake import Messages, Prompt
 from .progress import Reporter, Silent
+from .streams import Routes, Stream
 
-__all__ = ["LLM", "Chunk", "Completion", "Generation", "Logprob", "PositionLogprobs"]
+__all__ = ["LLM", "Chunk", "Completion", "Generation", "Logprob", "PositionLogprobs", "Stream"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -45,16 +48,10 @@ class Generation:
     cached_tokens: int = 0
 
 
-class _Call:
-    """Requests submitted together, and the queue that their outputs come back on."""
-
-    def __init__(self) -> None:
-        self.outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        self.answers: dict[str, Answer] = {}
-
-
 class LLM:
-    """An engine in this process. Safe to use from several threads; close it, or use `with`.
+    """An engine in this process. Safe to use from several threads.
+
+    It ends with the last reference to it, with the process, or earlier by `close` or `with`.
 
     Args:
       model: a checkpoint folder in Hugging Face form, or a shipped model's name ("demo").
@@ -67,17 +64,21 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, dtype: str = "auto", reporter: Reporter | None = None, **settings: Any
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        reporter: Reporter | None = None,
+        **settings: Any,
     ):
         # Who calls in process waits for results anyway; the bound is for servers.
         settings.setdefault("max_queue", 2**31)
-        config = EngineConfig(model=str(model), dtype=dtype, **settings)
-        self._lock = threading.Lock()
-        self._calls: dict[str, _Call] = {}
-        parts = assemble(config, self._deliver, reporter)
-        self._engine, self._intake = parts.engine, parts.intake
-        self._parts = parts
-        self._closed = False
+        config = EngineConfig(model=os.fspath(model), dtype=dtype, **settings)
+        # The engine's thread must not keep this object alive, so it delivers to one beside it.
+        self._routes = Routes()
+        self._parts = assemble(config, self._routes.deliver, reporter)
+        self._engine, self._intake = self._parts.engine, self._parts.intake
+        self._stop = weakref.finalize(self, self._engine.stop, drain=False)
 
     def generate(
         self,
@@ -86,7 +87,7 @@ class LLM:
         *,
         progress: Reporter | None = None,
     ) -> list[Generation]:
-        """Answers prompts, all in one batch.
+        """Answers prompts, all in one batch; the answers come in the order of the prompts.
 
         Args:
           prompts: one prompt or several; each is text, token ids or {"prompt_token_ids": [...]}.
@@ -97,15 +98,19 @@ class LLM:
           InvalidRequest: a prompt or parameter cannot be served; then none of them runs.
         """
         prompts = _as_list(prompts)
-        tokens = [self._intake.tokens_of(p) for p in prompts]
+        tokens = self._tokens(prompts)
         results = [
             Generation(_text_of(p), list(t), [Completion(index=0)])
             for p, t in zip(prompts, tokens, strict=True)
         ]
-        with (progress or Silent()).phase("generating") as update:
-            done = 0
-            for i, chunk in self.stream_many([list(t) for t in tokens], sampling_params):
-                _add(results[i], chunk)
+        done = 0
+        with (
+            self._submit(tokens, sampling_params) as stream,
+            (progress or Silent()).phase("generating") as update,
+        ):
+            for i, chunk in stream:
+                results[i].outputs[0].add(chunk)
+                results[i].cached_tokens = chunk.cached_tokens
                 if chunk.finish_reason is not None:
                     done += 1
                     update(done, len(results))
@@ -118,19 +123,23 @@ class LLM:
         **template_args: Any,
     ) -> list[Generation]:
         """Answers chats: one list of {"role", "content"} messages, or several such lists."""
-        chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.chat_prompt(cast(Messages, chat), **template_args) for chat in chats]
+        several = bool(messages) and not isinstance(messages, str | Mapping)
+        several = several and all(isinstance(m, list | tuple) for m in messages)
+        chats = cast(Sequence[Messages], messages if several else [messages])
+        prompts = [self.chat_prompt(chat, **template_args) for chat in chats]
         return self.generate(prompts, sampling_params)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[Chunk]:
-        """Answers one prompt piece by piece. Closing the iterator early ends the request."""
-        return (chunk for _, chunk in self.stream_many([prompt], sampling_params))
+    ) -> Stream[Chunk]:
+        """Answers one prompt piece by piece. Closing the stream early ends the request."""
+        tokens = [self._intake.tokens_of(prompt)]
+        requests = self._requests(tokens, sampling_params)
+        return Stream(self._engine, self._routes, requests, lambda _, chunk: chunk, keep=self)
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None, **args: Any
-    ) -> Iterator[Chunk]:
+    ) -> Stream[Chunk]:
         """`stream` for chat messages."""
         return self.stream(self.chat_prompt(messages, **args), sampling_params)
 
@@ -138,32 +147,29 @@ class LLM:
         self,
         prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[tuple[int, Chunk]]:
+    ) -> Stream[tuple[int, Chunk]]:
         """Answers several prompts at once, as pieces come: (index of the prompt, chunk).
 
         The requests are submitted by this call, not by the first `next`.
         """
-        tokens = [self._intake.tokens_of(p) for p in prompts]
-        requests = self._requests(tokens, sampling_params)
-        call = self._submit(requests)
-        index = {r.id: i for i, r in enumerate(requests)}
-
-        def chunks() -> Iterator[tuple[int, Chunk]]:
-            try:
-                for request_id, chunk in self._follow(call):
-                    yield index[request_id], chunk
-            finally:
-                self._leave(call)
-
-        return chunks()
+        return self._submit(self._tokens(_as_list(prompts)), sampling_params)
 
     def chat_prompt(self, messages: Messages, **template_args: Any) -> list[int]:
         """Token ids of chat messages, by the model's chat template."""
         return list(self._intake.chat_tokens(messages, **template_args))
 
-    def default_sampling_params(self, **chosen: Any) -> SamplingParams:
-        """The model's own sampling defaults, with `chosen` over them."""
-        return self._intake.default_sampling(**chosen)
+    def default_sampling_params(
+        self, prompt: Prompt | None = None, **chosen: Any
+    ) -> SamplingParams:
+        """The model's own sampling defaults, with `chosen` over them.
+
+        Args:
+          prompt: what they are for; a limit on output that the model suggests then gives way where
+            the context has less room after it.
+          chosen: any fields of SamplingParams.
+        """
+        length = 1 if prompt is None else len(self._intake.tokens_of(prompt))
+        return self._intake.default_sampling(length, **chosen)
 
     def stats(self) -> EngineStats:
         """What the engine has done since it started."""
@@ -175,15 +181,13 @@ class LLM:
         return self._parts.runner.compiles_after_ready
 
     @property
-    def parts(self) -> Any:
-        """The engine's parts (serving/assemble.py), for tools that look inside."""
+    def parts(self) -> Assembled:
+        """The engine's parts, for tools that look inside."""
         return self._parts
 
     def close(self) -> None:
         """Stops the engine; unfinished requests end with Unavailable. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._engine.stop(drain=False)
+        self._stop()
 
     def __enter__(self) -> LLM:
         return self
@@ -196,89 +200,66 @@ class LLM:
     ) -> None:
         self.close()
 
-    # Between callers' threads and the engine's
+    def _tokens(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        return [_naming(i, prompts, self._intake.tokens_of, p) for i, p in enumerate(prompts)]
+
+    def _submit(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> Stream[tuple[int, Chunk]]:
+        requests = self._requests(prompts, sampling)
+        return Stream(self._engine, self._routes, requests, lambda i, c: (i, c), keep=self)
 
     def _requests(
         self,
         prompts: Sequence[tuple[int, ...]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[Request]:
+    ) -> list[tuple[Request, Answer]]:
+        """All requests, checked, before the first is submitted."""
         if sampling is None:
-            sampling = self._intake.default_sampling()
-        if isinstance(sampling, SamplingParams):
-            sampling = [sampling] * len(prompts)
-        if len(sampling) != len(prompts):
+            each = [self._intake.default_sampling(len(p)) for p in prompts]
+        elif isinstance(sampling, SamplingParams):
+            each = [sampling] * len(prompts)
+        else:
+            each = list(sampling)
+        if len(each) != len(prompts):
             raise InvalidRequest(
-                f"sampling_params: got {len(sampling)}, must be one or as many as prompts "
+                f"sampling_params: got {len(each)}, must be one or as many as prompts "
                 f"({len(prompts)})"
             )
-        return [self._intake.request(p, s) for p, s in zip(prompts, sampling, strict=True)]
+        requests = []
+        for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+            if not isinstance(params, SamplingParams):
+                raise invalid("sampling_params", type(params).__name__, "SamplingParams")
+            request = _naming(i, prompts, self._intake.request, prompt, params)
+            requests.append((request, self._intake.answer(params)))
+        return requests
 
-    def _submit(self, requests: Sequence[Request]) -> _Call:
-        """Submits all or none."""
-        if self._closed:
-            raise Unavailable("this LLM is closed")
-        call = _Call()
-        for request in requests:
-            call.answers[request.id] = self._intake.answer(request.sampling)
-        with self._lock:
-            self._calls.update((r.id, call) for r in requests)
-        try:
-            for request in requests:
-                self._engine.submit(request)
-        except BaseException:
-            self._leave(call)
+
+def _naming(index: int, prompts: Sequence[Any], make: Callable[..., Result], *args: Any) -> Result:
+    """What `make` gives; where it refuses one of several prompts, the message says which."""
+    try:
+        return make(*args)
+    except InvalidRequest as error:
+        if len(prompts) == 1:
             raise
-        return call
-
-    def _follow(self, call: _Call) -> Iterator[tuple[str, Chunk]]:
-        """Chunks of a call's answers as they come, until all have ended."""
-        open_answers = len(call.answers)
-        while open_answers:
-            output = call.outputs.get()
-            answer = call.answers[output.request_id]
-            chunk = answer.push(output)
-            if chunk is None:
-                continue
-            if answer.ended_by_text and output.finish_reason is None:
-                self._engine.finish(output.request_id)
-            open_answers -= answer.finished
-            yield output.request_id, chunk
-
-    def _leave(self, call: _Call) -> None:
-        """Ends what is unfinished of a call and forgets it."""
-        for request_id, answer in call.answers.items():
-            if not answer.finished:
-                self._engine.finish(request_id)
-        with self._lock:
-            for request_id in call.answers:
-                self._calls.pop(request_id, None)
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """On the engine's thread: hands each output to the call that waits for it."""
-        with self._lock:
-            for output in outputs:
-                call = self._calls.get(output.request_id)
-                if call is not None:
-                    call.outputs.put(output)
-
-
-def _add(generation: Generation, chunk: Chunk) -> None:
-    generation.outputs[0].add(chunk)
-    generation.cached_tokens = max(generation.cached_tokens, chunk.cached_tokens)
+        raise InvalidRequest(f"prompt {index} of {len(prompts)} (from 0): {error}") from error
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many: a list of whole numbers is one prompt of token ids."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
+    if isinstance(prompts, str | bytes | Mapping):
+        return [cast(Prompt, prompts)]
+    if not isinstance(prompts, Sequence):
+        raise invalid("prompts", type(prompts).__name__, "a prompt or a list of prompts")
     if prompts and all(isinstance(p, int) for p in prompts):
         return [cast(Prompt, prompts)]
     return list(cast(Sequence[Prompt], prompts))
 
 
 def _text_of(prompt: Prompt) -> str | None:
+    """The prompt as text, where it was given so."""
     if isinstance(prompt, Mapping):
-        prompt = prompt.get("prompt", "")
-        return prompt or None
+        prompt = prompt.get("prompt", ())
     return prompt if isinstance(prompt, str) else None

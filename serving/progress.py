@@ -14,6 +14,9 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+LINE_EVERY = 10.0
+"""Seconds between lines about one phase where there is no terminal to draw on."""
+
 
 class Reporter(Protocol):
     """Where an engine says what it is doing."""
@@ -34,45 +37,61 @@ class Update(Protocol):
 
 
 class Silent:
-    """Says nothing; remembers how long each phase took, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    """Says nothing."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Update]:
-        begin = time.monotonic()
         yield lambda done, total: None
-        self.seconds[name] = time.monotonic() - begin
 
     def note(self, text: str) -> None:
         pass
 
 
-class Terminal(Silent):
-    """A bar per phase on a terminal; one line per phase where stderr is a file."""
+class Terminal:
+    """A bar per phase on a terminal; in a pipe or file, a line when a phase ends, and every
+    `LINE_EVERY` seconds while it lasts."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.console = Console(file=sys.stderr, highlight=False)
+        self._console = Console(file=sys.stderr, highlight=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Update]:
         begin = time.monotonic()
+        with self._bar(name) if self._console.is_terminal else self._lines(name) as update:
+            yield update
+        self.note(f"{name:<12} {time.monotonic() - begin:.1f} s")
+
+    def note(self, text: str) -> None:
+        # As it is: rich would read [brackets] as styles and :words: as emoji.
+        self._console.print(text, soft_wrap=True, markup=False, emoji=False)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was, for a process that is about to end in mid-phase."""
+        self._console.show_cursor(True)
+
+    @contextmanager
+    def _bar(self, name: str) -> Iterator[Update]:
         bar = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            console=self.console,
+            console=self._console,
             transient=True,
-            disable=not self.console.is_terminal,
         )
         with bar:
             task = bar.add_task(name, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-        self.seconds[name] = time.monotonic() - begin
-        self.console.print(f"{name:<12} {self.seconds[name]:.1f} s")
 
-    def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+    @contextmanager
+    def _lines(self, name: str) -> Iterator[Update]:
+        last = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= LINE_EVERY and done < total:
+                last = now
+                self.note(f"{name:<12} {done} of {total}")
+
+        yield update

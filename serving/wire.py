@@ -5,12 +5,10 @@ A new field of the proto is read or written here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import InvalidRequest
 from ..protos.v1 import generation_pb2 as pb
-from ..sched.request import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
 from .intake import Labels, Prompt
 
@@ -45,23 +43,23 @@ def prompt_of(request: pb.GenerateRequest) -> Prompt:
             raise InvalidRequest("prompt: got none, must be text or token_ids")
 
 
-def sampling_of(
-    request: pb.GenerateRequest, defaults: Callable[..., SamplingParams]
-) -> SamplingParams:
-    """The request's sampling over the model's defaults; unset fields stay the model's."""
+def sampling_of(request: pb.GenerateRequest) -> dict[str, Any]:
+    """The sampling parameters the request sets; what it leaves unset is the model's own default."""
     given = request.sampling
-    chosen: dict[str, Any] = {name: getattr(given, name) for name in _SCALARS if given.HasField(name)}
+    chosen: dict[str, Any] = {
+        name: getattr(given, name) for name in _SCALARS if given.HasField(name)
+    }
     if given.stop:
         chosen["stop"] = tuple(given.stop)
     if given.stop_token_ids:
         chosen["stop_token_ids"] = tuple(given.stop_token_ids)
-    return defaults(**chosen)
+    return chosen
 
 
 def labels_of(request: pb.GenerateRequest, deadline: float | None) -> Labels:
     """Everything else the request says."""
     return Labels(
-        request_id=request.request_id,
+        name=request.request_id,
         priority=request.priority,
         tenant=request.tenant,
         cache_salt=request.cache_salt,
@@ -69,13 +67,22 @@ def labels_of(request: pb.GenerateRequest, deadline: float | None) -> Labels:
     )
 
 
-def chunk_message(chunk: Chunk, request_id: str, usage: pb.Usage | None) -> pb.GenerateChunk:
-    """One message of a stream; `request_id` is empty after the first, `usage` set on the last."""
+def chunk_message(
+    chunk: Chunk, *, alternatives: int, request_id: str, usage: pb.Usage | None
+) -> pb.GenerateChunk:
+    """One message of a stream.
+
+    Args:
+      chunk: what it says.
+      alternatives: how many log-probabilities the caller asked for beside the chosen token's.
+      request_id: on the first message, else empty.
+      usage: on the last message, else None.
+    """
     return pb.GenerateChunk(
         request_id=request_id,
         text=chunk.text,
         token_ids=chunk.token_ids,
-        logprobs=_logprobs(chunk.logprobs, chunk.token_ids),
+        logprobs=_logprobs(chunk.logprobs, chunk.token_ids, alternatives),
         finish_reason=_FINISH[chunk.finish_reason],
         stop_reason=_stop_reason(chunk.stop_reason),
         usage=usage,
@@ -83,14 +90,14 @@ def chunk_message(chunk: Chunk, request_id: str, usage: pb.Usage | None) -> pb.G
 
 
 def response_message(
-    completion: Completion, request_id: str, usage: pb.Usage
+    completion: Completion, *, alternatives: int, request_id: str, usage: pb.Usage
 ) -> pb.GenerateResponse:
-    """The whole answer in one message."""
+    """The whole answer in one message; arguments as of `chunk_message`."""
     return pb.GenerateResponse(
         request_id=request_id,
         text=completion.text,
         token_ids=completion.token_ids,
-        logprobs=_logprobs(completion.logprobs, completion.token_ids),
+        logprobs=_logprobs(completion.logprobs, completion.token_ids, alternatives),
         finish_reason=_FINISH[completion.finish_reason],
         stop_reason=_stop_reason(completion.stop_reason),
         usage=usage,
@@ -106,18 +113,19 @@ def _stop_reason(reason: str | int | None) -> pb.StopReason | None:
 
 
 def _logprobs(
-    positions: list[PositionLogprobs] | None, tokens: list[int]
+    positions: list[PositionLogprobs] | None, tokens: list[int], alternatives: int
 ) -> list[pb.PositionLogprobs]:
     if positions is None:
         return []
-    return [_position(at, token) for at, token in zip(positions, tokens, strict=True)]
+    return [_position(at, t, alternatives) for at, t in zip(positions, tokens, strict=True)]
 
 
-def _position(at: PositionLogprobs, chosen: int) -> pb.PositionLogprobs:
-    def message(token: int) -> pb.TokenLogprob:
-        entry = at[token]
-        return pb.TokenLogprob(
+def _position(at: PositionLogprobs, chosen: int, alternatives: int) -> pb.PositionLogprobs:
+    messages = {
+        token: pb.TokenLogprob(
             token_id=token, token=entry.decoded_token, logprob=entry.logprob, rank=entry.rank
         )
-
-    return pb.PositionLogprobs(chosen=message(chosen), top=[message(t) for t in at])
+        for token, entry in at.items()
+    }
+    # The chosen token stands last in `at` where it is not one of the alternatives.
+    return pb.PositionLogprobs(chosen=messages[chosen], top=list(messages.values())[:alternatives])

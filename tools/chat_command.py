@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from .flags import add_settings, settings_from
 from .sampling_flags import add_sampling, sampling_from
+
+if TYPE_CHECKING:
+    from ..serving.llm import LLM
 
 _HELP = "/new starts over, /quit (or the end of input) leaves"
 
@@ -22,14 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    chosen, settings = sampling_from(args), settings_from(args, EngineConfig)
     from ..serving.llm import LLM
     from ..serving.progress import Terminal
 
     reporter = Terminal()
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages: list[dict[str, Any]] = list(opening)
-    with LLM(reporter=reporter, **settings_from(args, EngineConfig)) as llm:
-        sampling = llm.default_sampling_params(**sampling_from(args))
+    with LLM(reporter=reporter, **settings) as llm:
+        llm.chat_prompt([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
         reporter.note(_HELP)
         while (said := _listen()) is not None:
             if said == "/new":
@@ -37,37 +41,40 @@ def run(args: argparse.Namespace) -> None:
                 continue
             messages.append({"role": "user", "content": said})
             try:
-                messages.append({"role": "assistant", "content": _say(llm, messages, sampling)})
+                answer = _say(llm, messages, chosen)
             except InvalidRequest as error:  # such as a conversation too long for the model
                 messages.pop()
                 reporter.note(str(error))
+            else:
+                messages.append({"role": "assistant", "content": answer})
 
 
 def _listen() -> str | None:
     """The next line a person typed; None to leave."""
-    if sys.stdin.isatty():
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    for line in sys.stdin:
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
         said = line.strip()
-        if said == "/quit":
+        if not line or said == "/quit":
             return None
         if said:
             return said
-    return None
 
 
-def _say(llm: Any, messages: list[dict[str, Any]], sampling: Any) -> str:
+def _say(llm: LLM, messages: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
     """Streams the answer to stdout; an interrupt ends the answer, not the conversation."""
+    prompt = llm.chat_prompt(messages)
     answer = ""
-    stream = llm.stream_chat(messages, sampling)
-    try:
-        for chunk in stream:
-            answer += chunk.text
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        stream.close()
+    with llm.stream(prompt, llm.default_sampling_params(prompt, **chosen)) as stream:
+        try:
+            for chunk in stream:
+                answer += chunk.text
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            pass
     sys.stdout.write("\n")
     sys.stdout.flush()
     return answer

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        module = importlib.import_module(f"..{name}_command", f"{__name__}")
+        module = importlib.import_module(f"..{name}_command", __name__)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return top
@@ -49,14 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args) or 0)
     except QuireError as error:
-        print(f"quire: {error}", file=sys.stderr)  # noqa: T201
+        _say(" ".join(str(error).split("\n")))
         return 1
     except KeyboardInterrupt:
+        _say("interrupted")
         return 130
     except BrokenPipeError:
         # The reader has gone (`quire generate … | head`); keep the exit quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"quire: {text}\n")
 
 
 if __name__ == "__main__":

@@ -111,9 +111,7 @@ def _summary(asked: list[Question], stats: EngineStats, compiles: int, seconds: 
 
     tokens = sum(q.tokens for q in asked)
     firsts = sorted(q.first_token for q in asked)
-    steps_between = [
-        (q.last_token - q.first_token) / (q.tokens - 1) for q in asked if q.tokens > 1
-    ]
+    steps_between = [(q.last_token - q.first_token) / (q.tokens - 1) for q in asked if q.tokens > 1]
     rows = {
         "right answers": f"{sum(q.right for q in asked)} of {len(asked)}",
         "output tokens": f"{tokens} in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)",

@@ -5,25 +5,33 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import Field
-from typing import Any, TypeVar
+from typing import Any
 
 from ..config import parse_bytes, settings_of
 from ..errors import InvalidConfig
 
-Config = TypeVar("Config")
 
-_BYTE_SETTINGS = {"kv_memory"}
-
-
-def _bytes(text: str) -> int:
+def size(text: str) -> int:
+    """An argument such as 512MiB, in bytes."""
     try:
         return parse_bytes(text)
     except InvalidConfig as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """An argument such as one,two,three."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """An argument such as 1,2,3."""
+    try:
+        return tuple(int(part) for part in names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, must be whole numbers with commas between"
+        ) from error
 
 
 def add_settings(
@@ -38,29 +46,43 @@ def add_settings(
 
 def _add(group: Any, setting: Field) -> None:
     flag = "--" + setting.name.replace("_", "-")
-    kind = str(setting.type)
-    # argparse formats help with %, so a literal one is doubled.
-    options: dict[str, Any] = {"help": setting.metadata["help"].replace("%", "%%")}
-    options |= {"default": argparse.SUPPRESS, "dest": setting.name}
+    kind, choices = setting.type, setting.metadata["choices"]
+    text = setting.metadata["help"]
+    if kind == "bool":
+        text += f" (default: {'on' if setting.default else 'off'})"
+    elif setting.default not in (None, (), ""):
+        text += f" (default: {setting.default})"
+    # argparse formats help with %, so a literal one is doubled. A flag that is not given leaves no
+    # trace, so that defaults stay where they are declared.
+    options: dict[str, Any] = {
+        "help": text.replace("%", "%%"),
+        "default": argparse.SUPPRESS,
+        "dest": setting.name,
+    }
     if kind == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        return
-    if setting.metadata["choices"]:
-        options["choices"] = setting.metadata["choices"]
-    if setting.name in _BYTE_SETTINGS:
-        options |= {"type": _bytes, "metavar": "SIZE"}
-    elif kind.startswith("int"):
-        options |= {"type": int, "metavar": "N"}
-    elif kind.startswith("tuple"):
-        options |= {"type": _names, "metavar": "NAMES"}
-    elif not setting.metadata["choices"]:
-        options["metavar"] = "TEXT"
-    if setting.default not in (None, (), ""):
-        options["help"] += f" (default: {setting.default})"
-    group.add_argument(flag, **options)
+    elif choices:
+        group.add_argument(flag, choices=choices, **options)
+    else:
+        reads, metavar = _READS[str(kind).removesuffix(" | None")]
+        if setting.metadata["is_size"]:
+            reads, metavar = size, "SIZE"
+        group.add_argument(flag, type=reads, metavar=metavar, **options)
 
 
-def settings_from(args: argparse.Namespace, config: type[Config]) -> dict[str, Any]:
-    """The settings of `config` that the user gave."""
-    given = vars(args)
-    return {s.name: given[s.name] for s in settings_of(config) if s.name in given}
+_READS: dict[str, tuple[Any, str]] = {
+    "int": (int, "N"),
+    "str": (str, "TEXT"),
+    "tuple[str, ...]": (names, "NAMES"),
+}
+
+
+def settings_from(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The settings of `config` that the user gave.
+
+    Raises:
+      InvalidConfig: they are out of range, or contradict each other.
+    """
+    given = {s.name: getattr(args, s.name) for s in settings_of(config) if s.name in args}
+    config(**given)  # before anything that takes long
+    return given

@@ -1,4 +1,8 @@
-"""`quire generate MODEL (--prompt TEXT | --prompt-ids 1,2,3 | --prompts-file F) [--json]`."""
+"""`quire generate MODEL (--prompt TEXT | --prompt-ids 1,2,3 | --prompts-file F) [--json]`.
+
+Answers go to stdout in the order of the prompts: the text alone for one prompt, with a line above
+each that says whose it is for several, or with --json one object a line (for one prompt, one).
+"""
 
 from __future__ import annotations
 
@@ -10,64 +14,96 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest
-from .flags import add_settings, settings_from
-from .sampling_flags import _ids, add_sampling, sampling_from
+from .flags import add_settings, settings_from, token_ids
+from .sampling_flags import add_sampling, sampling_from
 
 if TYPE_CHECKING:
     from ..serving.intake import Prompt
     from ..serving.llm import Completion, Generation
 
+_SHOWN = 60  # characters of a prompt in the line above its answer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, or `demo`")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", action="append", help="text to continue; may be given again")
-    source.add_argument("--prompt-ids", type=_ids, metavar="IDS", help="token ids: 1,2,3")
     source.add_argument(
-        "--prompts-file", metavar="FILE", help="one prompt a line; - reads standard input"
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be given again"
+    )
+    source.add_argument(
+        "--prompt-ids",
+        action="append",
+        type=token_ids,
+        metavar="IDS",
+        help="token ids to continue: 1,2,3; may be given again",
+    )
+    source.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="one prompt a line, blank lines left out; - reads standard input",
     )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a prompt, in the order of the prompts"
+        "--json", action="store_true", help="print one JSON object a prompt, each on its line"
     )
     add_sampling(parser)
     add_settings(parser, EngineConfig, skip=("model",))
 
 
 def run(args: argparse.Namespace) -> None:
-    prompts = _prompts(args)
+    prompts, chosen = _prompts(args), sampling_from(args)
+    settings = settings_from(args, EngineConfig)
     from ..serving.llm import LLM
     from ..serving.progress import Terminal
 
     reporter = Terminal()
-    with LLM(reporter=reporter, **settings_from(args, EngineConfig)) as llm:
-        sampling = llm.default_sampling_params(**sampling_from(args))
+    with LLM(reporter=reporter, **settings) as llm:
+        sampling = [llm.default_sampling_params(prompt, **chosen) for prompt in prompts]
         results = llm.generate(prompts, sampling, progress=reporter)
-        for result in results:
-            text = json.dumps(as_json(result), ensure_ascii=False) if args.json else _plain(result)
-            sys.stdout.write(text + "\n")
+    write = _write_json if args.json else _write_text
+    write(results)
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of whichever source was given."""
     if args.prompt_ids is not None:
-        return [list(args.prompt_ids)]
+        return list(args.prompt_ids)
     if args.prompt is not None:
         return list(args.prompt)
     try:
         if args.prompts_file == "-":
-            text = sys.stdin.read()
+            text = sys.stdin.buffer.read().decode()
         else:
             text = Path(args.prompts_file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--prompts-file {args.prompts_file}: {error}") from error
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
+    # Not splitlines: a prompt may hold rarer kinds of line ends.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts: list[Prompt] = [line for line in lines if line.strip()]
+    if not prompts:
         raise InvalidRequest(f"--prompts-file {args.prompts_file}: holds no prompt")
-    return list(lines)
+    return prompts
 
 
-def _plain(result: Generation) -> str:
-    return result.outputs[0].text
+def _write_text(results: list[Generation]) -> None:
+    for i, result in enumerate(results):
+        if len(results) > 1:
+            gap = "\n" if i else ""
+            sys.stdout.write(f"{gap}==> {i + 1} of {len(results)}: {_shown(result)} <==\n")
+        sys.stdout.write(result.outputs[0].text + "\n")
+
+
+def _shown(result: Generation) -> str:
+    """The beginning of a prompt, in one line."""
+    text = result.prompt
+    if text is None:
+        text = ",".join(map(str, result.prompt_token_ids[:_SHOWN]))
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _write_json(results: list[Generation]) -> None:
+    for result in results:
+        sys.stdout.write(json.dumps(as_json(result)) + "\n")
 
 
 def as_json(result: Generation) -> dict[str, Any]:
@@ -85,25 +121,24 @@ def as_json(result: Generation) -> dict[str, Any]:
 
 
 def _answer(answer: Completion) -> dict[str, Any]:
-    logprobs = None
-    if answer.logprobs is not None:
-        logprobs = [
-            {
-                "token_id": token,
-                "token": at[token].decoded_token,
-                "logprob": at[token].logprob,
-                "rank": at[token].rank,
-                "top": [
-                    {"token_id": t, "token": lp.decoded_token, "logprob": lp.logprob}
-                    for t, lp in at.items()
-                ],
-            }
-            for token, at in zip(answer.token_ids, answer.logprobs, strict=True)
-        ]
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
-        "stop_reason": answer.stop_reason,
-        "logprobs": logprobs,
+        "logprobs": _logprobs(answer),
     }
+
+
+def _logprobs(answer: Completion) -> list[dict[str, Any]] | None:
+    """For each token its own log-probability, and that of each alternative asked for."""
+    if answer.logprobs is None:
+        return None
+    positions = []
+    for chosen, at in zip(answer.token_ids, answer.logprobs, strict=True):
+        entries = [
+            {"token_id": t, "token": p.decoded_token, "logprob": p.logprob, "rank": p.rank}
+            for t, p in at.items()
+        ]
+        own = next(entry for entry in entries if entry["token_id"] == chosen)
+        positions.append({**own, "alternatives": [e for e in entries if e is not own]})
+    return positions

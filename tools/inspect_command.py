@@ -23,18 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    config = EngineConfig(**settings_from(args, EngineConfig))
     from ..model.mesh import default_mesh
     from ..serving.assemble import open_checkpoint, settle_sizes
 
-    config = EngineConfig(**settings_from(args, EngineConfig))
     checkpoint = open_checkpoint(config)
     mesh = default_mesh()
     sizes = settle_sizes(config, checkpoint, mesh)
+    not_honoured = [
+        f"generation_config.json: not honoured: {setting}"
+        for setting in checkpoint.generation.not_honoured
+    ]
     report = {
         "model": str(checkpoint.folder),
         "architecture": architecture(checkpoint.config),
         "memory": memory(sizes, mesh.platform),
-        "notes": list(sizes.notes) + list(checkpoint.generation.not_honoured),
+        "notes": [*sizes.notes, *not_honoured],
     }
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -43,14 +47,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """The model's numbers, as a person names them."""
+    """The model's numbers."""
     from ..model.sizing import count_parameters
 
     m = model
     windows = Counter("full" if w is None else f"window {w}" for w in m.windows)
     rope = m.rope.kind if m.rope.kind == "default" else f"{m.rope.kind} x{m.rope.factor:g}"
     features = {
-        "qkv bias": m.qkv_bias,
+        "QKV bias": m.qkv_bias,
         "output bias": m.out_bias,
         "MLP bias": m.mlp_bias,
         "QK norm": m.qk_norm,
@@ -60,57 +64,63 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         "family": m.family,
         "parameters": count_parameters(m),
         "layers": m.num_layers,
-        "hidden size": m.hidden_size,
-        "MLP size": m.intermediate_size,
-        "heads": f"{m.num_heads} query, {m.num_kv_heads} key/value, {m.head_dim} wide",
+        "hidden_size": m.hidden_size,
+        "mlp_size": m.intermediate_size,
+        "query_heads": m.num_heads,
+        "kv_heads": m.num_kv_heads,
+        "head_size": m.head_dim,
         "attention": ", ".join(f"{count} x {kind}" for kind, count in windows.items()),
         "rope": f"{rope}, theta {m.rope.theta:g}",
         "vocabulary": m.vocab_size,
         "context": m.max_served_positions,
-        "features": ", ".join(name for name, on in features.items() if on) or "none",
-        "checkpoint dtype": m.dtype,
+        "features": [name for name, on in features.items() if on],
+        "checkpoint_dtype": m.dtype,
     }
 
 
 def memory(sizes: Sizes, platform: str) -> dict[str, Any]:
-    """What an engine takes on this device, in bytes, and how it is divided."""
+    """What an engine takes on this device, and how it is divided."""
     spec = sizes.spec
     return {
         "device": platform,
         "dtype": sizes.dtype,
-        "capacity": sizes.capacity,
-        "weights": sizes.weight_bytes,
-        "KV pages": sizes.kv_bytes,
-        "slots": sizes.slot_bytes,
-        "KV per token": sizes.token_bytes,
-        "page size": spec.page_size,
+        "device_bytes": sizes.capacity,
+        "weight_bytes": sizes.weight_bytes,
+        "kv_bytes": sizes.kv_bytes,
+        "slot_bytes": sizes.slot_bytes,
+        "kv_bytes_per_token": sizes.token_bytes,
+        "page_size": spec.page_size,
         "pages": spec.num_pages,
-        "tokens in pages": (spec.num_pages - 1) * spec.page_size,
-        "requests at once": spec.num_slots,
-        "longest sequence": spec.max_model_len,
-        "step programs": len(spec.ladder),
+        "tokens_in_pages": (spec.num_pages - 1) * spec.page_size,
+        "requests_at_once": spec.num_slots,
+        "longest_sequence": spec.max_model_len,
+        "step_programs": len(spec.ladder),
     }
-
-
-_BYTES = {"capacity", "weights", "KV pages", "slots", "KV per token"}
 
 
 def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False)
+    # Values are shown as they are: rich would read [brackets] as styles.
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.print(report["model"], soft_wrap=True)
     for section in ("architecture", "memory"):
         table = Table("", section, show_header=True, box=None, pad_edge=False)
         for name, value in report[section].items():
-            table.add_row(name, human_bytes(value) if name in _BYTES else _plain(value))
-        console.print(table, "")
+            table.add_row(*_row(name, value))
+        console.print("", table)
     for note in report["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _plain(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _row(name: str, value: Any) -> tuple[str, str]:
+    """A line of the table: `weight_bytes` 2048 -> "weight", "2 KiB"."""
+    if "bytes" in name:
+        return name.replace("_bytes", "").replace("_", " "), human_bytes(value)
+    if isinstance(value, list):
+        value = ", ".join(value) or "none"
+    return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
 
 
 def human_bytes(count: int) -> str:

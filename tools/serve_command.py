@@ -1,4 +1,9 @@
-"""`quire serve MODEL`: the gRPC service in one process, until SIGTERM or SIGINT."""
+"""`quire serve MODEL`: the gRPC service in one process, until SIGTERM or SIGINT.
+
+Tells scripts on stderr, a line each: "listening on HOST:PORT" before the model loads (health is
+NOT_SERVING) and "ready on HOST:PORT" when it serves. The first signal lets running requests end, a
+second one ends them; both are an orderly end with exit status 0. A failed engine is status 1.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,15 @@ import argparse
 import asyncio
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from ..config import EngineConfig, ServerConfig
+from ..errors import Internal
 from .flags import add_settings, settings_from
+
+if TYPE_CHECKING:
+    from ..serving.progress import Terminal
+    from ..serving.server import Server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,31 +34,64 @@ def run(args: argparse.Namespace) -> None:
     asyncio.run(_serve(engine, server))
 
 
-async def _serve(config: EngineConfig, server_config: ServerConfig) -> None:
-    from ..serving.assemble import assemble
-    from ..serving.grpc_server import Server
+async def _serve(config: EngineConfig, settings: ServerConfig) -> None:
     from ..serving.progress import Terminal
+    from ..serving.server import Server
 
     reporter = Terminal()
-    server = Server(server_config.host, server_config.port)
-    port = await server.bind()
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for wanted in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(wanted, stopping.set)
+    server = Server(settings.host, settings.port)
+    try:
+        await server.bind()
+        reporter.note(f"listening on {server.address}")
+        await _live(config, settings, server, reporter)
+    finally:
+        await server.stop()
+    reporter.note("stopped")
 
+
+async def _live(
+    config: EngineConfig, settings: ServerConfig, server: Server, reporter: Terminal
+) -> None:
+    """From bound to drained."""
+    from ..serving.assemble import assemble
+
+    signals = _Signals()
     opening = asyncio.ensure_future(
         server.open(lambda deliver: assemble(config, deliver, reporter))
     )
-    stop = asyncio.ensure_future(stopping.wait())
-    await asyncio.wait({opening, stop}, return_when=asyncio.FIRST_COMPLETED)
-    if not opening.done():
+    if not await _before(signals.first, opening):
         reporter.note("stopped before the engine was ready")
+        reporter.close()
         os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
-    parts = await opening
-    reporter.note(f"serving on {server_config.host}:{port}")
-    await stop
-    reporter.note(f"stopping: running requests have {server_config.drain_timeout} s to end")
-    await server.drain(server_config.drain_timeout)
-    await loop.run_in_executor(None, lambda: parts.engine.stop(drain=False))
-    reporter.note("stopped")
+    await opening  # raises what went wrong
+    reporter.note(f"ready on {server.address}")
+
+    failing = asyncio.ensure_future(server.engine_failed())
+    if await _before(signals.first, failing):
+        raise Internal("the engine failed; see the log above")
+    reporter.note(f"stopping: running requests have {settings.drain_timeout} s to end")
+    draining = asyncio.ensure_future(server.drain())
+    await _before(signals.second, draining, timeout=settings.drain_timeout)
+
+
+class _Signals:
+    """SIGTERM and SIGINT as events."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._arrived)
+
+    def _arrived(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _before(
+    event: asyncio.Event, work: asyncio.Future[object], timeout: float | None = None
+) -> bool:
+    """Waits for either; whether the work was done before the event or the timeout came."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
+    waiting.cancel()
+    return work.done()

@@ -11,7 +11,7 @@ from harness import Bench
 from quire import SamplingParams
 from quire.model.abstract import AbstractDecoder
 
-GREEDY = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS)
+GREEDY = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS, logprobs=1)
 LOGPROB_BOUND = 2e-4  # float32 on both sides, sums in another order
 
 
@@ -33,24 +33,19 @@ def test_references_bite(setting):
         assert config.rope.original_max_positions < 100
 
 
-def test_greedy_tokens_equal_transformers(setting):
+def test_greedy_tokens_and_logprobs_equal_transformers(setting):
     """All prompts in one batch, prompts chunked among decode rows."""
     _, bench, references = setting
-    answers = bench.engine(budget=64).answers([r.prompt for r in references], GREEDY)
+    session = bench.engine(budget=64)
+    answers = session.answers([r.prompt for r in references], GREEDY)
     assert answers == [r.tokens for r in references]
-
-
-def test_logprobs_equal_transformers(setting):
-    _, bench, references = setting
-    reference = references[3]
-    session = bench.engine()
-    asked = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS, logprobs=1)
-    session.answers([reference.prompt], asked)
-    ours = [entry for o in session.outputs["0"] for entry in o.logprobs or ()]
-    assert [e.token for e in ours] == reference.tokens
-    np.testing.assert_allclose(
-        [e.logprob for e in ours], reference.logprobs, atol=LOGPROB_BOUND, rtol=0
-    )
+    for i, reference in enumerate(references):
+        entries = [entry for o in session.outputs[str(i)] for entry in o.logprobs or ()]
+        assert [e.token for e in entries] == reference.tokens
+        assert {e.rank for e in entries} == {1}
+        np.testing.assert_allclose(
+            [e.logprob for e in entries], reference.logprobs, atol=LOGPROB_BOUND, rtol=0
+        )
 
 
 def _dense_choices(config, params, sequences):

@@ -55,8 +55,8 @@ def test_padding_bound_is_the_worst_of_all_row_counts():
 
 
 def test_no_rung_is_an_error_not_a_wrong_program():
-    ladder = Ladder([Bucket(4, 4, Sampler.GREEDY), Bucket(16, 4, Sampler.GREEDY)])
-    for tokens, rows, sampler in [(5, 5, 0), (17, 2, 0), (2, 2, 1)]:
+    ladder = Ladder([Bucket(4, 4, Sampler.GREEDY), Bucket(16, 4, Sampler.LOGPROBS)])
+    for tokens, rows, sampler in [(5, 5, 0), (17, 2, 0), (5, 5, 2)]:
         with pytest.raises(ValueError, match="no step program"):
             ladder.choose(tokens, rows, Sampler(sampler), decode_only=tokens == rows)
 
@@ -66,3 +66,9 @@ def test_too_small_a_budget_is_refused():
         make_ladder(8, 8)
     with pytest.raises(InvalidConfig, match="max_programs: got 5"):
         make_ladder(8, 64, max_programs=5)
+
+
+def test_a_ladder_must_hold_the_largest_step():
+    rungs = [Bucket(8, 8, s) for s in Sampler]
+    with pytest.raises(InvalidConfig, match="no rung of the richest sampler"):
+        Ladder([*rungs, Bucket(64, 4, Sampler.LOGPROBS)])

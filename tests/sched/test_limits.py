@@ -24,7 +24,7 @@ SPEC = make_spec(pages=33, page_size=4, max_model_len=64, vocab=50)
         ({"adapter": 1}, "adapter: got 1"),
         (
             {"stop_token_ids": tuple(range(16)), "eos_ids": (20,)},
-            "stop_token_ids: got 17 ids.*at most 16",
+            "stop_token_ids: got '17 ids.*at most 16",
         ),
     ],
 )

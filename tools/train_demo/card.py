@@ -80,7 +80,7 @@ query/key norms, tied embeddings, context {config.max_positions}. Byte-level BPE
 entries; digits, and letters of a word after a colon or a quote, are tokens of their own.
 
 Trained on a CPU in float32 for {run.steps:,} steps of {recipe.tokens:,} tokens
-({run.seconds / 60:.0f} minutes), seed {seed}, with Muon for the layers' matrices and Adam for the
+({run.processor_seconds / 60:.0f} minutes of processor time), seed {seed}, with Muon for the layers' matrices and Adam for the
 rest, on the very decoder that serves it; the last steps on rows of the whole context. The loss
 counts answers only. Weights are stored as {config.dtype}. The same seed gives the same model on the
 same kind of machine.

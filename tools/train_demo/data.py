@@ -16,8 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .chat import answer, system_turn, user_turn
-from .smalltalk import SYSTEM_PROMPTS
-from .tasks import TASKS, Example, Split, draw
+from .tasks import TASKS, Example, Split, draw, system_prompt
 
 _SYSTEM_SHARE = 0.2
 _TOKENS_PER_TURN = 32  # about; says how many turns a conversation needs to reach across a row
@@ -134,5 +133,5 @@ class Stream:
     def system(self) -> str | None:
         """A system prompt, or more often none."""
         if self._rng.random() < _SYSTEM_SHARE:
-            return self._rng.choice(SYSTEM_PROMPTS)
+            return system_prompt(self._rng)
         return None

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .smalltalk import TOPICS
+from .smalltalk import SYSTEM_PROMPTS, TOPICS
 
 Split = Literal["train", "held_out"]
 
@@ -139,6 +139,13 @@ def _reverse(rng: random.Random) -> Example:
     return Example("reverse", f"reverse {text}", question, text[::-1])
 
 
+def system_prompt(rng: random.Random) -> str:
+    """One of ours, or words without sense: whatever it says, answers stay the same."""
+    if rng.random() < 0.5:
+        return rng.choice(SYSTEM_PROMPTS)
+    return " ".join(rng.choices(_KNOWN_WORDS, k=rng.randint(1, 10))).capitalize() + "."
+
+
 def plain(question: str) -> str:
     """The question as someone in a hurry types it."""
     return (question[0].lower() + question[1:]).rstrip("?!.")
@@ -155,18 +162,18 @@ def _small_talk(rng: random.Random) -> Example:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("add", _add, 0.50, f"sums of two numbers from 0 to {MAX_ADDEND}"),
-        Task("repeat", _repeat, 0.15, f"texts of up to {MAX_REPEAT_CHARS} characters"),
+        Task("add", _add, 0.55, f"sums of two numbers from 0 to {MAX_ADDEND}"),
+        Task("repeat", _repeat, 0.20, f"texts of up to {MAX_REPEAT_CHARS} characters"),
         Task(
             "reverse",
             _reverse,
-            0.20,
+            0.15,
             f"words of {MIN_REVERSE_LETTERS} to {MAX_REVERSE_LETTERS} lowercase letters",
         ),
         Task(
             "small talk",
             _small_talk,
-            0.15,
+            0.10,
             f"{len(TOPICS)} topics, in the phrasings trained on",
             memorised=True,
         ),

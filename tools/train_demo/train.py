@@ -51,6 +51,7 @@ class Run:
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, mean since the last)
     steps: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0  # the same on a machine that is shared
 
 
 def train(
@@ -79,7 +80,7 @@ def train(
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    begin = time.monotonic()
+    begin, processor_begin = time.monotonic(), time.process_time()
     since_log: list[jax.Array] = []
     with reporter.phase("training") as update:
         for i in range(recipe.steps):
@@ -99,6 +100,7 @@ def train(
                 reporter.note(f"stopped at step {run.steps} by the limit of {time_limit:g} s")
                 break
     run.seconds = time.monotonic() - begin
+    run.processor_seconds = time.process_time() - processor_begin
     return run
 
 

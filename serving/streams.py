@@ -1,0 +1,127 @@
+"""Answers for threads that wait: requests submitted together, their chunks as they come.
+
+    engine thread:   Engine --Routes.deliver--> the queue of the stream that each output is for
+    caller's thread: Stream.__next__: queue -> Answer -> Chunk
+
+Used by serving/llm.py; the gRPC service has its own way, on an event loop.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from ..sched.engine import Engine
+from ..sched.request import Request, RequestOutput
+from .answer import Answer, Chunk
+
+Item = TypeVar("Item", covariant=True)
+
+_Queue = queue.SimpleQueue[RequestOutput | None]  # None: the stream was closed
+
+
+class Routes:
+    """Which queue the outputs of a request go to. Needs no lock: each use is one dict operation."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, _Queue] = {}
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        """Called on the engine's thread."""
+        for output in outputs:
+            waiting = self._queues.get(output.request_id)
+            if waiting is not None:  # else its stream was closed
+                waiting.put(output)
+
+    def add(self, request_id: str, waiting: _Queue) -> None:
+        self._queues[request_id] = waiting
+
+    def remove(self, request_id: str) -> None:
+        self._queues.pop(request_id, None)
+
+
+class Stream(Iterator[Item], Generic[Item]):
+    """Chunks of one or several answers. The requests are submitted on construction.
+
+    Ends when all answers have. Closing it early, by `close`, `with` or dropping the last reference
+    to it, ends the requests and frees their pages.
+
+    Args:
+      engine: serves the requests.
+      routes: where the engine delivers.
+      requests: each with what follows its answer.
+      make: (index of the request, chunk) -> what the iterator gives.
+      keep: must live as long as the stream does.
+
+    Raises:
+      QuireError: a request was refused; then none of them runs. From `next`: a request failed;
+        then all of them end.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        routes: Routes,
+        requests: Sequence[tuple[Request, Answer]],
+        make: Callable[[int, Chunk], Item],
+        keep: object = None,
+    ):
+        self._engine, self._routes, self._make, self._keep = engine, routes, make, keep
+        self._queue: _Queue = queue.SimpleQueue()
+        self._open = {
+            request.id: (index, answer) for index, (request, answer) in enumerate(requests)
+        }
+        try:
+            for request, _ in requests:
+                routes.add(request.id, self._queue)
+                engine.submit(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def __next__(self) -> Item:
+        while self._open:
+            output = self._queue.get()
+            if output is None or output.request_id not in self._open:
+                continue
+            index, answer = self._open[output.request_id]
+            try:
+                chunk = answer.push(output)
+            except BaseException:
+                self.close()
+                raise
+            if answer.finished:
+                self._leave(output.request_id)
+            if chunk is not None:
+                return self._make(index, chunk)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends what is unfinished. Idempotent; safe while another thread waits for a chunk."""
+        for request_id in list(self._open):
+            self._leave(request_id)
+        self._queue.put(None)
+
+    def _leave(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        self._routes.remove(request_id)
+        # Does nothing if the engine ended it; but of stop strings and callers who leave early the
+        # engine does not know.
+        self._engine.finish(request_id)
+
+    def __enter__(self) -> Stream[Item]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):  # else it never came to be
+            self.close()
