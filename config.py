@@ -73,20 +73,27 @@ def _check(config: Any) -> None:
         elif isinstance(value, list):
             value = tuple(value)
         object.__setattr__(config, f.name, value)
-        kind, _, optional = str(f.type).partition(" | ")
-        if optional and value is None:
-            continue
-        wanted, limit = _KINDS[kind]
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise InvalidConfig(f"{f.name}: got {value!r}, must be {limit}")
-        if says["choices"] and value not in says["choices"]:
-            raise InvalidConfig(
-                f"{f.name}: got {value!r}, must be one of {', '.join(says['choices'])}"
-            )
-        if says["low"] is not None and value < says["low"]:
-            raise InvalidConfig(f"{f.name}: got {value!r}, must be at least {says['low']}")
-        if says["high"] is not None and value > says["high"]:
-            raise InvalidConfig(f"{f.name}: got {value!r}, must be at most {says['high']}")
+        problem = _problem(f, value)
+        if problem:
+            raise InvalidConfig(f"{f.name}: got {value!r}, must be {problem}")
+
+
+def _problem(declared: Field, value: Any) -> str | None:
+    """What a value must be and is not."""
+    kind, _, optional = str(declared.type).partition(" | ")
+    if optional and value is None:
+        return None
+    wanted, name = _KINDS[kind]
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        return name
+    choices, low, high = (declared.metadata[key] for key in ("choices", "low", "high"))
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if low is not None and value < low:
+        return f"at least {low}"
+    if high is not None and value > high:
+        return f"at most {high}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

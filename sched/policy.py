@@ -97,7 +97,8 @@ def may_enter(
 ) -> bool:
     """Whether pages are left for a waiting sequence, beside those reserved for running ones.
 
-    A lone request always may: limits.py made sure that its worst case fits.
+    A lone request always may: limits.py made sure that its worst case fits. Who just gave way may
+    not: it needs all it gave and a page more.
     """
     horizon = seq.limit if worst_case else min(seq.limit, len(seq.tokens) + cache.page_size)
     needed = cache.pages_for(horizon) - len(hit.entries) + hit.idle_pages

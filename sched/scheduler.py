@@ -162,7 +162,7 @@ class Scheduler:
         running, prefilling = self._roster.running, self._roster.prefilling
         k, rows_left = step.k, self._max_rows
         prompt_room = self._max_tokens - (len(running) - len(prefilling))
-        pages_short, self._resting = False, None
+        self._resting = None
         for seq in tuple(running):
             if seq.slot < 0 or seq is self._resting:  # gave way, or is about to
                 continue
@@ -171,7 +171,6 @@ class Scheduler:
                     taken = self._plan_prompt(step, seq, prompt_room)
                     prompt_room -= taken
                     rows_left -= taken > 0
-                    pages_short |= not taken
                 continue
             start = len(seq.tokens) - 1 + seq.unread
             # At the limit, its last token is on the way; should fewer arrive, it runs again.
@@ -181,10 +180,7 @@ class Scheduler:
             if end <= seq.kv.capacity or self._grow(step, seq, end):
                 step.decode(seq, start)
                 rows_left -= 1
-            else:
-                pages_short = True
-        # Nobody comes in while pages are short, or who gave way would be back at once.
-        return 0 if pages_short else prompt_room
+        return prompt_room
 
     def _plan_prompt(self, step: StepBuilder, seq: Sequence, room: int) -> int:
         """The next chunk of a prompt, if there are pages for it; returns the tokens taken."""

@@ -134,7 +134,8 @@ def _capacity(mesh: Mesh) -> int:
 
 def _use_cache(config: EngineConfig) -> None:
     """Compiled programs are kept unless the user said no, or JAX was told a folder already."""
-    if config.cache_dir == "" or jax.config.jax_compilation_cache_dir is not None:
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if config.cache_dir == "" or chosen is not None:
         return
     folder = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
     use_cache(folder / "xla")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
 import grpc
 
-from ..errors import Internal, Overloaded, QuireError, Unavailable, invalid
+from ..errors import Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.engine import Engine
@@ -127,7 +127,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     async def _chunks(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[tuple[Request, Chunk]]:
+    ) -> AsyncGenerator[tuple[Request, Chunk], None]:
         """Submits a request and yields its chunks; what is pending together comes as one."""
         if self._backend is None:
             raise Unavailable(self._closed_because)
@@ -168,8 +168,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             raise
         except Exception:
             log.exception("a call failed")
-            error = Internal("a fault in Quire; see its log")
-            await context.abort(grpc.StatusCode.INTERNAL, str(error))
+            await context.abort(grpc.StatusCode.INTERNAL, "a fault in Quire; see the server's log")
         finally:
             self._calls -= 1
             if not self._calls:

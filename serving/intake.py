@@ -159,7 +159,7 @@ def _unwrapped(prompt: Mapping[str, Any]) -> str | Sequence[int]:
         case {"prompt": str(text), **rest} if not rest:
             return text
         case {"prompt_token_ids": ids, **rest} if not rest and not isinstance(ids, str):
-            return ids  # type: ignore[no-any-return]  # checked next
+            return ids
     shown = {key: type(value).__name__ for key, value in prompt.items()}
     raise invalid("prompt", shown, 'a dict of "prompt": text or "prompt_token_ids": a list')
 

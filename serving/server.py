@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio
 
 from ..errors import Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
@@ -49,10 +50,12 @@ class Server:
     def __init__(self, host: str, port: int):
         self._host, self._wanted = f"[{host}]" if ":" in host else host, port
         self._server = grpc.aio.server(options=_OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._health = aio.HealthServicer()
         self._service = GenerationService()
         self._parts: Assembled | None = None
-        pb_grpc.add_GenerationServiceServicer_to_server(self._service, self._server)
+        pb_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
+            self._service, self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.port = 0
 

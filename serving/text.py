@@ -36,7 +36,7 @@ class TextAssembler:
         self.stopped_by: str | None = None
 
     def push(self, token: int, *, silent: bool = False) -> str:
-        """Text that may be shown now. `silent` tokens (the stop id that ends an answer) have none."""
+        """Text that may be shown now. The stop id that ends an answer is `silent`: it has none."""
         self._count += 1
         return "" if silent else self._add(self._decoder.step(token))
 

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return int(args.run(args) or 0)
+        args.run(args)
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise
+        return 0
     except QuireError as error:
         _say(" ".join(str(error).split("\n")))
         return 1

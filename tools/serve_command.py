@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, ServerConfig
 from ..errors import Internal
@@ -88,7 +88,7 @@ class _Signals:
 
 
 async def _before(
-    event: asyncio.Event, work: asyncio.Future[object], timeout: float | None = None
+    event: asyncio.Event, work: asyncio.Future[Any], timeout: float | None = None
 ) -> bool:
     """Waits for either; whether the work was done before the event or the timeout came."""
     waiting = asyncio.ensure_future(event.wait())

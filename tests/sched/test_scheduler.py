@@ -6,7 +6,9 @@ from driver import Driver
 from fake_runner import make_request, make_spec
 
 from quire.errors import DeadlineExceeded, Internal, InvalidRequest, Overloaded
+from quire.kv.cache import KVCache
 from quire.model.plan import Emit, Sampler
+from quire.sched.policy import decode_tokens
 from quire.sched.request import FinishReason
 
 
@@ -90,6 +92,17 @@ def test_many_tokens_a_dispatch_only_while_nobody_waits() -> None:
     assert d.step().k == 1  # type: ignore[union-attr]
     d.scheduler.finish("b")
     assert d.step().k == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "prefilling", "waiting", "k"),
+    [(2, 0, 0, 8), (3, 0, 0, 1), (2, 1, 0, 1), (2, 0, 1, 1)],
+)
+def test_many_tokens_a_dispatch_only_if_all_can_get_their_pages(
+    decoding: int, prefilling: int, waiting: int, k: int
+) -> None:
+    cache = KVCache(num_pages=6, page_size=4)  # five to hand out; eight tokens may take two each
+    assert decode_tokens(8, decoding, prefilling, waiting, cache) == k
 
 
 def test_no_more_tokens_are_scheduled_than_max_tokens_allows() -> None:
@@ -304,6 +317,18 @@ def test_the_kv_of_the_last_token_is_not_claimed() -> None:
     d.submit(make_request("b", text))
     d.run()
     assert d.ends["b"].cached_tokens == 4
+
+
+def test_a_page_that_is_not_full_is_not_found() -> None:
+    """Its owner may be gone before the rest of it is computed."""
+    d = Driver(make_spec(), prefill_chunk=6)
+    d.submit(make_request("a", prompt(0, 12)))
+    d.step()
+    d.scheduler.finish("a")
+    d.submit(request := make_request("b", prompt(0, 12)))
+    d.run()
+    assert d.ends["b"].cached_tokens == 4
+    assert d.tokens["b"] == d.answer(request)
 
 
 def test_salts_keep_requests_apart() -> None:

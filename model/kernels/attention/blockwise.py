@@ -198,9 +198,10 @@ def _decode(
         p = jnp.exp(s - safe.at[owner].get(mode="clip")[..., None])
         decay = jnp.exp(state.m - safe)
 
-        def per_row(x: jax.Array) -> jax.Array:  # sums over each row's items
-            flat = jnp.dot(mine.T.astype(x.dtype), x.reshape(width, -1), precision="highest")
-            return flat.reshape(num_rows, *x.shape[1:])
+        def per_row(x: jax.Array) -> jax.Array:
+            """Sums over each row's items; a product with 0 and 1 would spread one row's NaN."""
+            own = mine.reshape(width, num_rows, *(1 for _ in x.shape[1:]))
+            return jnp.sum(jnp.where(own, x[:, None], 0.0), axis=0)
 
         return _State(
             m,

@@ -336,3 +336,23 @@ def test_more_rows_than_tokens_is_legal() -> None:
     short = Problem(b._replace(q=b.q[:n]), problem.options)
     for backend in BACKENDS:
         check(backend, short, decode_only=False)
+
+
+@pytest.mark.parametrize("mode", ["decode", "mixed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_whose_cache_is_not_finite_keeps_it_to_itself(backend: str, mode: str) -> None:
+    problem = make_problem(PLAIN | {"mode": mode}, seed=6)
+    clean, _ = run(backend, problem, decode_only=mode == "decode")
+    batch = problem.batch
+    for sick in range(int(batch.num_seqs)):
+        slab = batch.slab.copy()
+        used = -(-batch.kv_lens[sick] // PLAIN["page_size"])
+        slab[FIRST_PAGE + batch.page_table[sick, :used]] = np.nan
+        out, _ = run(
+            backend,
+            Problem(batch._replace(slab=slab), problem.options),
+            decode_only=mode == "decode",
+        )
+        mine = slice(batch.cu_q_lens[sick], batch.cu_q_lens[sick + 1])
+        assert np.isnan(out[mine]).any()
+        np.testing.assert_array_equal(np.delete(out, mine, 0), np.delete(clean, mine, 0))

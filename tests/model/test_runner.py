@@ -1,0 +1,275 @@
+"""The step programs by themselves: padding and frozen slots change nothing, updates of any size
+arrive, nothing compiles after ready."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quire.model.abstract import AbstractDecoder
+from quire.model.compile import CompileCounter, compile_all
+from quire.model.config import ModelConfig, RopeConfig
+from quire.model.inputs import ADMIT_ROOM, InputLayout, pack, unpack
+from quire.model.ladder import Bucket, Ladder, Sampler
+from quire.model.mesh import default_mesh
+from quire.model.plan import Emit, RunnerSpec, SlotInit, StepPlan
+from quire.model.runner import ModelRunner
+from quire.model.slots import Word
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    norm_eps=1e-6,
+    rope=RopeConfig(),
+    windows=(None, None),
+    max_positions=4096,
+)
+LADDER = Ladder(Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.LOGPROBS))
+SPEC = RunnerSpec(
+    num_slots=40,
+    num_pages=1200,
+    page_size=4,
+    max_pages_per_seq=1024,
+    max_model_len=4096,
+    vocab_size=CONFIG.vocab_size,
+    ladder=LADDER,
+)
+DECODE, MIXED = (LADDER.choose(t, 1, Sampler.GREEDY, decode_only=t == 1) for t in (1, 5))
+
+
+def ints(*values):
+    return np.array(values, np.int32)
+
+
+def prompt_plan(tokens, *, slot=0, start=0, emit=Emit.TOKEN, bucket=MIXED, **more):
+    return StepPlan(
+        ints(slot), ints(1), ints(start), ints(len(tokens)), ints(emit), 0, bucket,
+        prompt_tokens=ints(*tokens), **more,
+    )  # fmt: skip
+
+
+def decode_plan(*slots, bucket=DECODE, **more):
+    ones = ints(*[1] * len(slots))
+    return StepPlan(ints(*slots), ones, ones, ones, ones, len(slots), bucket, **more)
+
+
+def pages(slot, first_page, count):
+    return ints(*[(slot, i, first_page + i) for i in range(count)]).reshape(-1, 3)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    decoder = AbstractDecoder(CONFIG, "float32")
+    params = {k: 6 * v for k, v in decoder.initial_params(0).items()}
+    mesh = default_mesh()
+    params = jax.device_put(params, mesh.everywhere)
+    return ModelRunner(decoder, params, SPEC, mesh)
+
+
+@pytest.fixture
+def fresh(runner):
+    runner.reset()
+    return runner
+
+
+def state(runner):
+    return jax.tree.map(np.asarray, (runner._slabs, runner._slots))
+
+
+def run(runner, plan):
+    return runner.collect(runner.launch(plan))
+
+
+def start(runner, tokens=(3, 1, 4, 1, 5), slot=0, remaining=10, **fields):
+    """Prefills a prompt in one step; returns its first token."""
+    init = SlotInit(slot=slot, position=0, remaining=remaining, **fields)
+    plan = prompt_plan(tokens, slot=slot, inits=(init,), page_adds=pages(slot, 1 + 5 * slot, 5))
+    return int(run(runner, plan).tokens[0, 0])
+
+
+@pytest.mark.parametrize("bucket", LADDER.buckets, ids=str)
+def test_a_step_without_rows_changes_nothing(fresh, bucket):
+    start(fresh)
+    before = state(fresh)
+    none = ints()
+    out = run(fresh, StepPlan(none, none, none, none, none, num_decode=0, bucket=bucket))
+    assert out.tokens.shape == (0, 1)
+    jax.tree.map(np.testing.assert_array_equal, before, state(fresh))
+
+
+def test_only_live_rows_write_and_only_their_own_pages(fresh):
+    start(fresh, slot=0)
+    start(fresh, slot=1)
+    before = state(fresh)[0]["kv"]
+    run(fresh, decode_plan(1))
+    after = state(fresh)[0]["kv"]
+    changed = {tuple(i) for i in np.argwhere((before != after).any(axis=(2, 3))).tolist()}
+    # Position 5 of slot 1 is offset 1 of its second page, once in each layer.
+    assert changed == {(7, 1), (SPEC.num_pages + 7, 1)}
+
+
+def test_a_slot_freezes_itself_at_its_limit(fresh):
+    start(fresh, remaining=3)
+    valid = [int(run(fresh, decode_plan(0)).n_valid[0]) for _ in range(4)]
+    assert valid == [1, 1, 0, 0]
+    frozen = state(fresh)
+    run(fresh, decode_plan(0))
+    jax.tree.map(np.testing.assert_array_equal, frozen, state(fresh))
+
+
+def test_a_slot_freezes_itself_at_a_stop_id_but_not_before_min_tokens(fresh):
+    first = start(fresh)
+    second = int(run(fresh, decode_plan(0)).tokens[0, 0])
+    fresh.reset()
+    assert start(fresh, stop_ids=(second,)) == first
+    assert run(fresh, decode_plan(0)).n_valid.tolist() == [1]  # the stop id is delivered
+    assert run(fresh, decode_plan(0)).n_valid.tolist() == [0]
+    fresh.reset()
+    rich = {"bucket": LADDER.choose(1, 1, Sampler.LOGPROBS, decode_only=True)}
+    start(fresh, stop_ids=(second,), min_remaining=3)
+    out = run(fresh, decode_plan(0, **rich))
+    assert out.n_valid.tolist() == [1] and out.tokens[0, 0] != second
+
+
+def test_rows_in_the_middle_of_a_prompt_emit_nothing(fresh):
+    whole = start(fresh)
+    fresh.reset()
+    init = SlotInit(slot=0, position=0, remaining=10)
+    plan = prompt_plan((3, 1, 4), emit=Emit.NONE, inits=(init,), page_adds=pages(0, 1, 5))
+    assert run(fresh, plan).n_valid.tolist() == [0]
+    assert state(fresh)[1].words[0, Word.POSITION] == 3
+    out = run(fresh, prompt_plan((1, 5), start=3))
+    assert (out.n_valid.tolist(), out.tokens.tolist()) == ([1], [[whole]])
+
+
+def test_updates_beyond_the_room_of_a_step_are_sent_ahead(fresh):
+    """A prefix hit can bring any number of pages, an idle engine any number of admissions."""
+    expected = start(fresh)
+    fresh.reset()
+    many = ADMIT_ROOM.adds + 30  # more than two calls of `admit` hold
+    spread = [(39 - i % 39, i // 39, 2 + i % 900) for i in range(many)]
+    inits = tuple(SlotInit(slot=i, position=0, remaining=10) for i in range(35))
+    plan = prompt_plan(
+        (3, 1, 4, 1, 5), inits=inits, page_adds=np.concatenate([pages(0, 1, 5), ints(*spread)])
+    )
+    assert run(fresh, plan).tokens.tolist() == [[expected]]
+    slots = state(fresh)[1]
+    assert slots.words[:35, Word.REMAINING].tolist() == [9] + [10] * 34
+    for slot, index, page in spread:
+        assert slots.page_table[slot, index] == page
+
+
+def test_pages_are_copied_in_every_layer_before_the_step(fresh):
+    start(fresh)
+    before = state(fresh)[0]["kv"]
+    run(fresh, decode_plan(0, page_copies=ints((1, 50), (2, 51)).reshape(2, 2)))
+    after = state(fresh)[0]["kv"]
+    for layer in (0, SPEC.num_pages):
+        np.testing.assert_array_equal(after[layer + 50], before[layer + 1])
+        np.testing.assert_array_equal(after[layer + 51], before[layer + 2])
+        assert np.abs(before[layer + 1]).max() > 0
+    np.testing.assert_array_equal(np.delete(after, [50, 51, 1250, 1251, 2, 1202], axis=0),
+                                  np.delete(before, [50, 51, 1250, 1251, 2, 1202], axis=0))  # fmt: skip
+
+
+def test_what_is_packed_is_unpacked(fresh):
+    init = SlotInit(
+        slot=3, position=7, remaining=11, min_remaining=2, sample_index=5, seed=2**64 - 3,
+        choice=1, temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, stop_ids=(8, 9), adapter=4,
+    )  # fmt: skip
+    plan = StepPlan(
+        ints(5, 3), ints(1, 1), ints(20, 7), ints(1, 4), ints(Emit.TOKEN, Emit.NONE), 1, MIXED,
+        prompt_tokens=ints(50, 51, 52, 53), page_adds=pages(3, 90, 2), inits=(init,),
+    )  # fmt: skip
+    layout = InputLayout(MIXED, SPEC.page_size, SPEC.num_slots)
+    got = unpack(jnp.asarray(pack(plan, layout)), layout)
+    assert (int(got.num_rows), int(got.num_decode)) == (2, 1)
+    assert got.slots.tolist() == [5, 3, 40, 40]
+    assert got.counts.tolist() == [1, 4, 0, 0]
+    assert got.emits.tolist() == [1, 0, 0, 0]
+    assert got.prompt_tokens[:6].tolist() == [0, 50, 51, 52, 53, 0]
+    assert got.updates.page_adds[:3].tolist() == [[3, 0, 90], [3, 1, 91], [40, 0, 0]]
+    run(fresh, prompt_plan((1,), inits=(init,), emit=Emit.NONE, slot=9))
+    rows = fresh._slots.rows(jnp.array([3]))
+    for name in ("position", "remaining", "min_remaining", "sample_index", "choice", "top_k"):
+        assert getattr(rows, name).tolist() == [getattr(init, name)], name
+    for name in ("temperature", "top_p", "min_p"):
+        assert getattr(rows, name)[0] == np.float32(getattr(init, name)), name
+    assert rows.seed.tolist() == [[2**32 - 1, 2**32 - 3]]
+    assert rows.stop_ids[0].tolist() == [8, 9] + [-1] * 14
+    assert rows.words[0, Word.ADAPTER] == 4
+
+
+def test_what_the_runner_does_not_serve_is_refused(fresh):
+    with pytest.raises(ValueError, match=r"plan\.k: got 2"):
+        fresh.launch(decode_plan(0, k=2))
+    for emit in (Emit.PROMPT_LOGPROBS, Emit.POOLED):
+        with pytest.raises(ValueError, match=r"plan\.emits"):
+            fresh.launch(prompt_plan((1,), emit=emit))
+
+
+def test_one_rows_not_finite_logits_leave_its_neighbours_alone(fresh):
+    good = start(fresh, slot=1)
+    expected = run(fresh, decode_plan(1)).tokens[0, 0]
+    fresh.reset()
+    start(fresh, slot=0)
+    assert start(fresh, slot=1) == good
+    fresh._slabs = {"kv": fresh._slabs["kv"].at[1].set(jnp.nan)}  # slot 0's first page
+    out = run(fresh, decode_plan(0, 1))
+    assert out.not_finite.tolist() == [True, False]
+    assert out.tokens[1, 0] == expected
+
+
+def test_warmup_compiles_everything_and_arms_the_guard():
+    decoder = AbstractDecoder(CONFIG, "float32")
+    mesh = default_mesh()
+    params = jax.device_put(decoder.initial_params(0), mesh.everywhere)
+    spec = dataclasses.replace(SPEC, num_pages=40)
+    runner = ModelRunner(decoder, params, spec, mesh)
+    seen = []
+    runner.warmup(threads=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(LADDER) + 1, len(LADDER) + 1)
+    for bucket in LADDER.buckets:
+        init = SlotInit(slot=0, position=0, remaining=3)
+        plan = prompt_plan((1, 2), inits=(init,), page_adds=pages(0, 1, 1), bucket=bucket)
+        run(runner, decode_plan(0, bucket=bucket) if bucket.decode_only else plan)
+    run(runner, decode_plan(0, page_copies=ints((1, 2)).reshape(1, 2)))
+    runner.reset()
+    assert runner.compiles_after_ready == 0
+    (jnp.arange(7) * 3).block_until_ready()  # an eager operation of a new shape
+    assert runner.compiles_after_ready > 0
+
+
+def test_slabs_and_slots_are_donated(runner):
+    """No program may hold a second copy of the slab, not even for a moment."""
+    for bucket in (DECODE, MIXED):
+        compiled = runner._lower_step(bucket).compile()
+        stats = compiled.memory_analysis()
+        slab_bytes = runner._slabs["kv"].nbytes
+        assert stats.alias_size_in_bytes >= slab_bytes
+        assert stats.temp_size_in_bytes < slab_bytes / 4
+
+
+def test_compile_counter_counts_from_its_construction():
+    (jnp.arange(11) + 1).block_until_ready()
+    counter = CompileCounter()
+    assert counter.count == 0
+    jax.jit(lambda x: x * 5 + 2)(jnp.float32(1)).block_until_ready()
+    assert counter.count >= 1
+
+
+def test_a_failing_compilation_is_not_swallowed():
+    def broken():
+        raise RuntimeError("cannot lower")
+
+    with pytest.raises(RuntimeError, match="cannot lower"):
+        compile_all({"a": broken}, threads=2)

@@ -1,0 +1,153 @@
+"""The wire: every field both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from quire import SamplingParams
+from quire.errors import InvalidRequest
+from quire.protos.v1 import generation_pb2 as pb
+from quire.serving.answer import Chunk, Completion, Logprob
+from quire.serving.intake import Labels
+from quire.serving.wire import (
+    chunk_message,
+    labels_of,
+    prompt_of,
+    response_message,
+    sampling_of,
+)
+
+SET = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.75,
+    "min_p": 0.25,
+    "seed": 2**64 - 1,
+    "max_tokens": 9,
+    "min_tokens": 2,
+    "stop": ("a", "b"),
+    "stop_token_ids": (4, 5),
+    "ignore_eos": True,
+    "logprobs": 4,
+    "skip_special_tokens": False,
+}
+
+
+def test_every_field_of_sampling_is_read() -> None:
+    assert set(SET) == {f.name for f in pb.SamplingParams.DESCRIPTOR.fields}
+    request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(**SET))
+    assert sampling_of(request) == SET
+    SamplingParams(**SET)  # the same names and meanings offline
+
+
+def test_unset_is_the_models_default_and_an_explicit_zero_is_zero() -> None:
+    assert sampling_of(pb.GenerateRequest(text="x")) == {}
+    assert sampling_of(pb.GenerateRequest(text="x", sampling=pb.SamplingParams())) == {}
+    zeros: dict[str, Any] = {}
+    for field in pb.SamplingParams.DESCRIPTOR.fields:
+        if field.label != FieldDescriptor.LABEL_REPEATED:
+            assert field.has_presence, f"{field.name} must tell unset from zero"
+            zeros[field.name] = field.default_value
+    assert sampling_of(pb.GenerateRequest(sampling=pb.SamplingParams(**zeros))) == zeros
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", 101.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 2**32 - 1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", 1.5),
+        ("max_tokens", 0),
+        ("max_tokens", 2**32 - 1),
+        ("min_tokens", 2**32 - 1),
+        ("logprobs", 21),
+        ("stop", [""]),
+        ("stop", ["x" * 1025]),
+        ("stop", ["x"] * 17),
+        ("stop_token_ids", [1] * 17),
+        ("stop_token_ids", [2**32 - 1]),
+    ],
+)
+def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
+    request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(**{field: value}))
+    with pytest.raises(InvalidRequest, match=f"^{field}: got .*, must be "):
+        SamplingParams(**sampling_of(request))
+
+
+def test_prompts() -> None:
+    assert prompt_of(pb.GenerateRequest(text="hello")) == "hello"
+    ids = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2]))
+    assert prompt_of(ids) == [1, 2]
+    assert prompt_of(pb.GenerateRequest(text="")) == ""
+    assert prompt_of(pb.GenerateRequest(token_ids=pb.TokenIds())) == []
+    with pytest.raises(InvalidRequest, match="prompt: got none, must be text or token_ids"):
+        prompt_of(pb.GenerateRequest())
+
+
+def test_everything_else_is_a_label() -> None:
+    request = pb.GenerateRequest(
+        text="x", request_id="r", priority=-2, tenant="t", cache_salt="s"
+    )
+    labels = labels_of(request, deadline=4.5)
+    assert labels == Labels("r", priority=-2, tenant="t", cache_salt="s", deadline=4.5)
+    read = {"text", "token_ids", "sampling", "request_id", "priority", "tenant", "cache_salt"}
+    assert {f.name for f in pb.GenerateRequest.DESCRIPTOR.fields} == read
+
+
+LOGPROBS = [
+    {5: Logprob(-0.25, 1, "five"), 7: Logprob(-1.0, 2, "seven")},
+    {5: Logprob(-0.5, 1, "five"), 7: Logprob(-1.5, 2, "seven"), 8: Logprob(-2.5, 9, "eight")},
+]
+USAGE = pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
+
+
+def as_tuples(position: pb.PositionLogprobs) -> list[tuple[int, str, float, int]]:
+    entries = [position.chosen, *position.top]
+    return [(e.token_id, e.token, e.logprob, e.rank) for e in entries]
+
+
+def test_a_response_has_every_field() -> None:
+    completion = Completion(0, "text", [7, 8], None, LOGPROBS, "stop", "\n")
+    message = response_message(completion, alternatives=2, request_id="r", usage=USAGE)
+    assert {f.name for f, _ in message.ListFields()} == set(
+        pb.GenerateResponse.DESCRIPTOR.fields_by_name
+    )
+    assert (message.request_id, message.text, list(message.token_ids)) == ("r", "text", [7, 8])
+    assert message.finish_reason == pb.FINISH_REASON_STOP
+    assert message.stop_reason == pb.StopReason(stop="\n")
+    assert message.usage == USAGE
+    five, seven, eight = (5, "five", -0.5, 1), (7, "seven", -1.5, 2), (8, "eight", -2.5, 9)
+    assert [e[0] for e in as_tuples(message.logprobs[0])] == [7, 5, 7]
+    # A chosen token that is none of the alternatives is not among them.
+    assert as_tuples(message.logprobs[1]) == [eight, five, seven]
+
+
+def test_a_chunk_has_every_field() -> None:
+    chunk = Chunk("text", [7, 8], LOGPROBS, "length", 8)
+    message = chunk_message(chunk, alternatives=2, request_id="r", usage=USAGE)
+    assert {f.name for f, _ in message.ListFields()} == set(
+        pb.GenerateChunk.DESCRIPTOR.fields_by_name
+    )
+    assert message.finish_reason == pb.FINISH_REASON_LENGTH
+    assert message.stop_reason == pb.StopReason(stop_token_id=8)
+    assert [len(p.top) for p in message.logprobs] == [2, 2]
+
+
+def test_a_chunk_in_the_middle_is_small() -> None:
+    message = chunk_message(Chunk("t", [7]), alternatives=0, request_id="", usage=None)
+    assert [f.name for f, _ in message.ListFields()] == ["text", "token_ids"]
+    assert message.finish_reason == pb.FINISH_REASON_UNSPECIFIED
+    assert not message.HasField("stop_reason")
+
+
+def test_log_probabilities_of_the_chosen_token_alone() -> None:
+    chunk = Chunk("t", [7], [{7: Logprob(-1.0, 3, "seven")}])
+    message = chunk_message(chunk, alternatives=0, request_id="", usage=None)
+    assert as_tuples(message.logprobs[0]) == [(7, "seven", -1.0, 3)]
