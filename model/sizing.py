@@ -114,6 +114,11 @@ def settle(
     longest = _longest(config, model)
 
     weights = weight_bytes(model, dtype)
+    if weights >= capacity:
+        raise InvalidConfig(
+            f"model: its weights take {weights:,} bytes in {dtype}, the device has {capacity:,}; "
+            "choose a smaller dtype or a larger device"
+        )
     page_bytes = kv_token_bytes * config.page_size
     pages = _pages(config, capacity - weights, page_bytes, num_seqs, longest)
     if (pages - 1) * config.page_size < longest:
