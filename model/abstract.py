@@ -33,9 +33,7 @@ class AbstractDecoder:
     def specs(self) -> dict[str, WeightSpec]:
         """Every parameter by name, in a fixed order."""
         return {
-            _name(path): WeightSpec(
-                tuple(leaf.shape), str(leaf.dtype), leaf.get_metadata()["axes"]
-            )
+            _name(path): WeightSpec(tuple(leaf.shape), str(leaf.dtype), leaf.get_metadata()["axes"])
             for path, leaf in self._flat
         }
 

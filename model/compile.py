@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.stages import Compiled, Lowered
@@ -41,7 +41,7 @@ class CompileCounter:
         self._start = CompileCounter._total
 
     @staticmethod
-    def _on_event(event: str, duration: float, **_: Any) -> None:
+    def _on_event(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
             with CompileCounter._lock:
                 CompileCounter._total += 1

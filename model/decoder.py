@@ -70,9 +70,7 @@ class Attention(nnx.Module):
         )  # fmt: skip
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps, None, dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps, None, dtype) if c.qk_norm else None
-        self.out = Linear(
-            rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias
-        )
+        self.out = Linear(rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias)
 
     def __call__(
         self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend

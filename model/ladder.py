@@ -72,7 +72,9 @@ class Ladder:
         self._mixed: dict[Sampler, list[Bucket]] = {}
         for sampler in Sampler:
             rungs = [b for b in self.buckets if b.sampler == sampler]
-            self._decode[sampler] = sorted((b for b in rungs if b.decode_only), key=lambda b: b.rows)
+            self._decode[sampler] = sorted(
+                (b for b in rungs if b.decode_only), key=lambda b: b.rows
+            )
             self._mixed[sampler] = sorted(
                 (b for b in rungs if not b.decode_only), key=lambda b: (b.tokens, b.rows)
             )

@@ -33,7 +33,7 @@ class Mesh:
 
     @property
     def platform(self) -> str:
-        """"cpu", "gpu" or "tpu"."""
+        """ "cpu", "gpu" or "tpu"."""
         return str(self.devices[0].platform)
 
     def of(self, axes: Sequence[str | None]) -> NamedSharding:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,8 +200,8 @@ class Runner(Protocol):
         """Starts a step and returns at once, before the device is done."""
         ...
 
-    def collect(self, handle: StepHandle) -> StepOutputs:
-        """Waits for a launched step. Each handle is collected once, in launch order."""
+    def collect(self, handle: Any) -> StepOutputs:
+        """Waits for a launched step. Each handle of `launch` is collected once, in launch order."""
         ...
 
     def reset(self) -> None:

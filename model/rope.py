@@ -66,9 +66,7 @@ def _yarn(plain: NDArray[np.float32], rope: RopeConfig, head_dim: int) -> NDArra
     return (plain / rope.factor * slowed + plain * (1 - slowed)).astype(np.float32)
 
 
-def cos_sin(
-    rope: RopeConfig, head_dim: int, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def cos_sin(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rotation of each token, shared by all layers of a step.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -128,9 +129,7 @@ class ModelRunner:
     def _lowerings(self) -> dict[Any, Callable[[], Lowered]]:
         """Every program, the costliest first."""
         buckets = sorted(self._spec.ladder.buckets, key=lambda b: (-b.tokens, -b.sampler))
-        steps: dict[Any, Callable[[], Lowered]] = {
-            b: (lambda b=b: self._lower_step(b)) for b in buckets
-        }
+        steps = {bucket: partial(self._lower_step, bucket) for bucket in buckets}
         return {**steps, _ADMIT: self._lower_admit}
 
     def _program(self, key: Any) -> Compiled:

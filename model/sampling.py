@@ -87,9 +87,7 @@ def row_keys(seed: jax.Array, choice: jax.Array, sample_index: jax.Array) -> jax
     return jax.vmap(one)(seed, choice, sample_index)
 
 
-def truncate(
-    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
-) -> jax.Array:
+def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """Which tokens each row may draw.
 
     Args:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +185,7 @@ def init_words(init: SlotInit, out: NDArray[np.int32]) -> None:
 def abstract_slots(num_slots: int, pages_per_seq: int, mesh: Mesh) -> Slots:
     """Shapes, dtypes and placement (a copy on every device), for compiling ahead."""
 
-    def array(width: int) -> jax.ShapeDtypeStruct:
+    def array(width: int) -> Any:
         sharding = mesh.of(("slots", None))
         return jax.ShapeDtypeStruct((num_slots, width), jnp.int32, sharding=sharding)
 

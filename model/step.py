@@ -60,7 +60,9 @@ class _Placed:
     page_table: jax.Array  # int32 [R, M]
 
 
-def make_step(decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: InputLayout) -> Step:
+def make_step(
+    decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: InputLayout
+) -> Step:
     """The step program of one bucket, to be jitted with slabs and slots donated."""
     config = decoder.config
     bucket = layout.bucket

@@ -9,6 +9,7 @@ Used by serving/llm.py; the gRPC service has its own way, on an event loop.
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -42,6 +43,31 @@ class Routes:
         self._queues.pop(request_id, None)
 
 
+class _Open(dict[str, tuple[int, Answer]]):
+    """A stream's unfinished requests, by id: which of them it is, and its answer."""
+
+    def __init__(self, engine: Engine, routes: Routes, waiting: _Queue):
+        super().__init__()
+        self._engine, self._routes, self._queue = engine, routes, waiting
+
+    def add(self, index: int, request: Request, answer: Answer) -> None:
+        self[request.id] = index, answer
+        self._routes.add(request.id, self._queue)
+        self._engine.submit(request)
+
+    def leave(self, request_id: str) -> None:
+        self.pop(request_id, None)
+        self._routes.remove(request_id)
+        # Does nothing if the engine ended it; but of stop strings and callers who leave early the
+        # engine does not know.
+        self._engine.finish(request_id)
+
+    def close(self) -> None:
+        for request_id in list(self):
+            self.leave(request_id)
+        self._queue.put(None)
+
+
 class Stream(Iterator[Item], Generic[Item]):
     """Chunks of one or several answers. The requests are submitted on construction.
 
@@ -68,15 +94,14 @@ class Stream(Iterator[Item], Generic[Item]):
         make: Callable[[int, Chunk], Item],
         keep: object = None,
     ):
-        self._engine, self._routes, self._make, self._keep = engine, routes, make, keep
+        self._make, self._keep = make, keep
         self._queue: _Queue = queue.SimpleQueue()
-        self._open = {
-            request.id: (index, answer) for index, (request, answer) in enumerate(requests)
-        }
+        self._open = _Open(engine, routes, self._queue)
+        # Not `__del__`, which runs too late when the process ends.
+        self._close = weakref.finalize(self, self._open.close)
         try:
-            for request, _ in requests:
-                routes.add(request.id, self._queue)
-                engine.submit(request)
+            for index, (request, answer) in enumerate(requests):
+                self._open.add(index, request, answer)
         except BaseException:
             self.close()
             raise
@@ -93,23 +118,14 @@ class Stream(Iterator[Item], Generic[Item]):
                 self.close()
                 raise
             if answer.finished:
-                self._leave(output.request_id)
+                self._open.leave(output.request_id)
             if chunk is not None:
                 return self._make(index, chunk)
         raise StopIteration
 
     def close(self) -> None:
         """Ends what is unfinished. Idempotent; safe while another thread waits for a chunk."""
-        for request_id in list(self._open):
-            self._leave(request_id)
-        self._queue.put(None)
-
-    def _leave(self, request_id: str) -> None:
-        self._open.pop(request_id, None)
-        self._routes.remove(request_id)
-        # Does nothing if the engine ended it; but of stop strings and callers who leave early the
-        # engine does not know.
-        self._engine.finish(request_id)
+        self._close()
 
     def __enter__(self) -> Stream[Item]:
         return self
@@ -121,7 +137,3 @@ class Stream(Iterator[Item], Generic[Item]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):  # else it never came to be
-            self.close()

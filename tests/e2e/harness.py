@@ -92,7 +92,9 @@ class Session:
         for output in outputs:
             self.outputs.setdefault(output.request_id, []).append(output)
 
-    def submit(self, name: str, prompt: Sequence[int], sampling: SamplingParams, **more: Any) -> None:
+    def submit(
+        self, name: str, prompt: Sequence[int], sampling: SamplingParams, **more: Any
+    ) -> None:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=0)
         self.engine.submit(Request(id=name, prompt=tuple(prompt), sampling=sampling, **more))

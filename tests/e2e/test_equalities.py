@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import zoo
 from harness import Bench, ladder
+
 from quire import SamplingParams
 from quire.sched.scheduler import Scheduler
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zoo
 from harness import Bench
+
 from quire import SamplingParams
 from quire.model.abstract import AbstractDecoder
 

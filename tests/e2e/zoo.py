@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from quire.model.config import ModelConfig, RopeConfig
 from quire.model.weights import Params
 

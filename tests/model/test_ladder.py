@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quire.errors import InvalidConfig
 from quire.model.ladder import MAX_PROGRAMS, Bucket, Ladder, Sampler, make_ladder
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from quire.model.abstract import AbstractDecoder
 from quire.model.compile import CompileCounter, compile_all
 from quire.model.config import ModelConfig, RopeConfig

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quire.model.plan import MAX_LOGPROBS, Sampler, SlotInit
 from quire.model.sampling import row_keys, truncate
 from quire.model.sampling import sample as sample_traced
@@ -106,9 +107,7 @@ def test_a_draw_is_gumbel_max_with_the_key_of_seed_choice_and_index():
     """The stream, written out with jax.random alone."""
     logits = np.random.default_rng(1).standard_normal((1, VOCAB)).astype(np.float32)
     for seed, choice, index in [(0, 0, 0), (2**63 + 12345, 0, 7), (2**64 - 1, 3, 1000)]:
-        rows = slot_rows(
-            init(temperature=0.7, seed=seed, choice=choice, sample_index=index)
-        )
+        rows = slot_rows(init(temperature=0.7, seed=seed, choice=choice, sample_index=index))
         words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
         key = jax.random.fold_in(jax.random.fold_in(key, choice), index)
@@ -137,9 +136,7 @@ def test_draws_follow_the_distribution(fields):
     draws, vocab = 8000, 12
     logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32)
     rows = slot_rows(*(init(seed=9, sample_index=i, **fields) for i in range(draws)))
-    tokens = sample(
-        jnp.broadcast_to(logits, (draws, vocab)), rows, Sampler.SAMPLE
-    ).tokens
+    tokens = sample(jnp.broadcast_to(logits, (draws, vocab)), rows, Sampler.SAMPLE).tokens
     tempered = logits / fields["temperature"]
     kept = kept_by_definition(
         tempered, fields.get("top_k", 0), fields.get("top_p", 1.0), fields.get("min_p", 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from quire.config import EngineConfig
 from quire.errors import InvalidConfig
 from quire.model.abstract import AbstractDecoder
@@ -69,8 +70,6 @@ def test_small_models_take_no_more_than_every_slot_can_use():
     small = dataclasses.replace(LLAMA_8B, num_layers=2, windows=(None,) * 2, max_positions=1024)
     got = sizes(small)
     assert got.spec.num_pages == 1 + 256 * 1024 // 32
-
-
 
 
 def test_kv_memory_is_honoured_in_full():
