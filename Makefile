@@ -47,7 +47,7 @@ typecheck: $(DEV) ## types
 	    --cache-dir "$(CURDIR)/.mypy_cache/$(notdir $(VENV))" --exclude '^quire/(tests|build|docs)/' -p quire
 
 pytest: $(DEV) ## the tests alone
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(DEV) ## the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -56,7 +56,7 @@ class Internal(QuireError):
 
 
 class InvalidConfig(QuireError, ValueError):
-    """A setting is out of range, or settings contradict each other. Raised before serving starts."""
+    """A setting is out of range, or settings contradict each other. Raised before serving."""
 
     grpc_code = "FAILED_PRECONDITION"
     http_status = 500

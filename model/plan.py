@@ -138,7 +138,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class LogprobArrays:
-    """Log-probabilities of the raw distribution (before temperature and truncation), natural log."""
+    """Natural logs of the raw distribution, before temperature and truncation."""
 
     chosen: FloatArray  # [R, K] of the emitted token
     rank: IntArray  # [R, K] 1 = the most likely

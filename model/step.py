@@ -174,7 +174,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _pack_outputs(sampled: Sampled, emitted: jax.Array) -> jax.Array:
-    """int32 [R, words]: valid tokens, not-finite flag, token, and log-probabilities' bits if any."""
+    """int32 [R, words]: valid tokens, not-finite flag, token; log-probabilities' bits if any."""
     columns = [emitted, sampled.not_finite & emitted, sampled.tokens]
     packed = jnp.stack([c.astype(jnp.int32) for c in columns], axis=1)
     if sampled.logprob is None:

@@ -167,10 +167,12 @@ def _unwrapped(prompt: Mapping[str, Any]) -> str | Sequence[int]:
 def _ids(prompt: object) -> list[int]:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise invalid("prompt", type(prompt).__name__, "text or a list of token ids")
+    if set(map(type, prompt)) <= {int}:
+        return list(prompt)
     for at, token in enumerate(prompt):
         if isinstance(token, bool) or not isinstance(token, int):
             raise invalid(f"prompt[{at}]", token, "a token id (a whole number)")
-    return list(prompt)
+    return list(map(int, prompt))
 
 
 def _check_messages(messages: object) -> None:

@@ -109,9 +109,10 @@ class Stream(Iterator[Item], Generic[Item]):
     def __next__(self) -> Item:
         while self._open:
             output = self._queue.get()
-            if output is None or output.request_id not in self._open:
+            found = None if output is None else self._open.get(output.request_id)
+            if output is None or found is None:
                 continue
-            index, answer = self._open[output.request_id]
+            index, answer = found
             try:
                 chunk = answer.push(output)
             except BaseException:

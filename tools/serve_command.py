@@ -38,24 +38,27 @@ async def _serve(config: EngineConfig, settings: ServerConfig) -> None:
     from ..serving.progress import Terminal
     from ..serving.server import Server
 
-    reporter = Terminal()
+    reporter, signals = Terminal(), _Signals()
     server = Server(settings.host, settings.port)
     try:
         await server.bind()
         reporter.note(f"listening on {server.address}")
-        await _live(config, settings, server, reporter)
+        await _live(config, settings, server, reporter, signals)
     finally:
         await server.stop()
     reporter.note("stopped")
 
 
 async def _live(
-    config: EngineConfig, settings: ServerConfig, server: Server, reporter: Terminal
+    config: EngineConfig,
+    settings: ServerConfig,
+    server: Server,
+    reporter: Terminal,
+    signals: _Signals,
 ) -> None:
     """From bound to drained."""
     from ..serving.assemble import assemble
 
-    signals = _Signals()
     opening = asyncio.ensure_future(
         server.open(lambda deliver: assemble(config, deliver, reporter))
     )

@@ -1,5 +1,6 @@
 """The same tokens however a request is served: alone or together, in whole or chunked, from the
-prefix cache or not, preempted or not, whatever the ladder. Greedy answers are also transformers'."""
+prefix cache or not, preempted or not, whatever the ladder. Greedy answers are transformers', too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from harness import Bench, ladder
 
 from quire import SamplingParams
 from quire.sched.scheduler import Scheduler
+
+# One process for all, so that each program compiles once.
+pytestmark = pytest.mark.xdist_group("equalities")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS)
 CASE = zoo.BY_NAME["qwen25-tied-some-windows"]  # layers with and without a window
@@ -118,7 +122,7 @@ class Witness(Scheduler):
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix", "no-prefix"])
 def test_preemption_with_a_result_in_flight(bench, prefix_caching):
-    """A pool in which the answers cannot all grow: some wait for their unread result, then yield."""
+    """A pool in which the answers cannot all grow: some wait for an unread result, then yield."""
     session = bench.engine(num_pages=36, prefix_caching=prefix_caching, scheduler=Witness)
     prompts = zoo.prompts()[:7]
     assert session.answers(prompts, MIXED[:7]) == bench.sampled[:7]

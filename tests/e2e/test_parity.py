@@ -16,7 +16,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=zoo.NEW_TOKENS, logprobs=1)
 LOGPROB_BOUND = 2e-4  # float32 on both sides, sums in another order
 
 
-@pytest.fixture(scope="module", params=zoo.CASES, ids=lambda case: case.name)
+BY_CASE = [
+    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
+    for case in zoo.CASES
+]
+
+
+@pytest.fixture(scope="module", params=BY_CASE)
 def setting(request):
     """A case, its checkpoint, and transformers' answers."""
     folder, references = zoo.get(request.param)

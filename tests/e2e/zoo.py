@@ -3,7 +3,7 @@ transformers answers with them.
 
 Weights, biases and norm scales are all random (transformers starts biases at 0 and scales at 1,
 which would hide a missing one), and large enough that answers vary. Seeds were picked so that every
-reference answer has at least MIN_DISTINCT different tokens and no near tie; a test holds them to it.
+reference answer has at least MIN_DISTINCT different tokens and no near tie; a test sees to it.
 
 What was made is kept under .cache/zoo, so that it is made once, and so that an interpreter without
 torch (there is not a build for each) can be tested against what another one's transformers said.
