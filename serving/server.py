@@ -10,8 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..errors import Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
@@ -50,7 +49,8 @@ class Server:
     def __init__(self, host: str, port: int):
         self._host, self._wanted = f"[{host}]" if ":" in host else host, port
         self._server = grpc.aio.server(options=_OPTIONS)
-        self._health = aio.HealthServicer()
+        # The type stubs do not know it.
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._service = GenerationService()
         self._parts: Assembled | None = None
         pb_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        module = importlib.import_module(f"..{name}_command", __name__)
+        module = importlib.import_module(f".{name}_command", __package__)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return top

@@ -96,12 +96,13 @@ def _ask(llm: LLM, asked: list[Question], console: Console) -> float:
 
 
 def _answers(asked: list[Question]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "question", "answer", box=None, pad_edge=False)
     for q in asked:
         mark = ("[green]✓[/]" if q.right else "[red]✗[/]") if q.finished else "…"
-        table.add_row(mark, q.text, q.answer)
+        table.add_row(mark, escape(q.text), escape(q.answer))  # [brackets] are no styles
     return table
 
 

@@ -36,13 +36,16 @@ class Bench:
 
     Args:
       folder: a checkpoint.
+      dtype: of weights, activations and KV.
       page_size, num_pages: of the slab.
     """
 
-    def __init__(self, folder: Path, *, page_size: int = 16, num_pages: int = 400):
+    def __init__(
+        self, folder: Path, *, dtype: str = "float32", page_size: int = 16, num_pages: int = 400
+    ):
         self.checkpoint = Checkpoint.open(folder)
         mesh = default_mesh()
-        decoder = AbstractDecoder(self.checkpoint.config, "float32")
+        decoder = AbstractDecoder(self.checkpoint.config, dtype)
         self.params = load(self.checkpoint, decoder, mesh)
         self.spec = RunnerSpec(
             num_slots=8,

@@ -14,6 +14,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import tiny_checkpoint
 from engines import SETTINGS
+
 from quire import LLM
 
 

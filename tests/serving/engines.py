@@ -37,7 +37,7 @@ def at_rest(engine: Engine) -> None:
 
 @contextmanager
 def held(parts: Assembled) -> Iterator[threading.Event]:
-    """Lets no step's results in until the event is set, or the block ends."""
+    """Lets results of steps in only while the event is set, until the block ends."""
     go = threading.Event()
     runner, collect = parts.runner, parts.runner.collect
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import grpc
 from engines import SETTINGS
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from quire import EngineConfig
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine

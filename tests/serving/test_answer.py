@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from quire.checkpoints.detokenize import StreamDecoder
 from quire.errors import Internal
 from quire.sched.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs

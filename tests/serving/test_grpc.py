@@ -17,13 +17,14 @@ import pytest
 import tiny_checkpoint
 from engines import at_rest, eventually, held
 from grpc import StatusCode
+from running import SERVICE, Running
+
 from quire import LLM, SamplingParams
 from quire.errors import Unavailable
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import RequestOutput
 from quire.serving.grpc_server import Mailbox
 from quire.serving.server import Server
-from running import SERVICE, Running
 
 PROMPT = "the quick brown fox"
 
@@ -255,8 +256,11 @@ def test_a_cancelled_stream_frees_its_pages(served: Running, waits_for_message: 
         if waits_for_message:
             go.set()
             next(streams[0])
+            go.clear()
         for stream in streams:
             stream.cancel()
+        eventually(lambda: not served.server._service._calls)
+        assert served.engine.stats().running > 0
         go.set()
         at_rest(served.engine)
 
@@ -289,11 +293,14 @@ def test_a_client_that_dies_frees_its_pages(served: Running) -> None:
     )
     with held(served.parts) as go, client:
         eventually(lambda: served.engine.stats().running == 1, 60)
-        # One step at a time, so that the answer does not end before the client does.
         go.set()
         assert client.stdout is not None and client.stdout.readline() == "got one\n"
+        go.clear()  # so that the answer does not end before the client does
         client.kill()
-    at_rest(served.engine)
+        eventually(lambda: not served.server._service._calls)
+        assert served.engine.stats().running == 1
+        go.set()
+        at_rest(served.engine)
 
 
 class SlowContext:

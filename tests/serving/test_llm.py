@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_checkpoint
 from engines import SETTINGS, at_rest, eventually, held
+
 from quire import LLM, SamplingParams
 from quire.errors import InvalidConfig, InvalidRequest, Overloaded, Unavailable
 from quire.serving.llm import Chunk, Completion, Logprob
@@ -203,7 +205,7 @@ def test_logprobs_have_the_names_and_shape_of_vllms(llm: LLM) -> None:
         assert len(at) == 3 + (len(others) == 3)
         ranked = sorted(at.values(), key=lambda entry: entry.rank)
         assert [e.rank for e in ranked[:3]] == [1, 2, 3]
-        assert all(a.logprob >= b.logprob for a, b in zip(ranked, ranked[1:], strict=False))
+        assert all(a.logprob >= b.logprob for a, b in itertools.pairwise(ranked))
         assert at[token].decoded_token == tiny_checkpoint.make_tokenizer().decode(
             [token], skip_special_tokens=False
         )
@@ -368,7 +370,7 @@ def test_it_ends_with_the_last_reference(folder: Path) -> None:
 def test_a_script_that_never_closes_it_ends_cleanly(folder: Path) -> None:
     script = (
         "import sys; from quire import LLM, SamplingParams\n"
-        "llm = LLM(sys.argv[1], max_num_seqs=4, max_batched_tokens=32, page_size=16, warmup=False)\n"
+        "llm = LLM(sys.argv[1], max_num_seqs=4, max_batched_tokens=32, warmup=False)\n"
         "stream = llm.stream('hello', SamplingParams(temperature=0, max_tokens=None))\n"
         "print(len(next(stream).token_ids) > 0)\n"
     )
@@ -415,9 +417,9 @@ def test_a_checkpoint_without_a_tokenizer_takes_token_ids(tmp_path: Path, llm: L
         assert result.text == ""
         assert result.token_ids == answer(llm, tokens).token_ids
         for prompt in (PROMPTS[0], [PROMPTS[0]], {"prompt": PROMPTS[0]}):
-            with pytest.raises(InvalidRequest, match="must be token ids.*no tokenizer.json"):
+            with pytest.raises(InvalidRequest, match=r"must be token ids.*no tokenizer\.json"):
                 bare.generate(prompt)
-        with pytest.raises(InvalidRequest, match="stop: .*no tokenizer.json"):
+        with pytest.raises(InvalidRequest, match=r"stop: .*no tokenizer\.json"):
             bare.generate(tokens, greedy(stop="x"))
         with pytest.raises(InvalidRequest, match="messages"):
             bare.chat([{"role": "user", "content": "x"}])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from quire.checkpoints.detokenize import StreamDecoder
 from quire.serving.text import TextAssembler
 

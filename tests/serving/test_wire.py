@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from quire import SamplingParams
 from quire.errors import InvalidRequest
 from quire.protos.v1 import generation_pb2 as pb
@@ -91,9 +92,7 @@ def test_prompts() -> None:
 
 
 def test_everything_else_is_a_label() -> None:
-    request = pb.GenerateRequest(
-        text="x", request_id="r", priority=-2, tenant="t", cache_salt="s"
-    )
+    request = pb.GenerateRequest(text="x", request_id="r", priority=-2, tenant="t", cache_salt="s")
     labels = labels_of(request, deadline=4.5)
     assert labels == Labels("r", priority=-2, tenant="t", cache_salt="s", deadline=4.5)
     read = {"text", "token_ids", "sampling", "request_id", "priority", "tenant", "cache_salt"}

@@ -1,0 +1,134 @@
+"""Flags from settings, and the settings themselves."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from quire import EngineConfig, ServerConfig
+from quire.config import parse_bytes, settings_of
+from quire.errors import InvalidConfig
+from quire.tools.flags import add_settings, settings_from
+
+ENGINE: dict[str, tuple[list[str], Any]] = {
+    "model": (["--model=here"], "here"),
+    "dtype": (["--dtype=bfloat16"], "bfloat16"),
+    "max_model_len": (["--max-model-len=100"], 100),
+    "max_num_seqs": (["--max-num-seqs=5"], 5),
+    "max_batched_tokens": (["--max-batched-tokens=64"], 64),
+    "prefill_chunk": (["--prefill-chunk=32"], 32),
+    "page_size": (["--page-size=64"], 64),
+    "kv_memory": (["--kv-memory=1.5GiB"], 3 * 2**29),
+    "prefix_caching": (["--no-prefix-caching"], False),
+    "overlap": (["--no-overlap"], False),
+    "max_queue": (["--max-queue=3"], 3),
+    "warmup": (["--no-warmup"], False),
+    "compile_threads": (["--compile-threads=2"], 2),
+    "cache_dir": (["--cache-dir="], ""),
+    "ignore_config_fields": (["--ignore-config-fields=a, b"], ("a", "b")),
+}
+SERVER: dict[str, tuple[list[str], Any]] = {
+    "host": (["--host=::1"], "::1"),
+    "port": (["--port=0"], 0),
+    "drain_timeout": (["--drain-timeout=5"], 5),
+}
+
+
+def parsed(config: type, argv: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_settings(parser, config)
+    return settings_from(parser.parse_args(argv), config)
+
+
+@pytest.mark.parametrize(("config", "table"), [(EngineConfig, ENGINE), (ServerConfig, SERVER)])
+def test_every_setting_is_a_flag(config: type, table: dict[str, tuple[list[str], Any]]) -> None:
+    assert list(table) == [f.name for f in fields(config)] == [s.name for s in settings_of(config)]
+    for name, (argv, value) in table.items():
+        assert parsed(config, argv) == {name: value}
+        assert value != config.__dataclass_fields__[name].default
+    argv = [arg for flags, _ in table.values() for arg in flags]
+    everything = {name: value for name, (_, value) in table.items()}
+    assert parsed(config, argv) == everything
+    assert parsed(config, []) == {}
+    parser = argparse.ArgumentParser()
+    add_settings(parser, config)
+    shown = parser.format_help()
+    for field in settings_of(config):
+        assert field.metadata["help"].split()[0] in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"dtype": "int8"}, "dtype: got 'int8', must be one of auto, bfloat16, float16, float32"),
+        ({"max_model_len": 1}, "max_model_len: got 1, must be at least 2"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, must be at least 1"),
+        ({"max_num_seqs": "4"}, "max_num_seqs: got '4', must be a whole number"),
+        ({"max_num_seqs": True}, "max_num_seqs: got True, must be a whole number"),
+        ({"page_size": 24}, "page_size: got 24, must be a power of two"),
+        ({"page_size": None}, "page_size: got None, must be a whole number"),
+        ({"overlap": 1}, "overlap: got 1, must be true or false"),
+        ({"model": 3}, "model: got 3, must be text"),
+        ({"kv_memory": "much"}, "kv_memory: size: got 'much', must be like 512MiB"),
+        ({"kv_memory": 0}, "kv_memory: got 0, must be at least 1"),
+        ({"ignore_config_fields": "a"}, "ignore_config_fields: got 'a', must be a list of names"),
+        (
+            {"prefill_chunk": 64, "max_batched_tokens": 32},
+            r"prefill_chunk: got 64, must be at most max_batched_tokens \(32\)",
+        ),
+    ],
+)
+def test_bad_engine_settings_name_field_value_and_limit(
+    settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidConfig, match=says):
+        EngineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"port": -1}, "port: got -1, must be at least 0"),
+        ({"port": 65536}, "port: got 65536, must be at most 65535"),
+        ({"drain_timeout": -1}, "drain_timeout: got -1, must be at least 0"),
+        ({"host": ""}, "host: got '', must be a name or an address"),
+    ],
+)
+def test_bad_server_settings_name_field_value_and_limit(
+    settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidConfig, match=says):
+        ServerConfig(**settings)
+
+
+def test_sizes_and_lists_are_made_plain() -> None:
+    config = EngineConfig(kv_memory="2KiB", ignore_config_fields=["a"])  # type: ignore[arg-type]
+    assert (config.kv_memory, config.ignore_config_fields) == (2048, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("1073741824", 2**30),
+        ("7B", 7),
+        ("512MiB", 2**29),
+        ("6GB", 6 * 10**9),
+        ("6 gb", 6 * 10**9),
+        ("6G", 6 * 2**30),
+        ("0.5KiB", 512),
+        ("1.1GB", 1_100_000_000),
+        (" 2tib ", 2**41),
+    ],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "1_000", "1,5GB", "5XB", "inf", "٣"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InvalidConfig, match="must be like 512MiB, 6GB or a number of bytes"):
+        parse_bytes(text)
