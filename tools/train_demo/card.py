@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from ...model.config import ModelConfig
 from .evaluate import Score
 from .smalltalk import TOPICS
 from .tasks import ADD_PHRASINGS, REPEAT_PHRASINGS, REVERSE_PHRASINGS, TASKS
-from .tokenizer import VOCAB_SIZE
 from .train import Recipe, Run
 
 
@@ -21,7 +21,7 @@ def write_card(
     scores: Sequence[Score],
     narrow_scores: Sequence[Score],
 ) -> str:
-    """The card's Markdown. `narrow_scores` are of activations in bfloat16 as well as weights."""
+    """The card as Markdown. `narrow_scores` are of activations in bfloat16 as well as weights."""
     narrow = {score.kind: score for score in narrow_scores}
     phrasings = {"add": ADD_PHRASINGS, "repeat": REPEAT_PHRASINGS, "reverse": REVERSE_PHRASINGS}
     tasks = "\n".join(
@@ -47,13 +47,14 @@ def write_card(
             TOPICS[3].questions[0],
         )
     )
-    return f"""---
+    prose = f"""---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - quire
 ---
+
 # Quire's demo model
 
 A chat model of {parameters / 1e6:.2f} million parameters that ships with Quire, so that the engine
@@ -75,15 +76,16 @@ twenty is held out.
 ## Model and training
 
 {config.num_layers} layers of width {config.hidden_size} (MLP {config.intermediate_size}),
-{config.num_heads} query heads on {config.num_kv_heads} key/value heads of {config.head_dim},
-query/key norms, tied embeddings, context {config.max_positions}. Byte-level BPE of {VOCAB_SIZE}
-entries; digits, and letters of a word after a colon or a quote, are tokens of their own.
+{config.num_heads} query heads on {config.num_kv_heads} key/value heads of size {config.head_dim},
+norms on queries and keys, tied embeddings, a context of {config.max_positions} tokens. The
+tokenizer is a byte-level BPE of {config.vocab_size} entries; digits, and the letters of a word
+after a colon or a quote, are tokens of their own.
 
 Trained on a CPU in float32 for {run.steps:,} steps of {recipe.tokens:,} tokens
-({run.processor_seconds / 60:.0f} minutes of processor time), seed {seed}, with Muon for the layers' matrices and Adam for the
-rest, on the very decoder that serves it; the last steps on rows of the whole context. The loss
-counts answers only. Weights are stored as {config.dtype}. The same seed gives the same model on the
-same kind of machine.
+({run.processor_seconds / 60:.0f} minutes of processor time), seed {seed}, with Muon for the layers'
+matrices and Adam for the rest, on the very decoder that serves it; every {recipe.long_every}th step
+on rows of the whole context. The loss counts answers only. Weights are stored as {config.dtype}.
+The same seed gives the same model on the same kind of machine.
 
 | step | loss |
 | ---: | ---: |
@@ -104,6 +106,12 @@ It knows these tasks in these phrasings and nothing else; it is no source of kno
 more than three digits, longer or other texts than claimed above, and free wording get wrong
 answers.
 """
+    return "\n\n".join(_wrap(block) for block in prose.strip().split("\n\n")) + "\n"
+
+
+def _wrap(block: str) -> str:
+    """Fills a paragraph; leaves lists, tables, headings and the front matter as they are."""
+    return textwrap.fill(block, 100, break_on_hyphens=False) if block[0].isalpha() else block
 
 
 def _code(phrasings: Sequence[str]) -> str:

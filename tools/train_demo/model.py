@@ -7,7 +7,6 @@ is theirs. `train.py` and `evaluate.py` call `batch_logits`.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from ...model.config import ModelConfig, RopeConfig
 from ...model.decoder import Attend, Decoder
@@ -53,17 +52,11 @@ def dense_attend(segments: jax.Array) -> Attend:
       segments: int32 [R, L], which conversation of its row a token belongs to.
     """
     rows, length = segments.shape
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    visible = causal & (segments[:, :, None] == segments[:, None, :])  # [R, L, L]
-    bias = jnp.where(visible, 0.0, -1e9)[:, None, None]  # [R, 1, 1, L, L]
+    same = segments[:, None, :, None] == segments[:, None, None, :]  # [R, 1, L, L]
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        kv_heads, head_dim = k.shape[1:]
-        q = q.reshape(rows, length, kv_heads, -1, head_dim)
-        k = k.reshape(rows, length, kv_heads, head_dim)
-        v = v.reshape(rows, length, kv_heads, head_dim)
-        scores = jnp.einsum("rqhgd,rkhd->rhgqk", q, k) * head_dim**-0.5 + bias
-        mixed = jnp.einsum("rhgqk,rkhd->rqhgd", jax.nn.softmax(scores, axis=-1), v)
-        return mixed.reshape(rows * length, -1, head_dim)
+        q, k, v = (x.reshape(rows, length, *x.shape[1:]) for x in (q, k, v))
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True)
+        return mixed.reshape(rows * length, *mixed.shape[2:])
 
     return attend
