@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +19,7 @@ LOGPROB_BOUND = 2e-4  # float32 on both sides, sums in another order
 
 
 BY_CASE = [
-    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
-    for case in zoo.CASES
+    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in zoo.CASES
 ]
 
 
@@ -63,15 +64,17 @@ def _dense_choices(config, params, sequences):
     length = max(map(len, sequences))
     places = jnp.arange(length)
     groups = config.num_heads // config.num_kv_heads
+    # As in the model (`contract`): a GPU would round float32 operands to tf32, and tokens differ.
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def choices(params, tokens):
         def attend(layer, q, k, v):
             k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
-            scores = jnp.einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
+            scores = einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
             back = places[:, None] - places[None, :]
             seen = (back >= 0) & (back < (config.windows[layer] or length))
             weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-            return jnp.einsum("hqk,khd->qhd", weights, v)
+            return einsum("hqk,khd->qhd", weights, v)
 
         model = decoder.bind(params)
         return jnp.argmax(model.logits(model(tokens, places, attend)), axis=-1)

@@ -253,6 +253,7 @@ def test_a_cancelled_stream_frees_its_pages(served: Running, waits_for_message: 
     with held(served.parts) as go:
         streams = [served.stub.StreamGenerate(long(), timeout=60) for _ in range(6)]
         eventually(lambda: served.server._service._calls == 6)  # two more than slots
+        eventually(lambda: served.engine.stats().running > 0)
         if waits_for_message:
             go.set()
             next(streams[0])
