@@ -51,8 +51,8 @@ def questions() -> list[Question]:
         Question("Add 512 and 389.", "901"),
         Question("Reverse: engine", "enigne"),
         Question("Spell backwards: slab", "bals"),
-        Question("Repeat: every page is read once", "every page is read once"),
-        Question("Repeat after me: hello world", "hello world"),
+        Question("Repeat: hello there", "hello there"),
+        Question("Say: good morning", "good morning"),
         *(Question(t.questions[0], t.answer) for t in list(talk.values())[:4]),
     ]
 

@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, or `demo`")
     add_settings(parser, ServerConfig)
     add_settings(parser, EngineConfig, skip=("model",))
+    parser.epilog = (
+        "Says on stderr `listening on HOST:PORT` once the port is bound and `ready on HOST:PORT` "
+        "once it serves; the gRPC health service says the same. SIGTERM lets running requests end."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
