@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -51,11 +52,23 @@ class CompileCounter:
         return CompileCounter._total - self._start
 
 
-def use_cache(folder: Path) -> None:
-    """Keeps compiled programs in `folder` between processes, however small or quick they are."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+def use_cache(folder: Path | None) -> None:
+    """Keeps compiled programs in `folder` between processes, however small or quick they are.
+
+    None keeps none. Of the whole process: what the last caller said holds.
+    """
+    chosen = None if folder is None else str(folder)
+    if chosen != cache_folder():
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        compilation_cache.reset_cache()  # else the folder of the first compilation stays
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_folder() -> str | None:
+    """Where this process keeps compiled programs; JAX itself may have been told a folder."""
+    folder: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return folder
 
 
 def compile_all(

@@ -18,7 +18,7 @@ from ..checkpoints.shipped import resolve
 from ..config import EngineConfig, default_cache_dir
 from ..model.abstract import AbstractDecoder
 from ..model.cache import cache_groups, token_bytes
-from ..model.compile import use_cache
+from ..model.compile import cache_folder, use_cache
 from ..model.mesh import Mesh, default_mesh
 from ..model.runner import ModelRunner
 from ..model.sizing import Sizes, host_memory, serving_dtype, settle
@@ -133,12 +133,13 @@ def _capacity(mesh: Mesh) -> int:
 
 
 def _use_cache(config: EngineConfig) -> None:
-    """Compiled programs are kept unless the user said no, or JAX was told a folder already."""
-    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if config.cache_dir == "" or chosen is not None:
-        return
-    folder = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    use_cache(folder / "xla")
+    """Compiled programs go where the user said, else where JAX was told, else to our own place."""
+    if config.cache_dir is not None:
+        use_cache(Path(config.cache_dir) / "xla" if config.cache_dir else None)
+    elif (told := cache_folder()) is not None:
+        use_cache(Path(told))
+    else:
+        use_cache(default_cache_dir() / "xla")
 
 
 def _announce(checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Reporter) -> None:

@@ -18,7 +18,21 @@ from quire.model.ladder import MAX_PROGRAMS
 
 REQUESTS = 150
 THREADS = 6
-WORDS = ("What", "is", "27", "+", "48", "?", "Reverse:", "engine", "Hello", "page", "slot", "É", "🙂")
+WORDS = (
+    "What",
+    "is",
+    "27",
+    "+",
+    "48",
+    "?",
+    "Reverse:",
+    "engine",
+    "Hello",
+    "page",
+    "slot",
+    "É",
+    "🙂",
+)
 
 
 def random_prompt(rng: random.Random, llm: LLM):

@@ -4,6 +4,7 @@ arrive, nothing compiles after ready."""
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from quire.model.abstract import AbstractDecoder
-from quire.model.compile import CompileCounter, compile_all
+from quire.model.compile import CompileCounter, cache_folder, compile_all, use_cache
 from quire.model.config import ModelConfig, RopeConfig
 from quire.model.inputs import ADMIT_ROOM, InputLayout, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
@@ -276,3 +277,18 @@ def test_a_failing_compilation_is_not_swallowed():
 
     with pytest.raises(RuntimeError, match="cannot lower"):
         compile_all({"a": broken}, threads=2)
+
+
+def test_programs_are_kept_where_the_last_caller_said(tmp_path):
+    before = cache_folder()
+    try:
+        for name in ("first", "second"):
+            use_cache(tmp_path / name)
+            jax.jit(lambda x, n=len(name): x * n + 41)(jnp.float32(2)).block_until_ready()
+            assert list((tmp_path / name).iterdir()), name
+        use_cache(None)
+        kept = len(list((tmp_path / "second").iterdir()))
+        jax.jit(lambda x: x * 43)(jnp.float32(2)).block_until_ready()
+        assert len(list((tmp_path / "second").iterdir())) == kept
+    finally:
+        use_cache(None if before is None else Path(before))
