@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
@@ -119,7 +120,7 @@ class EngineConfig:
     prefill_chunk: int | None = setting(
         None, "tokens of one prompt in one step at most (default: max-batched-tokens)", low=1
     )
-    page_size: int = setting(32, "token positions in a KV page", low=1)
+    page_size: int = setting(32, "token positions in a KV page, a power of two", low=1, high=1024)
     kv_memory: int | None = setting(
         None,
         "bytes for KV pages, like 512MiB (default: what every slot needs at full length, at most "
@@ -171,6 +172,14 @@ class ServerConfig:
 def settings_of(config: type) -> list[Field]:
     """The settings a config class declares, in order."""
     return list(fields(config))
+
+
+def check_names(config: type, given: Iterable[str]) -> None:
+    """Raises InvalidConfig for a setting that a config class does not declare."""
+    names = [declared.name for declared in settings_of(config)]
+    for name in given:
+        if name not in names:
+            raise InvalidConfig(f"{name}: no such setting, must be one of {', '.join(names)}")
 
 
 def default_cache_dir() -> Path:

@@ -240,9 +240,10 @@ def _refuse_unknown(fields: Fields, ignore_fields: Collection[str]) -> None:
         raise CheckpointError(
             f"{fields.file}: {name}: Quire does not know this field (value "
             f"{str(value)[:80]!r}), and it may change what the model computes; "
-            f"--ignore-config-field {name} lets it pass"
+            f"--ignore-config-fields {name} lets it pass"
         )
 
 
 def _says_nothing(value: Any) -> bool:
-    return value is None or value is False or value in ({}, [], "")
+    """Not false or 0: those switch off what is on by default."""
+    return value is None or (isinstance(value, dict | list | str) and not value)

@@ -78,7 +78,7 @@ def _refuse_unread(scaling: Fields, kind: str, ignore_fields: Collection[str]) -
         if not harmless and full not in ignore_fields:
             raise CheckpointError(
                 f"{scaling.file}: {full}: Quire does not know this field of a {kind} rope; "
-                f"--ignore-config-field {full} lets it pass"
+                f"--ignore-config-fields {full} lets it pass"
             )
 
 

@@ -102,9 +102,9 @@ class KVCache:
     def pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
 
-    def chain(self, adapter: int, cache_salt: str) -> Chain:
+    def chain(self, adapter: int, *salts: str) -> Chain:
         """The digests of a new sequence; only equal adapters and salts share pages."""
-        return Chain(self.page_size, f"{adapter}/{cache_salt}/".encode(), self._hash)
+        return Chain(self.page_size, repr((adapter, *salts)).encode(), self._hash)
 
     def match(self, chain: Chain, tokens: array[int]) -> PrefixHit:
         """The known prefix of `tokens`: full pages, and never all of them.

@@ -84,10 +84,14 @@ def compile_all(
       progress: called with (done, total) as programs finish.
     """
     done: dict[Key, Compiled] = {}
-    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+    try:
         futures = {pool.submit(lower().compile): key for key, lower in programs.items()}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             if progress is not None:
                 progress(len(done), len(programs))
+    finally:
+        # After an error or an interrupt, those still queued are not worth waiting for.
+        pool.shutdown(wait=False, cancel_futures=True)
     return done

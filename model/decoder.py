@@ -17,7 +17,7 @@ from flax import nnx
 
 from .config import ModelConfig
 from .rope import cos_sin, rotate
-from .weights import contract, matrix, ones, zeros
+from .weights import contract, matrix, ones, take_rows, zeros
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 """(layer, q [T, H, D], k [T, KH, D], v [T, KH, D]) -> [T, H, D]; q and k are rotated already."""
@@ -133,7 +133,7 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.weight[...], tokens, axis=0)
+        return take_rows(self.weight, tokens)
 
 
 class Decoder(nnx.Module):

@@ -14,7 +14,8 @@ from enum import IntEnum
 
 from ..errors import InvalidConfig
 
-MAX_PROGRAMS = 32
+MAX_PROGRAMS = 31
+"""Rungs at most: together with the `admit` program, an engine has at most 32."""
 
 _FEW_ROWS = 8
 

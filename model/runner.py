@@ -56,7 +56,7 @@ class ModelRunner:
         self._spec = spec
         self._groups = cache_groups(decoder.config, decoder.dtype)
         self._programs: dict[Any, Compiled] = {}
-        self._ready_counter: CompileCounter | None = None
+        self._ready_counter = CompileCounter()  # without `warmup`, ready is now
         self._make_state = self._state_maker()
         self.reset()
 
@@ -70,8 +70,10 @@ class ModelRunner:
 
     @property
     def compiles_after_ready(self) -> int:
-        """Compilations in this process since `warmup` ended; anything but 0 is an error."""
-        return 0 if self._ready_counter is None else self._ready_counter.count
+        """Compilations in this process, whoever caused them, since `warmup` ended; the engine's own
+        are an error. Without `warmup`, since construction: each program's first use counts.
+        """
+        return self._ready_counter.count
 
     def reset(self) -> None:
         """Fresh slabs and slots; all KV is lost."""
@@ -105,10 +107,9 @@ class ModelRunner:
     def _lower_step(self, bucket: Bucket) -> Lowered:
         layout = self._layout(bucket)
         slabs, slots = self._abstract_state()
-        params = {
-            name: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
-            for name, p in self._params.items()
-        }
+        params = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), self._params
+        )
         state_out = jax.tree.map(lambda a: a.sharding, (slabs, slots))
         step = jax.jit(
             make_step(self._decoder, self._groups, layout),

@@ -68,8 +68,11 @@ def _hold_off_stops(logits: jax.Array, rows: SlotRows) -> jax.Array:
 
 def _draw(logits: jax.Array, rows: SlotRows) -> jax.Array:
     """A token from each row's truncated, tempered distribution [R, V] -> int32 [R]."""
+    # The likeliest is made 0 first: it stays exactly 0 under any temperature, however the compiler
+    # rounds a quotient that it computes twice, and the others underflow to -inf, not NaN.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     # A greedy row's temperature of 0 would divide by zero; its draw is not used.
-    tempered = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    tempered = shifted / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     kept = truncate(tempered, rows.top_k, rows.top_p, rows.min_p)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(
         row_keys(rows.seed, rows.choice, rows.sample_index)

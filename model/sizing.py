@@ -120,6 +120,11 @@ def settle(
             "choose a smaller dtype or a larger device"
         )
     page_bytes = kv_token_bytes * config.page_size
+    if config.kv_memory is not None and weights + config.kv_memory > capacity:
+        raise InvalidConfig(
+            f"kv_memory: got {config.kv_memory:,} bytes, must be at most {capacity - weights:,}: "
+            f"what the weights ({weights:,}) leave of the device's {capacity:,}"
+        )
     pages = _pages(config, capacity - weights, page_bytes, num_seqs, longest)
     if (pages - 1) * config.page_size < longest:
         fits = (pages - 1) * config.page_size

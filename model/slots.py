@@ -128,6 +128,11 @@ class SlotRows:
         return self._int(Word.TOP_K)
 
     @property
+    def adapter(self) -> jax.Array:
+        """0 is the base model, which is all the decoder serves yet."""
+        return self._int(Word.ADAPTER)
+
+    @property
     def temperature(self) -> jax.Array:
         """float32; 0 is greedy."""
         return self._float(Word.TEMPERATURE)

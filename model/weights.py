@@ -4,8 +4,8 @@ A weight is declared once, in the module that uses it (model/decoder.py): shape,
 initializer. From that come the specs that loaders fill and the binding of a flat dict of arrays
 (model/abstract.py), its placement (model/mesh.py) and, for training, its initial value.
 
-`contract` is the one place that looks inside a weight, so that quantized weights can take a plain
-array's place without the layers noticing.
+`contract` and `take_rows` are the only places that look inside a matrix, so that quantized weights
+can take a plain array's place without the layers noticing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Params = dict[str, jax.Array]
-"""Parameter name ("layers.0.attn.qkv.weight") to array; matrices are [out, in], as on disk."""
+WeightArray = jax.Array
+"""What a parameter is: an array; a quantized one will be a pytree of values and scales that
+`contract` and `take_rows` know. Step programs and the runner treat parameters as pytrees."""
+
+Params = dict[str, WeightArray]
+"""Parameter name ("layers.0.attn.qkv.weight") to weight; matrices are [out, in], as on disk."""
 
 Axes = tuple[str | None, ...]
 
@@ -71,3 +75,8 @@ def contract(x: jax.Array, weight: nnx.Param, *, out_dtype: Any = None) -> jax.A
         precision=precision,
         preferred_element_type=out_dtype or x.dtype,
     )
+
+
+def take_rows(weight: nnx.Param, index: jax.Array) -> jax.Array:
+    """Rows `index` [T] of weight [out, in] -> [T, in]; indices must be in range."""
+    return jnp.take(weight[...], index, axis=0)

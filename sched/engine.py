@@ -15,7 +15,6 @@ A fault of the scheduler itself cannot be repaired; then all requests end with I
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -37,17 +36,6 @@ IDLE_BEFORE_CHECK = 0.5
 
 JOIN_GRACE = 5.0
 """Seconds that a stop which may not wait still gives the step in progress."""
-
-
-def _quiet_collector() -> None:
-    """Keeps Python's garbage collector from stopping steps for tens of milliseconds.
-
-    The loop makes thousands of short-lived objects a second and no cycles; by default that would
-    have the collector walk everything the process ever imported, again and again.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 class State(Enum):
@@ -192,7 +180,6 @@ class Engine:
         self._scheduler.requeue_all(fault)
 
     def _run(self) -> None:
-        _quiet_collector()
         try:
             while self._wait_for_work():
                 self.step()

@@ -47,6 +47,10 @@ def check_request(request: Request, spec: RunnerSpec) -> None:
         raise invalid("seed", None, "a number by the time the request is submitted")
     if request.adapter != 0:
         raise invalid("adapter", request.adapter, "0 (the base model); adapters are not served yet")
+    for token in sampling.stop_token_ids:
+        if token >= spec.vocab_size:
+            limit = f"whole numbers from 0 to {spec.vocab_size - 1} (the vocabulary)"
+            raise invalid("stop_token_ids", token, limit)
     stops = len(stop_ids(request))
     if stops > MAX_STOP_IDS:
         raise invalid(

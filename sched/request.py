@@ -7,9 +7,11 @@ in serving/text.py, which ends the request by `Engine.finish`.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+import operator
+from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
+from typing import Any, SupportsIndex, cast
 
 from ..errors import InvalidRequest, QuireError, invalid
 from ..model.plan import MAX_LOGPROBS, MAX_STOP_IDS, Sampler
@@ -21,7 +23,8 @@ UNLIMITED_TOP_K = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen and when they end. Checked on construction.
+    """How one request's tokens are chosen and when they end. Checked on construction, which also
+    makes numbers of other kinds, such as numpy's, into Python's own.
 
     Truncation is applied in the order top_k, top_p (over what top_k left, renormalised), min_p,
     each by a value threshold: tokens that tie with the last one kept are kept too.
@@ -69,53 +72,54 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop: object = self.stop  # callers may also give one string, or None
-        object.__setattr__(
-            self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop or ())
-        )
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == UNLIMITED_TOP_K:
-            object.__setattr__(self, "top_k", 0)
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_number("top_p", self.top_p, 0.0, 1.0, above_low=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        self._set("temperature", _number("temperature", self.temperature, 0.0, 100.0))
+        self._set("top_k", _top_k(self.top_k))
+        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0, above_low=True))
+        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        self._set_whole("seed", -(2**63), 2**64 - 1, or_none=True)
+        self._set_whole("max_tokens", 1, 2**31 - 1, or_none=True)
+        self._set_whole("min_tokens", 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        self._check_stops()
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._set_stops()
+        self._set_whole("logprobs", 0, MAX_LOGPROBS, or_none=True)
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "true or false")
         self._refuse_unserved()
 
-    def _check_stops(self) -> None:
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_whole(self, name: str, low: int, high: int, *, or_none: bool = False) -> None:
+        value = getattr(self, name)
+        if value is not None or not or_none:
+            self._set(name, _whole(name, value, low, high))
+
+    def _set_stops(self) -> None:
+        stop: object = self.stop  # callers may also give one string
+        self._set("stop", (stop,) if isinstance(stop, str) else _items("stop", stop, "strings"))
         if len(self.stop) > MAX_STOP_STRINGS:
             raise invalid("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}")
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_LENGTH:
                 raise invalid("stop", text, f"strings of 1 to {MAX_STOP_STRING_LENGTH} characters")
-        if len(self.stop_token_ids) > MAX_STOP_IDS:
-            raise invalid(
-                "stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_IDS}"
-            )
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0, 2**31 - 1)
+        ids = _items("stop_token_ids", self.stop_token_ids, "token ids")
+        if len(ids) > MAX_STOP_IDS:
+            raise invalid("stop_token_ids", f"{len(ids)} ids", f"at most {MAX_STOP_IDS}")
+        self._set(
+            "stop_token_ids", tuple(_whole("stop_token_ids", token, 0, 2**31 - 1) for token in ids)
+        )
 
     def _refuse_unserved(self) -> None:
-        for name in _UNSERVED:
+        for name, neutral in _UNSERVED.items():
             value = getattr(self, name)
-            if value not in (_NEUTRAL[name], None) and value not in ([], (), {}):
+            if not _is_among(value, neutral):
                 raise InvalidRequest(
                     f"{name}: got {value!r}; this version of Quire does not serve it, leave it at "
-                    f"{_NEUTRAL[name]!r}"
+                    f"{neutral[0]!r}"
                 )
+            self._set(name, neutral[0])
 
     @property
     def sampler(self) -> Sampler:
@@ -127,33 +131,64 @@ class SamplingParams:
         return Sampler.GREEDY
 
 
-_UNSERVED = (
-    "n",
-    "best_of",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "bad_words",
-    "allowed_token_ids",
-    "prompt_logprobs",
-)
-_NEUTRAL = {f.name: f.default for f in fields(SamplingParams) if f.name in _UNSERVED}
+_UNSERVED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (None, 1),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None, {}),
+    "bad_words": ((), [], None),
+    "allowed_token_ids": (None, [], ()),
+    "prompt_logprobs": (None,),
+}
+"""Parameters not served yet, with the values at which they ask for nothing; the default first."""
 
 
-def _check_number(
-    name: str, value: object, low: float, high: float, *, above_low: bool = False
-) -> None:
+def _is_among(value: object, neutral: tuple[object, ...]) -> bool:
+    """`value in neutral`, but true is no 1, and arrays, whose == is no truth value, never are."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, Real):
+        return any(isinstance(other, Real) and value == other for other in neutral)
+    return (value is None or isinstance(value, list | tuple | dict)) and value in neutral
+
+
+def _number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:
     limit = f"a number in {'(' if above_low else '['}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise invalid(name, value, limit)
-    if not low <= value <= high or (above_low and value == low):
+    number = cast(float, value)
+    if not low <= number <= high or (above_low and number == low):  # not-a-number is never within
         raise invalid(name, value, limit)
+    return float(number)
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    whole = _index(value)
+    if whole is None or not low <= whole <= high:
         raise invalid(name, value, f"a whole number from {low} to {high}")
+    return whole
+
+
+def _top_k(value: object) -> int:
+    return 0 if _index(value) == UNLIMITED_TOP_K else _whole("top_k", value, 0, 2**31 - 1)
+
+
+def _index(value: object) -> int | None:
+    """A whole number of any kind as Python's own; None if it is none, or true or false."""
+    try:
+        return None if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        return None
+
+
+def _items(name: str, value: Any, of_what: str) -> tuple[Any, ...]:
+    """The items of a list, or of any other iterable; None has none."""
+    try:
+        return () if value is None else tuple(value)
+    except TypeError:
+        raise invalid(name, value, f"a list of {of_what}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +201,11 @@ class Request:
       sampling: how tokens are chosen; `seed` must be set by the time it gets here.
       eos_ids: the model's end-of-sequence ids (ignored with `ignore_eos`).
       priority: lower is served first; ties go to the earlier arrival.
-      tenant: who asks; for accounting and, in a later version, fairness.
+      tenant: who asks. Prefixes are not shared between tenants: how fast an answer begins would
+        tell one what another has asked.
       deadline: time.monotonic() seconds after which the request ends with DeadlineExceeded.
       adapter: index of a LoRA adapter; only 0, the base model, is served yet.
-      cache_salt: prefixes are shared only between requests of equal salt.
+      cache_salt: prefixes are shared only between requests of equal tenant and salt.
     """
 
     id: str

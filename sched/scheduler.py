@@ -116,7 +116,7 @@ class Scheduler:
                 arrival=self._arrivals,
                 submitted=self._clock(),
                 max_tokens=resolve_max_tokens(request, self._spec),
-                chain=self._cache.chain(request.adapter, request.cache_salt),
+                chain=self._cache.chain(request.adapter, request.tenant, request.cache_salt),
             )
         )
         self._arrivals += 1

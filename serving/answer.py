@@ -103,8 +103,15 @@ class Answer:
 
     @property
     def ended_by_text(self) -> bool:
-        """A stop string ended the answer: the engine must be told to finish the request."""
+        """A stop string ended the answer."""
         return self._text is not None and self._text.stopped_by is not None
+
+    @property
+    def untold(self) -> FinishReason | None:
+        """Why the request ends if nobody reads on; None where the engine ended it and knows."""
+        if self.ended_by_text:
+            return FinishReason.STOP
+        return None if self.finished else FinishReason.ABORT
 
     def push(self, output: RequestOutput) -> Chunk | None:
         """The chunk an engine output makes; None when the answer had already ended.

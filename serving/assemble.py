@@ -16,6 +16,7 @@ import numpy as np
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.shipped import resolve
 from ..config import EngineConfig, default_cache_dir
+from ..errors import InvalidConfig
 from ..model.abstract import AbstractDecoder
 from ..model.cache import cache_groups, token_bytes
 from ..model.compile import cache_folder, use_cache
@@ -47,6 +48,8 @@ class Assembled:
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
     """Reads a checkpoint's small files, by path or shipped name."""
+    if not config.model:  # as a path it would be the current folder
+        raise InvalidConfig("model: got '', must be a folder or a shipped name")
     return Checkpoint.open(resolve(config.model), ignore_fields=config.ignore_config_fields)
 
 

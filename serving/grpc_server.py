@@ -145,13 +145,16 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                     outputs = [await queue.get()]
                     while not queue.empty():
                         outputs.append(queue.get_nowait())
-                    chunk = _joined(answer, outputs)
+                    chunk, error = _joined(answer, outputs)
                     if chunk is not None:
                         yield request, chunk
+                    if error is not None:
+                        raise error
             finally:
-                # Does nothing if the engine ended the request itself. It has to be told when the
-                # caller went away, or a stop string, which only the text shows, ended the answer.
-                engine.finish(request.id)
+                # The engine has to be told when the caller went away, or when a stop string, which
+                # only the text shows, ended the answer.
+                if answer.untold is not None:
+                    engine.finish(request.id, answer.untold)
 
     @asynccontextmanager
     async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -195,9 +198,22 @@ async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:
     return intake.tokens_of(prompt)
 
 
-def _joined(answer: Answer, outputs: list[RequestOutput]) -> Chunk | None:
-    """The chunks of several outputs as one, so that a slow caller gets fewer, larger messages."""
-    chunks = [c for c in map(answer.push, outputs) if c is not None]
+def _joined(answer: Answer, outputs: list[RequestOutput]) -> tuple[Chunk | None, QuireError | None]:
+    """The chunks of several outputs as one, so that a slow caller gets fewer, larger messages; and
+    the error that ended the request, to be raised when the caller has what came before it."""
+    chunks, error = [], None
+    for output in outputs:
+        try:
+            chunk = answer.push(output)
+        except QuireError as reason:
+            error = reason
+            break
+        if chunk is not None:
+            chunks.append(chunk)
+    return _sum(chunks), error
+
+
+def _sum(chunks: list[Chunk]) -> Chunk | None:
     if not chunks:
         return None
     last = chunks[-1]

@@ -8,14 +8,16 @@ requests is submitted.
 from __future__ import annotations
 
 import functools
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from ..checkpoints.folder import Checkpoint
-from ..errors import InvalidRequest, invalid
-from ..model.plan import RunnerSpec
+from ..errors import CheckpointError, InvalidRequest, invalid
+from ..model.plan import MAX_STOP_IDS, RunnerSpec
 from ..sched.limits import check_request, context_limit
 from ..sched.request import Request, SamplingParams
 from .answer import Answer
@@ -50,7 +52,8 @@ class Intake:
       spec: the engine's limits.
 
     Raises:
-      CheckpointError: there is a tokenizer, but it cannot be read.
+      CheckpointError: there is a tokenizer, but it cannot be read; or the model's end-of-sequence
+        ids cannot be served, for which no request is to blame.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: RunnerSpec):
@@ -58,7 +61,7 @@ class Intake:
         self._spec = spec
         # Read now, not at the first request: it takes a second, and may be broken.
         self._tokenizer = checkpoint.tokenizer if checkpoint.has_tokenizer else None
-        self._eos_ids = checkpoint.eos_ids
+        self._eos_ids = _eos_ids(checkpoint, spec)
         # Log-probabilities ask for up to 21 of them at each position.
         self._token_text = functools.cache(self._text_of_token)
 
@@ -76,7 +79,7 @@ class Intake:
         if model.max_new_tokens is not None:
             room = max(context_limit(self._spec)[0] - prompt_tokens, 1)
             least = chosen.get("min_tokens")
-            wanted = max(model.max_new_tokens, least if isinstance(least, int) else 0)
+            wanted = max(model.max_new_tokens, int(least) if isinstance(least, Integral) else 0)
             own["max_tokens"] = min(wanted, room)
         if model.do_sample:  # transformers, too, ignores the rest unless this is set
             names = ("temperature", "top_k", "top_p", "min_p")
@@ -149,8 +152,30 @@ class Intake:
 
     def _encode(self, field: str, text: str, **how: Any) -> list[int]:
         if self._tokenizer is None:
-            raise InvalidRequest(f"{field}: got text, must be token ids: {_NO_TOKENIZER}")
+            raise no_tokenizer(field)
         return self._tokenizer.encode(text, **how)
+
+
+def no_tokenizer(field: str) -> InvalidRequest:
+    """What is said to who sends text to a checkpoint without a tokenizer."""
+    return InvalidRequest(f"{field}: got text, must be token ids: {_NO_TOKENIZER}")
+
+
+def _eos_ids(checkpoint: Checkpoint, spec: RunnerSpec) -> tuple[int, ...]:
+    """The model's end-of-sequence ids, which the device must have room for."""
+    ids = checkpoint.eos_ids
+    source = f"{checkpoint.folder / 'generation_config.json'} (or config.json, or the tokenizer)"
+    if len(ids) > MAX_STOP_IDS:
+        raise CheckpointError(
+            f"{source}: eos_token_id: got {len(ids)} ids, must be at most {MAX_STOP_IDS}"
+        )
+    for token in ids:
+        if token >= spec.vocab_size:
+            raise CheckpointError(
+                f"{source}: eos_token_id: got {token}, must be whole numbers from 0 to "
+                f"{spec.vocab_size - 1} (the vocabulary)"
+            )
+    return ids
 
 
 def _unwrapped(prompt: Mapping[str, Any]) -> str | Sequence[int]:
@@ -170,9 +195,9 @@ def _ids(prompt: object) -> list[int]:
     if set(map(type, prompt)) <= {int}:
         return list(prompt)
     for at, token in enumerate(prompt):
-        if isinstance(token, bool) or not isinstance(token, int):
+        if isinstance(token, bool) or not isinstance(token, Integral):
             raise invalid(f"prompt[{at}]", token, "a token id (a whole number)")
-    return list(map(int, prompt))
+    return list(map(operator.index, prompt))  # such as numpy's
 
 
 def _check_messages(messages: object) -> None:

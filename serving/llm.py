@@ -13,10 +13,11 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from ..config import EngineConfig
+from ..config import EngineConfig, check_names
 from ..errors import InvalidRequest, invalid
 from ..sched.request import Request, SamplingParams
 from ..sched.stats import EngineStats
@@ -73,6 +74,7 @@ class LLM:
     ):
         # Who calls in process waits for results anyway; the bound is for servers.
         settings.setdefault("max_queue", 2**31)
+        check_names(EngineConfig, settings)
         config = EngineConfig(model=os.fspath(model), dtype=dtype, **settings)
         # The engine's thread must not keep this object alive, so it delivers to one beside it.
         self._routes = Routes()
@@ -177,7 +179,12 @@ class LLM:
 
     @property
     def compiles_after_ready(self) -> int:
-        """Programs compiled since the engine was ready; anything but 0 is an error."""
+        """Programs compiled since the engine was ready; 0 after a warm-up, or something is wrong.
+
+        JAX counts for the whole process: what another LLM or the caller's own JAX code compiled
+        since then is among them. With `warmup=False` each program that was compiled at its first
+        use counts too.
+        """
         return self._parts.runner.compiles_after_ready
 
     @property
@@ -253,7 +260,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [cast(Prompt, prompts)]
     if not isinstance(prompts, Sequence):
         raise invalid("prompts", type(prompts).__name__, "a prompt or a list of prompts")
-    if prompts and all(isinstance(p, int) for p in prompts):
+    if prompts and all(isinstance(p, Integral) for p in prompts):
         return [cast(Prompt, prompts)]
     return list(cast(Sequence[Prompt], prompts))
 

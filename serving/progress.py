@@ -52,7 +52,8 @@ class Terminal:
     `LINE_EVERY` seconds while it lasts."""
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stderr, highlight=False)
+        # Where the shell closed stderr the file is None; then rich must not take stdout for it.
+        self._console = Console(file=sys.stderr, stderr=True, highlight=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Update]:

@@ -7,6 +7,7 @@ NOT_SERVING until the engine is ready and again when it stops or has failed.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 import grpc
@@ -75,8 +76,7 @@ class Server:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise Unavailable(
-                f"host, port: cannot bind {address}; another process has the port, or this machine "
-                f"lacks the address ({error})"
+                f"host, port: cannot bind {address}; {_why_not(self._host)} ({error})"
             ) from error
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
@@ -119,3 +119,12 @@ class Server:
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):
             await self._health.set(name, status)
+
+
+def _why_not(host: str) -> str:
+    """What may keep an address from being bound; grpc does not say."""
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except (OSError, UnicodeError):
+        return "the host is no address, and as a name it cannot be resolved"
+    return "another process has the port, or this machine lacks the address"

@@ -56,11 +56,11 @@ class _Open(dict[str, tuple[int, Answer]]):
         self._engine.submit(request)
 
     def leave(self, request_id: str) -> None:
-        self.pop(request_id, None)
+        _, answer = self.pop(request_id, (0, None))  # None: another thread was faster
         self._routes.remove(request_id)
-        # Does nothing if the engine ended it; but of stop strings and callers who leave early the
-        # engine does not know.
-        self._engine.finish(request_id)
+        # Of stop strings and callers who leave early the engine does not know.
+        if answer is not None and answer.untold is not None:
+            self._engine.finish(request_id, answer.untold)
 
     def close(self) -> None:
         for request_id in list(self):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest
+from . import standard_streams
 from .flags import add_settings, settings_from
 from .sampling_flags import add_sampling, sampling_from
 
@@ -21,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="demo", help="checkpoint folder, or `demo`")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_sampling(parser)
-    add_settings(parser, EngineConfig, skip=("model",))
+    add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
 def run(args: argparse.Namespace) -> None:
     chosen, settings = sampling_from(args), settings_from(args, EngineConfig)
+    standard_streams.stdin(), standard_streams.stdout()
+    _check_can_chat(settings)
     from ..serving.llm import LLM
     from ..serving.progress import Terminal
 
@@ -33,7 +36,6 @@ def run(args: argparse.Namespace) -> None:
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages: list[dict[str, Any]] = list(opening)
     with LLM(reporter=reporter, **settings) as llm:
-        llm.chat_prompt([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
         reporter.note(_HELP)
         while (said := _listen()) is not None:
             if said == "/new":
@@ -47,6 +49,17 @@ def run(args: argparse.Namespace) -> None:
                 reporter.note(str(error))
             else:
                 messages.append({"role": "assistant", "content": answer})
+
+
+def _check_can_chat(settings: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a model that cannot, before its weights are read."""
+    from ..serving.assemble import open_checkpoint
+    from ..serving.intake import no_tokenizer
+
+    checkpoint = open_checkpoint(EngineConfig(**settings))
+    if not checkpoint.has_tokenizer:
+        raise no_tokenizer("messages")
+    checkpoint.chat_template.render([{"role": "user", "content": "?"}])
 
 
 def _listen() -> str | None:

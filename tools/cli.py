@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         args.run(args)
-        sys.stdout.flush()  # here, where a reader that has gone is no surprise
+        if sys.stdout is not None:  # else the shell closed it
+            sys.stdout.flush()  # here, where a reader that has gone is no surprise
         return 0
     except QuireError as error:
         _say(" ".join(str(error).split("\n")))
@@ -56,14 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader has gone (`quire generate … | head`); keep the exit quiet too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # A reader that has gone (`quire generate … | head`) is no error; a full disk is one.
+        if not isinstance(error, BrokenPipeError):
+            _say(str(error))
+        _drop_output()
         return 1
 
 
+def _drop_output() -> None:
+    """Lets what could not be written go, or Python would try again, and complain, at its exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say(text: str) -> None:
-    sys.stderr.write(f"quire: {text}\n")
+    if sys.stderr is not None:
+        sys.stderr.write(f"quire: {text}\n")
 
 
 if __name__ == "__main__":

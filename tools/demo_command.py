@@ -7,13 +7,13 @@ answer makes the exit status 1.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config import EngineConfig
 from ..errors import Internal
+from . import standard_streams
 from .flags import add_settings, settings_from
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def questions() -> list[Question]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser, EngineConfig, skip=("model",))
+    add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from ..serving.progress import Terminal
 
     asked = questions()
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=standard_streams.stdout(), highlight=False)
     with LLM("demo", reporter=Terminal(), **settings_from(args, EngineConfig)) as llm:
         seconds = _ask(llm, asked, console)
         console.print(_summary(asked, llm.stats(), llm.compiles_after_ready, seconds))

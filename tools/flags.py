@@ -27,11 +27,12 @@ def names(text: str) -> tuple[str, ...]:
 def token_ids(text: str) -> tuple[int, ...]:
     """An argument such as 1,2,3."""
     try:
-        return tuple(int(part) for part in names(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, must be whole numbers with commas between"
-        ) from error
+        ids = tuple(int(part) for part in names(text))
+    except ValueError:
+        ids = ()
+    if not ids:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be whole numbers with commas between")
+    return ids
 
 
 def add_settings(

@@ -2,6 +2,7 @@
 
 Answers go to stdout in the order of the prompts: the text alone for one prompt, with a line above
 each that says whose it is for several, or with --json one object a line (for one prompt, one).
+Without a tokenizer, token ids stand for the text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest
+from . import standard_streams
 from .flags import add_settings, settings_from, token_ids
 from .sampling_flags import add_sampling, sampling_from
 
@@ -46,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON object a prompt, each on its line"
     )
     add_sampling(parser)
-    add_settings(parser, EngineConfig, skip=("model",))
+    add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
 def run(args: argparse.Namespace) -> None:
     prompts, chosen = _prompts(args), sampling_from(args)
     settings = settings_from(args, EngineConfig)
+    standard_streams.stdout()
+    has_text = _has_text(prompts, settings)
     from ..serving.llm import LLM
     from ..serving.progress import Terminal
 
@@ -59,8 +63,21 @@ def run(args: argparse.Namespace) -> None:
     with LLM(reporter=reporter, **settings) as llm:
         sampling = [llm.default_sampling_params(prompt, **chosen) for prompt in prompts]
         results = llm.generate(prompts, sampling, progress=reporter)
-    write = _write_json if args.json else _write_text
-    write(results)
+    if args.json:
+        _write_json(results)
+    else:
+        _write_text(results, has_text)
+
+
+def _has_text(prompts: list[Prompt], settings: dict[str, Any]) -> bool:
+    """Whether the model has a tokenizer; prompts that need one are refused before it loads."""
+    from ..serving.assemble import open_checkpoint
+    from ..serving.intake import no_tokenizer
+
+    has_tokenizer = open_checkpoint(EngineConfig(**settings)).has_tokenizer
+    if not has_tokenizer and any(isinstance(prompt, str) for prompt in prompts):
+        raise no_tokenizer("prompt")
+    return has_tokenizer
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -71,7 +88,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
         return list(args.prompt)
     try:
         if args.prompts_file == "-":
-            text = sys.stdin.buffer.read().decode()
+            text = standard_streams.stdin().buffer.read().decode()
         else:
             text = Path(args.prompts_file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,12 +101,14 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def _write_text(results: list[Generation]) -> None:
+def _write_text(results: list[Generation], has_text: bool) -> None:
     for i, result in enumerate(results):
         if len(results) > 1:
             gap = "\n" if i else ""
             sys.stdout.write(f"{gap}==> {i + 1} of {len(results)}: {_shown(result)} <==\n")
-        sys.stdout.write(result.outputs[0].text + "\n")
+        answer = result.outputs[0]
+        said = answer.text if has_text else ",".join(map(str, answer.token_ids))
+        sys.stdout.write(said + "\n")
 
 
 def _shown(result: Generation) -> str:

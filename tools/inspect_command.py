@@ -9,6 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
+from . import standard_streams
 from .flags import add_settings, settings_from
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, or `demo`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_settings(parser, EngineConfig, skip=("model",))
+    add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
 def run(args: argparse.Namespace) -> None:
+    standard_streams.stdout()
     config = EngineConfig(**settings_from(args, EngineConfig))
     from ..model.mesh import default_mesh
     from ..serving.assemble import open_checkpoint, settle_sizes
@@ -95,6 +97,7 @@ def memory(sizes: Sizes, platform: str) -> dict[str, Any]:
         "requests_at_once": spec.num_slots,
         "longest_sequence": spec.max_model_len,
         "step_programs": len(spec.ladder),
+        "worst_decode_padding": spec.ladder.padding_bound(),
     }
 
 
@@ -114,10 +117,16 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"note: {note}", soft_wrap=True)
 
 
+_BYTES = {"device_bytes": "device memory", "slot_bytes": "slot state"}
+"""Names of rows that would say too little without "bytes"."""
+
+
 def _row(name: str, value: Any) -> tuple[str, str]:
     """A line of the table: `weight_bytes` 2048 -> "weight", "2 KiB"."""
     if "bytes" in name:
-        return name.replace("_bytes", "").replace("_", " "), human_bytes(value)
+        return _BYTES.get(name, name.replace("_bytes", "").replace("_", " ")), human_bytes(value)
+    if isinstance(value, float):
+        value = f"{value:.0%}"
     if isinstance(value, list):
         value = ", ".join(value) or "none"
     return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value

@@ -50,7 +50,8 @@ class GenerationServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One prompt in, the whole answer out.
+        """One prompt in, the whole answer out. A long answer with many log-probabilities can be larger
+        than the 4 MB that grpc clients receive by default; StreamGenerate's messages are small.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -158,11 +158,17 @@ def test_fields_without_effect_pass(write_config: Any) -> None:
         "hidden_act": "silu",
         "pretraining_tp": 1,
         "partial_rotary_factor": 1.0,
-        "made_up_switch": False,
         "made_up_thing": None,
         "pruned_heads": {},
     }
     assert read_config(write_config(**fields)) == plain
+
+
+@pytest.mark.parametrize("value", [False, 0, True, "on", [1]], ids=repr)
+def test_unknown_field_with_any_value_is_refused(write_config: Any, value: Any) -> None:
+    """Also false and 0: they switch off what is on by default."""
+    with pytest.raises(CheckpointError, match=r"made_up_switch: .*--ignore-config-fields made_up"):
+        read_config(write_config(made_up_switch=value))
 
 
 def test_unknown_field_is_refused_unless_ignored(write_config: Any) -> None:

@@ -194,3 +194,13 @@ def test_not_finite_logits_are_flagged_in_their_row_alone(bad):
     for sampler in Sampler:
         flags = sample(logits, slot_rows(init(), init(), init()), sampler).not_finite
         assert flags.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-30, 1e-20, 1e-15, 1e-9, 3e-9, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """A quotient rounded twice in two ways once left no token to choose from."""
+    logits = np.random.default_rng(8).standard_normal((4, VOCAB)).astype(np.float32) * 7
+    for fields in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3}, {"top_p": 0.5, "top_k": 9}):
+        rows = slot_rows(*(init(temperature=temperature, seed=i, **fields) for i in range(4)))
+        tokens = sample(logits, rows, Sampler.SAMPLE).tokens
+        assert tokens.tolist() == logits.argmax(-1).tolist(), fields

@@ -117,3 +117,10 @@ def test_budgets_are_related():
     with pytest.raises(InvalidConfig, match="max_batched_tokens: got 64"):
         sizes(max_num_seqs=64, max_batched_tokens=64)
     assert sizes(prefill_chunk=10**6).prefill_chunk == 2048
+
+
+def test_kv_memory_beyond_the_device_is_refused_before_anything_loads():
+    with pytest.raises(
+        InvalidConfig, match="kv_memory: got 966,367,641,600 bytes, must be at most"
+    ):
+        sizes(kv_memory="900GiB")

@@ -66,6 +66,7 @@ def make_request(
     priority: int = 0,
     deadline: float | None = None,
     cache_salt: str = "",
+    tenant: str = "",
     adapter: int = 0,
     **sampling: object,
 ) -> Request:
@@ -78,6 +79,7 @@ def make_request(
         priority=priority,
         deadline=deadline,
         cache_salt=cache_salt,
+        tenant=tenant,
         adapter=adapter,
     )
 

@@ -23,6 +23,10 @@ SPEC = make_spec(pages=33, page_size=4, max_model_len=64, vocab=50)
         ({"seed": None}, "seed: got None"),
         ({"adapter": 1}, "adapter: got 1"),
         (
+            {"stop_token_ids": (49, 50)},
+            "stop_token_ids: got 50, must be whole numbers from 0 to 49",
+        ),
+        (
             {"stop_token_ids": tuple(range(16)), "eos_ids": (20,)},
             "stop_token_ids: got '17 ids.*at most 16",
         ),

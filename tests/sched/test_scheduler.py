@@ -264,7 +264,7 @@ def test_a_row_that_is_not_finite_fails_alone_and_leaves_no_kv_behind() -> None:
     error = d.ends["bad"].error
     assert isinstance(error, Internal) and "'bad'" in str(error)
     cache = d.scheduler._cache
-    chain = cache.chain(0, "")
+    chain = cache.chain(0, "", "")
     known = cache.match(chain, np.array([*shared, *prompt(20, 9)], np.int32)).tokens
     assert known == 8  # what the healthy neighbour registered, and no more
 
@@ -335,6 +335,14 @@ def test_salts_keep_requests_apart() -> None:
     d = Driver(make_spec())
     for id, salt in (("a", "x"), ("b", "y"), ("c", "x")):
         d.submit(make_request(id, prompt(0, 9), cache_salt=salt))
+        d.run()
+    assert [d.ends[id].cached_tokens for id in "abc"] == [0, 0, 8]
+
+
+def test_tenants_share_no_prefixes():
+    d = Driver(make_spec())
+    for id, tenant in (("a", "x"), ("b", "y"), ("c", "x")):
+        d.submit(make_request(id, prompt(0, 9), tenant=tenant))
         d.run()
     assert [d.ends[id].cached_tokens for id in "abc"] == [0, 0, 8]
 

@@ -96,6 +96,8 @@ class Trace:
         self.stories: dict[str, Story] = {}
         self.prefixes = [self.some_tokens(rng.randint(0, 9)) for _ in range(2)]
         self.stalled = 0
+        self.delivered = 0  # tokens the runner gave, those past a stop included
+        self.empty_rows = 0  # decode rows that gave none
 
     def some_tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.rng.randrange(VOCAB) for _ in range(count))
@@ -160,7 +162,10 @@ class Trace:
             self.flights.append((plan, self.runner.launch(plan)))
         if len(self.flights) > (self.world.depth if plan is not None else 0):
             plan, handle = self.flights.popleft()
-            self.hear(self.scheduler.update(plan, self.runner.collect(handle)))
+            outputs = self.runner.collect(handle)
+            self.delivered += int(outputs.n_valid.sum())
+            self.empty_rows += int((outputs.n_valid[: plan.num_decode] == 0).sum())
+            self.hear(self.scheduler.update(plan, outputs))
         else:
             self.hear(self.scheduler.take_outputs())
         self.scheduler.check_integrity()
@@ -230,8 +235,8 @@ def test_many_more_traces_end_right(world: World) -> None:
 
 
 def test_traces_reach_what_they_are_for() -> None:
-    """The traces would prove little if they never preempted, shared or overran."""
-    preempted = hits = recomputed = 0
+    """The traces would prove little if they never preempted, shared, overran or expired."""
+    preempted = hits = recomputed = overran = empty = expired = 0
     for seed in range(150):
         trace = Trace(World(seed, 2, 14, 4, 3, 16, 6, 1, True, 8, True))
         trace.play()
@@ -239,6 +244,14 @@ def test_traces_reach_what_they_are_for() -> None:
         preempted += stats.preemptions
         hits += stats.prefix_hit_tokens
         recomputed += stats.recomputed_tokens
+        overran += trace.delivered - stats.output_tokens
+        empty += trace.empty_rows
+        expired += sum(
+            isinstance(story.end.error, DeadlineExceeded) for story in trace.stories.values()
+        )
     assert preempted > 50
     assert hits > 500
     assert recomputed > 20
+    assert overran > 100
+    assert empty > 100
+    assert expired > 10

@@ -112,3 +112,19 @@ def test_a_completion_sums_chunks_up() -> None:
     assert [list(at) for at in completion.logprobs] == [[0], [1], [2]]
     assert completion.cumulative_logprob == pytest.approx(-4.5)
     assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
+
+
+def test_the_engine_is_told_only_what_it_cannot_know() -> None:
+    left = make(stop="b")
+    left.push(out(0))
+    assert left.untold is FinishReason.ABORT
+    by_text = make(stop="b")
+    by_text.push(out(1))
+    assert by_text.untold is FinishReason.STOP
+    by_length = make()
+    by_length.push(out(0, finish_reason=FinishReason.LENGTH))
+    assert by_length.untold is None
+    failed = make()
+    with pytest.raises(Internal):
+        failed.push(out(finish_reason=FinishReason.ERROR, error=Internal("broken")))
+    assert failed.untold is None

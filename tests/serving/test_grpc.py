@@ -22,8 +22,9 @@ from running import SERVICE, Running
 from quire import LLM, SamplingParams
 from quire.errors import Unavailable
 from quire.protos.v1 import generation_pb2 as pb
-from quire.sched.request import RequestOutput
-from quire.serving.grpc_server import Mailbox
+from quire.sched.request import FinishReason, RequestOutput
+from quire.serving.answer import Answer
+from quire.serving.grpc_server import Mailbox, _joined
 from quire.serving.server import Server
 
 PROMPT = "the quick brown fox"
@@ -361,6 +362,36 @@ def test_a_call_cancelled_while_a_message_is_sent_frees_its_pages(served: Runnin
     assert not served.server._service._calls
 
 
+def test_the_engine_hears_why_a_call_ended(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    finish = served.engine.finish
+
+    def spy(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        heard.append(reason.value)
+        finish(request_id, reason)
+
+    monkeypatch.setattr(served.engine, "finish", spy)
+    served.stub.Generate(ask(), timeout=60)
+    assert heard == []  # it ended the request itself
+    served.stub.Generate(ask(stop=["a", "e", "o"], max_tokens=200), timeout=60)
+    assert heard == ["stop"]
+    stream = served.stub.StreamGenerate(long(), timeout=60)
+    next(stream)
+    stream.cancel()
+    eventually(lambda: heard == ["stop", "abort"])
+    at_rest(served.engine)
+
+
+def test_what_came_before_an_error_is_the_callers() -> None:
+    answer = Answer(SamplingParams(), None, str)
+    ended = RequestOutput("r", finish_reason=FinishReason.ERROR, error=Unavailable("gone"))
+    chunk, error = _joined(answer, [RequestOutput("r", (1,)), RequestOutput("r", (2,)), ended])
+    assert chunk is not None and chunk.token_ids == [1, 2]
+    assert error is ended.error
+
+
 # The server's life
 
 
@@ -441,6 +472,19 @@ def test_a_taken_port_is_an_error(served: Running) -> None:
 
     with pytest.raises(Unavailable, match=f"cannot bind 127.0.0.1:{served.server.port}"):
         asyncio.run(bind_again())
+
+
+def test_a_host_that_cannot_be_resolved_is_not_called_a_taken_port() -> None:
+    async def bind() -> None:
+        server = Server("no.such.host.invalid", 0)
+        try:
+            await server.bind()
+        finally:
+            await server.stop()
+
+    with pytest.raises(Unavailable, match="cannot be resolved") as caught:
+        asyncio.run(bind())
+    assert "another process" not in str(caught.value)
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")

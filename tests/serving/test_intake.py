@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_checkpoint
 from engines import SETTINGS
@@ -176,3 +177,26 @@ def test_the_models_own_limit_gives_way_to_the_context_and_to_the_caller(folder:
         intake.default_sampling(near_the_end, min_tokens=11)
     with pytest.raises(InvalidRequest, match="min_tokens: got 'x'"):
         intake.default_sampling(min_tokens="x")
+
+
+@pytest.mark.parametrize(
+    ("eos_ids", "says"),
+    [
+        ((tiny_checkpoint.VOCAB,), "got 300, must be whole numbers from 0 to 299"),
+        (tuple(range(17)), "got 17 ids, must be at most 16"),
+    ],
+)
+def test_end_of_sequence_ids_that_cannot_be_served_are_the_checkpoints_fault(
+    folder: Path, eos_ids: tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json.*eos_token_id: {says}"):
+        intake_of(folder, eos_ids=eos_ids)
+    intake_of(folder, eos_ids=tuple(range(16)))
+
+
+def test_ids_of_other_kinds_are_made_plain(intake: Intake) -> None:
+    tokens = intake.tokens_of(list(np.array([1, 2])))
+    assert tokens == (1, 2) and set(map(type, tokens)) == {int}
+    for wrong in ([1, np.float32(2)], [np.bool_(True)]):
+        with pytest.raises(InvalidRequest, match="prompt"):
+            intake.tokens_of(wrong)

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_checkpoint
 from engines import SETTINGS, at_rest, eventually, held
 
 from quire import LLM, SamplingParams
 from quire.errors import InvalidConfig, InvalidRequest, Overloaded, Unavailable
+from quire.sched.request import FinishReason
 from quire.serving.llm import Chunk, Completion, Logprob
 from quire.serving.progress import Silent
 
@@ -129,6 +131,25 @@ def test_a_stop_string_cuts_text_and_tokens(llm: LLM) -> None:
     decode = tiny_checkpoint.make_tokenizer().decode
     assert result.token_ids == whole.token_ids[:count]
     assert stop in decode(result.token_ids) and stop not in decode(result.token_ids[:-1])
+    at_rest(llm.parts.engine)
+
+
+def test_the_engine_hears_why_an_answer_ended(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = answer(llm, PROMPTS[0])
+    heard: list[str] = []
+    finish = llm.parts.engine.finish
+
+    def spy(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        heard.append(reason.value)
+        finish(request_id, reason)
+
+    monkeypatch.setattr(llm.parts.engine, "finish", spy)
+    answer(llm, PROMPTS[0])
+    assert heard == []  # it ended the answer itself
+    answer(llm, PROMPTS[0], greedy(stop=whole.text[2]))
+    assert heard == ["stop"]
+    llm.stream(PROMPTS[0], LONG).close()
+    assert heard == ["stop", "abort"]
     at_rest(llm.parts.engine)
 
 
@@ -434,11 +455,27 @@ def test_a_checkpoint_without_a_tokenizer_takes_token_ids(tmp_path: Path, llm: L
         ({"kv_memory": "1KiB"}, "kv_memory"),
         ({"max_model_len": 5000}, "max_model_len: got 5000, must be at most 4096"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization: no such setting.*kv_memory"),
     ],
 )
 def test_bad_settings_name_the_field(folder: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidConfig, match=says):
         LLM(folder, **settings)
+
+
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    with pytest.raises(InvalidConfig, match="model: got '', must be a folder or a shipped name"):
+        LLM("")
+
+
+def test_token_ids_of_numpys_are_one_prompt(llm: LLM) -> None:
+    tokens = ids(PROMPTS[0])
+    assert answer(llm, list(np.array(tokens))) == answer(llm, tokens)
+
+
+def test_the_collector_is_left_as_the_program_has_it(llm: LLM) -> None:
+    answer(llm, PROMPTS[0])
+    assert gc.get_threshold()[0] < 50_000 and gc.get_freeze_count() == 0
 
 
 def test_cached_tokens_count_whatever_ended_the_answer(llm: LLM) -> None:

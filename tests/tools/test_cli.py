@@ -216,6 +216,11 @@ def test_errors_are_one_line(run: Run, folder: Path, argv: list[str], says: str)
         (["generate", "x", "--prompt=a", "--frobnicate"], "--frobnicate"),
         (["generate", "x", "--prompt=a", "--max-num=4"], "--max-num=4"),
         (["generate", "x", "--prompt=a", "--temp=1"], "--temp=1"),
+        (["generate", "x", "--prompt-ids="], "--prompt-ids: got '', must be whole numbers"),
+        (["generate", "x", "--prompt=a", "--max-queue=1"], "--max-queue=1"),
+        (["chat", "--max-queue=1"], "--max-queue=1"),
+        (["inspect", "x", "--max-queue=1"], "--max-queue=1"),
+        (["demo", "--max-queue=1"], "--max-queue=1"),
         (["generate", "x", "--prompt-ids=1,b"], "--prompt-ids: got '1,b', must be whole numbers"),
         (["generate", "x", "--prompt=a", "--kv-memory=6XB"], "--kv-memory: size: got '6XB'"),
         (["generate", "x", "--prompt=a", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
@@ -255,6 +260,29 @@ def test_a_reader_that_goes_away_is_no_traceback(folder: Path) -> None:
     assert process.returncode == 1 and "Traceback" not in err and "Broken" not in err
 
 
+@pytest.mark.parametrize(
+    ("redirected", "says"),
+    [
+        ("chat FOLDER <&-", "standard input is closed"),
+        ("chat FOLDER >&-", "standard output is closed"),
+        ("generate FOLDER --prompts-file - <&-", "standard input is closed"),
+        ("generate FOLDER --prompt x >&-", "standard output is closed"),
+        ("inspect FOLDER >&-", "standard output is closed"),
+        ("inspect FOLDER >/dev/full", "No space left"),
+        ("inspect FOLDER --json >/dev/full", "No space left"),
+        ("demo >&-", "standard output is closed"),
+    ],
+)
+def test_streams_that_cannot_be_used_are_one_line(folder: Path, redirected: str, says: str) -> None:
+    command = f"{sys.executable} -P -m quire.tools.cli {redirected.replace('FOLDER', str(folder))}"
+    done = subprocess.run(
+        ["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("quire: ") and says in line
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 # Chat
 
 
@@ -288,7 +316,24 @@ def test_chat_without_a_template_says_so_at_once(run: Run, tmp_path: Path) -> No
     (folder / "tokenizer_config.json").write_text("{}")
     done = run("chat", folder, *SMALL, stdin="hello\n")
     assert (done.status, done.out) == (1, "")
-    assert "no chat template" in done.err.splitlines()[-1]
+    assert "no chat template" in done.err.splitlines()[-1] and "loading" not in done.err
+
+
+def test_text_without_a_tokenizer_is_refused_before_the_model_loads(
+    run: Run, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint.write(tmp_path, tokenizer=False)
+    for argv in (["generate", folder, "--prompt=x"], ["chat", folder]):
+        done = run(*argv, *SMALL, stdin="hello\n")
+        assert (done.status, done.out) == (1, "")
+        assert "no tokenizer.json" in done.err.splitlines()[-1] and "loading" not in done.err
+
+
+def test_without_a_tokenizer_the_answer_is_token_ids(run: Run, tmp_path: Path) -> None:
+    folder = tiny_checkpoint.write(tmp_path, tokenizer=False)
+    argv = ["generate", folder, "--prompt-ids=1,2,3", *GREEDY, *SMALL]
+    (answer,) = run(*argv, "--json").objects[0]["outputs"]
+    assert run(*argv).out == ",".join(map(str, answer["token_ids"])) + "\n"
 
 
 # Inspect
@@ -317,6 +362,11 @@ def test_inspect_for_people(run: Run, folder: Path) -> None:
     assert done.status == 0
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
     assert lines[0] == str(folder)
+    names = [line.split(" ")[0] for line in lines]
+    assert names.count("device") == 2 and "device cpu" in lines
+    assert any(line.startswith("device memory ") for line in lines)
+    assert any(line.startswith("slot state ") for line in lines)
+    assert "worst decode padding 88%" in lines  # two rows in a program of sixteen
     assert "kv per token 256 B" in lines and "kv 1 MiB" in lines and "features none" in lines
 
 

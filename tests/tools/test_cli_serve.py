@@ -17,8 +17,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from quire import EngineConfig
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
+from quire.serving.progress import Silent
+from quire.tools import serve_command
 
 SMALL = ["--no-warmup", "--max-num-seqs=4", "--max-batched-tokens=32", "--page-size=16"]
 LONG = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(temperature=0, ignore_eos=True))
@@ -135,3 +138,14 @@ def test_a_model_that_cannot_be_loaded_is_one_line(serve: Any, folder: Path) -> 
     *_, last = server.said.splitlines()
     assert last.startswith("quire: max_model_len: got 9999, must be at most")
     assert "Traceback" not in server.said
+
+
+def test_only_a_server_settles_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    parts = object()
+    monkeypatch.setattr(
+        "quire.serving.assemble.assemble", lambda *_: (done.append("assembled"), parts)[1]
+    )
+    monkeypatch.setattr(serve_command, "_quiet_collector", lambda: done.append("quiet"))
+    assert serve_command._assembled(EngineConfig(), lambda _: None, Silent()) is parts
+    assert done == ["assembled", "quiet"]
