@@ -196,7 +196,7 @@ def test_training_lowers_the_loss_and_transformers_agrees(
     torch = pytest.importorskip("torch")
     config = tiny(demo_config(VOCAB_SIZE))
     model = AbstractDecoder(config, "float32")
-    recipe = Recipe(steps=20, tokens=512, length=32, long_every=5)
+    recipe = Recipe(steps=20, tokens=512, length=32, long_share=0.2)
     runs = [train(model, data.Stream(tokenizer, 1), recipe, 1, Silent()) for _ in range(2)]
     assert runs[0].losses == runs[1].losses, "training must depend on the seed alone"
     untrained = float(np.log(VOCAB_SIZE))
@@ -215,7 +215,7 @@ def test_training_lowers_the_loss_and_transformers_agrees(
 
 def test_a_time_limit_stops_training(tokenizer: Tokenizer) -> None:
     model = AbstractDecoder(tiny(demo_config(VOCAB_SIZE)), "float32")
-    recipe = Recipe(steps=20, tokens=512, length=32, long_every=5)
+    recipe = Recipe(steps=20, tokens=512, length=32, long_share=0.2)
     run = train(model, data.Stream(tokenizer, 1), recipe, 1, Silent(), time_limit=0)
     assert run.steps == 1 and len(run.losses) == 1
 

@@ -83,9 +83,9 @@ after a colon or a quote, are tokens of their own.
 
 Trained on a CPU in float32 for {run.steps:,} steps of {recipe.tokens:,} tokens
 ({run.processor_seconds / 60:.0f} minutes of processor time), seed {seed}, with Muon for the layers'
-matrices and Adam for the rest, on the very decoder that serves it; every {recipe.long_every}th step
-on rows of the whole context. The loss counts answers only. Weights are stored as {config.dtype}.
-The same seed gives the same model on the same kind of machine.
+matrices and Adam for the rest, on the very decoder that serves it; the last {recipe.long_share:.0%}
+of the steps on rows of the whole context. The loss counts answers only. Weights are stored as
+{config.dtype}. The same seed gives the same model on the same kind of machine.
 
 | step | loss |
 | ---: | ---: |

@@ -1,7 +1,7 @@
 """The training loop: the serving decoder, optax, fixed shapes, one jitted step.
 
-Called by `__main__.py`. Most steps run on short rows, where a token is cheapest; now and then one
-runs on rows of the whole context, so that the model knows the distances it will be served at.
+Called by `__main__.py`. Most steps run on short rows, where a token is cheapest; the last ones on
+rows of the full context, so that the model has seen the distances it will be served at.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class Recipe:
     """Everything that decides what comes out, beside the data.
 
     Attributes:
-      tokens: per step, in rows of `length`.
-      long_every: each so many steps, rows are as long as the model's whole context. (All of them
-        at the end, instead, undid much of what was learned.)
+      tokens: per step, in rows of `length`, or of the model's whole context at the end.
+      long_share: of the steps that run on the whole context.
       matrix_rate, other_rate: peak learning rates, of the layers' matrices (Muon) and of everything
         else (Adam).
     """
@@ -39,7 +38,7 @@ class Recipe:
     steps: int = 4000
     tokens: int = 2048
     length: int = 128
-    long_every: int = 8
+    long_share: float = 0.08
     matrix_rate: float = 5e-3
     other_rate: float = 3e-3
 
@@ -145,5 +144,6 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def _shape(recipe: Recipe, context: int, step: int) -> tuple[int, int]:
     """Rows and their length at a step."""
-    length = context if (step + 1) % recipe.long_every == 0 else recipe.length
+    is_long = step >= recipe.steps * (1 - recipe.long_share)
+    length = context if is_long else recipe.length
     return max(1, recipe.tokens // length), length
