@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "xla-tests"
@@ -20,3 +21,17 @@ for _name, _value in {
     "PYTHONSAFEPATH": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+
+# Tests that have transformers write their checkpoints; there is not a torch for every interpreter.
+_NEEDS_TORCH = Path(__file__).parent / "checkpoints"
+_HAS_TORCH = find_spec("torch") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if collection_path == _NEEDS_TORCH and not _HAS_TORCH else None
+
+
+def pytest_report_header() -> list[str]:
+    left_out = "no torch: tests/checkpoints is left out, parity runs on what is in .cache/zoo"
+    return [] if _HAS_TORCH else [left_out]
