@@ -71,9 +71,3 @@ class EngineStats:
     def padding_waste(self) -> float:
         """Share of the tokens that the device computed which were padding."""
         return 1 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        if not self.prefix_queried_tokens:
-            return 0.0
-        return self.prefix_hit_tokens / self.prefix_queried_tokens
