@@ -104,6 +104,11 @@ def test_nothing_compiles_after_ready(capsys):
             except BaseException as failure:
                 failures.append(failure)
 
+        # Whatever the threads' timing: short prompts come in, long answers do not fit together.
+        long_answer = SamplingParams(temperature=0, max_tokens=140, ignore_eos=True)
+        llm.generate([[i] * 20 for i in range(1, 17)], long_answer)
+        assert llm.stats().preemptions > 0
+
         threads = [threading.Thread(target=worker, args=(seed,)) for seed in range(THREADS)]
         for thread in threads:
             thread.start()
@@ -123,5 +128,5 @@ def test_nothing_compiles_after_ready(capsys):
     assert failures == []
     assert llm.compiles_after_ready == 0
     assert len(ladder) <= MAX_PROGRAMS
-    assert stats.preemptions > 0 and stats.prefix_hit_tokens > 0
+    assert stats.prefix_hit_tokens > 0
     assert stats.running == stats.waiting == 0
