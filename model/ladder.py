@@ -27,17 +27,20 @@ class Sampler(IntEnum):
     """Arg-max only."""
     SAMPLE = 1
     """Temperature, top-k, top-p, min-p, min-tokens, per row."""
-    LOGPROBS = 2
-    """SAMPLE, and log-probabilities of the chosen and the MAX_LOGPROBS likeliest tokens."""
+    FULL = 2
+    """SAMPLE, and penalties, bias, bad words, allowed ids, and log-probabilities of the chosen and
+    the MAX_LOGPROBS likeliest tokens."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """The shape of one step program: padded token count, padded row count, sampler."""
+    """The shape of one step program: padded token count, padded row count, sampler, and how many
+    tokens each row of a decode rung emits in one dispatch."""
 
     tokens: int
     rows: int
     sampler: Sampler
+    k: int = 1
 
     @property
     def decode_only(self) -> bool:
@@ -176,4 +179,4 @@ def make_ladder(max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGR
     full = [(n, n) for n in decode]
     full += [(t, max_rows) for t in all_rows] + [(t, few) for t in alone]
     buckets = [Bucket(t, r, s) for s in (Sampler.GREEDY, Sampler.SAMPLE) for t, r in full]
-    return Ladder(buckets + [Bucket(t, r, Sampler.LOGPROBS) for t, r in logprobs])
+    return Ladder(buckets + [Bucket(t, r, Sampler.FULL) for t, r in logprobs])

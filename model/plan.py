@@ -26,6 +26,9 @@ from numpy.typing import NDArray
 from .ladder import Bucket, Ladder, Sampler
 
 __all__ = [
+    "MAX_BAD_WORDS",
+    "MAX_BAD_WORD_TOKENS",
+    "MAX_BIASED_TOKENS",
     "MAX_LOGPROBS",
     "MAX_STOP_IDS",
     "Bucket",
@@ -35,6 +38,8 @@ __all__ = [
     "Runner",
     "RunnerSpec",
     "Sampler",
+    "ScoredRow",
+    "SlotControls",
     "SlotInit",
     "StepHandle",
     "StepOutputs",
@@ -47,6 +52,15 @@ MAX_STOP_IDS = 16
 MAX_LOGPROBS = 20
 """Most alternatives whose log-probabilities one token can carry."""
 
+MAX_BIASED_TOKENS = 300
+"""Entries of one request's logit_bias."""
+
+MAX_BAD_WORDS = 64
+"""Token sequences one request can forbid."""
+
+MAX_BAD_WORD_TOKENS = 8
+"""Tokens of a forbidden sequence at most."""
+
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 
@@ -58,9 +72,7 @@ class Emit(IntEnum):
     """Nothing: a chunk in the middle of a prompt."""
     TOKEN = 1
     """The next token (up to k of them), sampled at the row's last position."""
-    PROMPT_LOGPROBS = 2
-    """Log-probabilities of the chunk's own tokens."""
-    POOLED = 3
+    POOLED = 2
     """The last position's hidden state."""
 
 
@@ -82,6 +94,7 @@ class SlotInit:
       min_p: 0.0 means off.
       stop_ids: at most MAX_STOP_IDS token ids that end the request.
       adapter: index of a LoRA adapter; 0 is the base model.
+      controlled: a `SlotControls` of the same plan goes with it; only FULL programs look at those.
     """
 
     slot: int
@@ -97,6 +110,51 @@ class SlotInit:
     min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
     adapter: int = 0
+    controlled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SlotControls:
+    """What reshapes a slot's logits besides temperature and truncation. Goes up at admission.
+
+    Applied to the raw logits in this order: repetition, then frequency and presence penalties, bias,
+    allowed ids, bad words (each of the last two sets logits to -inf).
+
+    Attributes:
+      slot: the slot, initialised by the same plan with `controlled`.
+      prompt: the prompt's token ids; repetition counts them as seen, presence and frequency do not.
+      output: output tokens there are already (after a preemption).
+      repetition_penalty: above 0; logits of seen tokens are divided by it if positive, multiplied
+        if negative (arXiv:1909.05858). 1.0 is off.
+      presence_penalty: subtracted once from each token of the output.
+      frequency_penalty: subtracted once for each time a token is in the output.
+      logit_bias: at most MAX_BIASED_TOKENS (token id, what is added to its logit).
+      allowed: no other token may be emitted; None allows all.
+      bad_words: at most MAX_BAD_WORDS sequences of 1 to MAX_BAD_WORD_TOKENS token ids; the last
+        token of one may not follow the others in the output.
+    """
+
+    slot: int
+    prompt: IntArray  # [P]
+    output: IntArray  # [O]
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed: IntArray | None = None  # [A]
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """A prompt row of which the log-probabilities of given next tokens are wanted.
+
+    `targets[i]` is scored by the distribution after the row's i-th token; there are at most as many
+    targets as the row has tokens (the last chunk of a prompt has one less).
+    """
+
+    row: int
+    targets: IntArray  # [N]
 
 
 def _no_ints(*shape: int) -> IntArray:
@@ -125,7 +183,9 @@ class StepPlan:
     page_adds: IntArray = field(default_factory=lambda: _no_ints(0, 3))  # [A, (slot, index, page)]
     page_copies: IntArray = field(default_factory=lambda: _no_ints(0, 2))  # [C, (src, dst)]
     inits: tuple[SlotInit, ...] = ()
-    k: int = 1  # tokens each decode row may emit in this dispatch
+    controls: tuple[SlotControls, ...] = ()
+    scored: tuple[ScoredRow, ...] = ()  # needs a FULL bucket
+    k: int = 1  # tokens each decode row may emit in this dispatch; the bucket's k
 
     @property
     def num_rows(self) -> int:
@@ -138,7 +198,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class LogprobArrays:
-    """Natural logs of the raw distribution, before temperature and truncation."""
+    """Natural logs of the raw distribution, before penalties, temperature and truncation.
+
+    For scored rows R is the number of targets, and K is 1.
+    """
 
     chosen: FloatArray  # [R, K] of the emitted token
     rank: IntArray  # [R, K] 1 = the most likely
@@ -158,7 +221,8 @@ class StepOutputs:
     tokens: IntArray  # [R, K]
     n_valid: IntArray  # [R] 0..K
     not_finite: NDArray[np.bool_]  # [R] the row's logits held an inf or NaN
-    logprobs: LogprobArrays | None = None  # when the bucket's sampler is LOGPROBS
+    logprobs: LogprobArrays | None = None  # when the bucket's sampler is FULL
+    scored: tuple[LogprobArrays, ...] = ()  # one for each of the plan's scored rows
 
 
 @dataclass(frozen=True, slots=True)

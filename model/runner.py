@@ -171,6 +171,8 @@ class ModelRunner:
             raise ValueError(f"plan.k: got {plan.k}, must be at most {self._spec.max_k}")
         if np.any(plan.emits > Emit.TOKEN):
             raise ValueError("plan.emits: only NONE and TOKEN are served by this runner")
+        if plan.controls or plan.scored:
+            raise ValueError("plan.controls, plan.scored: not served by this runner")
         layout = self._layout(plan.bucket)
         plan = self._send_ahead(plan, layout)
         program = self._program(plan.bucket)

@@ -26,7 +26,7 @@ _BITS = 32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """What sampling gave R rows; log-probabilities only from the LOGPROBS sampler."""
+    """What sampling gave R rows; log-probabilities only from the FULL sampler."""
 
     tokens: jax.Array  # int32 [R]
     not_finite: jax.Array  # bool [R]

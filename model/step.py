@@ -189,7 +189,7 @@ def unpack_outputs(packed: NDArray[np.int32], num_rows: int, sampler: Sampler) -
     """What `_pack_outputs` packed, on the host, for the plan's real rows."""
     rows = packed[:num_rows]
     logprobs = None
-    if sampler == Sampler.LOGPROBS:
+    if sampler == Sampler.FULL:
         words = rows[:, 3:]
         assert words.shape[1] == _LOGPROB_WORDS
         ids, top = words[:, 2 : 2 + MAX_LOGPROBS], words[:, 2 + MAX_LOGPROBS :]

@@ -125,7 +125,7 @@ class SamplingParams:
     def sampler(self) -> Sampler:
         """The poorest step-program ending that honours these parameters."""
         if self.logprobs is not None:
-            return Sampler.LOGPROBS
+            return Sampler.FULL
         if self.temperature > 0 or self.min_tokens > 0:  # min_tokens masks stop ids
             return Sampler.SAMPLE
         return Sampler.GREEDY

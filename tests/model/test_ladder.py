@@ -56,7 +56,7 @@ def test_padding_bound_is_the_worst_of_all_row_counts():
 
 
 def test_no_rung_is_an_error_not_a_wrong_program():
-    ladder = Ladder([Bucket(4, 4, Sampler.GREEDY), Bucket(16, 4, Sampler.LOGPROBS)])
+    ladder = Ladder([Bucket(4, 4, Sampler.GREEDY), Bucket(16, 4, Sampler.FULL)])
     for tokens, rows, sampler in [(5, 5, 0), (17, 2, 0), (5, 5, 2)]:
         with pytest.raises(ValueError, match="no step program"):
             ladder.choose(tokens, rows, Sampler(sampler), decode_only=tokens == rows)
@@ -72,4 +72,4 @@ def test_too_small_a_budget_is_refused():
 def test_a_ladder_must_hold_the_largest_step():
     rungs = [Bucket(8, 8, s) for s in Sampler]
     with pytest.raises(InvalidConfig, match="no rung of the richest sampler"):
-        Ladder([*rungs, Bucket(64, 4, Sampler.LOGPROBS)])
+        Ladder([*rungs, Bucket(64, 4, Sampler.FULL)])

@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
     windows=(None, None),
     max_positions=4096,
 )
-LADDER = Ladder(Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.LOGPROBS))
+LADDER = Ladder(Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.FULL))
 SPEC = RunnerSpec(
     num_slots=40,
     num_pages=1200,
@@ -138,7 +138,7 @@ def test_a_slot_freezes_itself_at_a_stop_id_but_not_before_min_tokens(fresh):
     assert run(fresh, decode_plan(0)).n_valid.tolist() == [1]  # the stop id is delivered
     assert run(fresh, decode_plan(0)).n_valid.tolist() == [0]
     fresh.reset()
-    rich = {"bucket": LADDER.choose(1, 1, Sampler.LOGPROBS, decode_only=True)}
+    rich = {"bucket": LADDER.choose(1, 1, Sampler.FULL, decode_only=True)}
     start(fresh, stop_ids=(second,), min_remaining=3)
     out = run(fresh, decode_plan(0, **rich))
     assert out.n_valid.tolist() == [1] and out.tokens[0, 0] != second
@@ -216,9 +216,8 @@ def test_what_is_packed_is_unpacked(fresh):
 def test_what_the_runner_does_not_serve_is_refused(fresh):
     with pytest.raises(ValueError, match=r"plan\.k: got 2"):
         fresh.launch(decode_plan(0, k=2))
-    for emit in (Emit.PROMPT_LOGPROBS, Emit.POOLED):
-        with pytest.raises(ValueError, match=r"plan\.emits"):
-            fresh.launch(prompt_plan((1,), emit=emit))
+    with pytest.raises(ValueError, match=r"plan\.emits"):
+        fresh.launch(prompt_plan((1,), emit=Emit.POOLED))
 
 
 def test_one_rows_not_finite_logits_leave_its_neighbours_alone(fresh):

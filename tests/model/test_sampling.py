@@ -152,7 +152,7 @@ def test_draws_follow_the_distribution(fields):
 def test_greedy_rows_stay_greedy_beside_sampled_ones():
     logits = np.random.default_rng(2).standard_normal((3, VOCAB)).astype(np.float32)
     rows = slot_rows(init(), init(temperature=5.0, seed=1), init())
-    for sampler in (Sampler.SAMPLE, Sampler.LOGPROBS):
+    for sampler in (Sampler.SAMPLE, Sampler.FULL):
         tokens = sample(logits, rows, sampler).tokens
         assert [tokens[0], tokens[2]] == [logits[0].argmax(), logits[2].argmax()]
     alone = sample(logits[1:2], slot_rows(init(temperature=5.0, seed=1)), Sampler.SAMPLE)
@@ -162,7 +162,7 @@ def test_greedy_rows_stay_greedy_beside_sampled_ones():
 def test_logprobs_are_of_the_raw_distribution():
     logits = np.random.default_rng(4).standard_normal((2, VOCAB)).astype(np.float32) * 3
     rows = slot_rows(init(), init(temperature=3.0, top_k=20, seed=5))
-    got = sample(logits, rows, Sampler.LOGPROBS)
+    got = sample(logits, rows, Sampler.FULL)
     for row in range(2):
         wide = logits[row].astype(np.float64)
         logprobs = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
@@ -176,7 +176,7 @@ def test_logprobs_are_of_the_raw_distribution():
 
 
 def test_logprobs_of_a_vocabulary_smaller_than_the_report():
-    got = sample(np.zeros((1, 5), np.float32), slot_rows(init()), Sampler.LOGPROBS)
+    got = sample(np.zeros((1, 5), np.float32), slot_rows(init()), Sampler.FULL)
     assert got.top_ids[0].tolist() == [0, 1, 2, 3, 4] + [-1] * (MAX_LOGPROBS - 5)
 
 

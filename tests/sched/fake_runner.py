@@ -208,7 +208,7 @@ class FakeRunner:
             tokens[row, : len(given)] = given
             n_valid[row] = len(given)
             bad[row] = number in self.poisoned_slots
-        logprobs = self._logprobs(tokens) if plan.bucket.sampler is Sampler.LOGPROBS else None
+        logprobs = self._logprobs(tokens) if plan.bucket.sampler is Sampler.FULL else None
         return StepOutputs(tokens, n_valid, bad, logprobs)
 
     def _check_shape(self, plan: StepPlan) -> None:

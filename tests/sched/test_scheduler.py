@@ -65,8 +65,8 @@ def test_the_sampler_of_a_step_is_the_richest_that_an_emitting_row_needs() -> No
     assert samplers == [
         Sampler.GREEDY,  # b and c are in the middle of their prompts
         Sampler.SAMPLE,
-        Sampler.LOGPROBS,
-        Sampler.LOGPROBS,
+        Sampler.FULL,
+        Sampler.FULL,
         Sampler.SAMPLE,
     ]
 
