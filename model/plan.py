@@ -117,7 +117,7 @@ class SlotInit:
 class SlotControls:
     """What reshapes a slot's logits besides temperature and truncation. Goes up at admission.
 
-    Applied to the raw logits in this order: repetition, then frequency and presence penalties, bias,
+    Applied to the raw logits in this order: repetition, frequency and presence penalties, bias,
     allowed ids, bad words (each of the last two sets logits to -inf).
 
     Attributes:
