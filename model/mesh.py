@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.sharding import Mesh as JaxMesh
-from jax.sharding import NamedSharding, PartitionSpec
 
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
@@ -34,7 +34,18 @@ class Mesh:
     @property
     def platform(self) -> str:
         """ "cpu", "gpu" or "tpu"."""
-        return str(self.devices[0].platform)
+        platform = str(self.devices[0].platform)
+        return "gpu" if platform in ("cuda", "rocm") else platform
+
+    @property
+    def lowering_platforms(self) -> tuple[str, ...]:
+        """What `Traced.lower` calls this platform."""
+        return ("cuda",) if self.platform == "gpu" else (self.platform,)
+
+    @property
+    def abstract(self) -> AbstractMesh:
+        """The mesh without its devices."""
+        return self._mesh.abstract_mesh
 
     def of(self, axes: Sequence[str | None]) -> NamedSharding:
         """Placement of an array whose dimensions have these logical names."""

@@ -9,25 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 
 from .abstract import AbstractDecoder
-from .cache import CacheGroup, Slabs, abstract_slabs, cache_groups
+from .cache import CacheGroup, Slabs
 from .compile import CompileCounter, Progress, compile_all
 from .inputs import ADMIT_ROOM, InputLayout, pack, pack_updates
 from .mesh import Mesh
-from .plan import Bucket, Emit, RunnerSpec, StepOutputs, StepPlan
-from .slots import Slots, abstract_slots
-from .step import make_admit, make_step, unpack_outputs
+from .plan import Emit, RunnerSpec, StepOutputs, StepPlan
+from .programs import ADMIT, Programs
+from .slots import Slots
+from .step import unpack_outputs
 from .weights import Params
 
-_ADMIT = "admit"
 _GPU_WARMUP_RUNS = 3  # the first run warms up, the second captures the CUDA graph, the third checks
 
 
@@ -52,10 +51,10 @@ class ModelRunner:
     def __init__(
         self, decoder: AbstractDecoder, params: Params, spec: RunnerSpec, mesh: Mesh
     ) -> None:
-        self._decoder, self._params, self._mesh = decoder, params, mesh
+        self._params, self._mesh = params, mesh
         self._spec = spec
-        self._groups = cache_groups(decoder.config, decoder.dtype)
-        self._programs: dict[Any, Compiled] = {}
+        self._programs = Programs(decoder, spec, mesh)
+        self._compiled: dict[Any, Compiled] = {}
         self._ready_counter = CompileCounter()  # without `warmup`, ready is now
         self._make_state = self._state_maker()
         self.reset()
@@ -66,7 +65,7 @@ class ModelRunner:
 
     @property
     def groups(self) -> tuple[CacheGroup, ...]:
-        return self._groups
+        return self._programs.groups
 
     @property
     def compiles_after_ready(self) -> int:
@@ -82,62 +81,19 @@ class ModelRunner:
 
     def _state_maker(self) -> Callable[[], tuple[Slabs, Slots]]:
         """Kept for the runner's life, so that a reset compiles nothing."""
-        abstract = self._abstract_state()
+        abstract = self._programs.abstract_state()
         # Zeroed, not just allocated: a NaN left in unused V would survive a masked p·V.
         return jax.jit(
             lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
 
-    def _abstract_state(self) -> tuple[Any, Any]:
-        s = self._spec
-        return (
-            abstract_slabs(self._groups, s.num_pages, s.page_size, self._mesh),
-            abstract_slots(s.num_slots, s.max_pages_per_seq, self._mesh),
-        )
-
     # Programs
 
-    def _layout(self, bucket: Bucket) -> InputLayout:
-        return InputLayout(bucket, self._spec.page_size, self._spec.num_slots)
-
-    def _buffer_struct(self, size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self._mesh.everywhere)
-
-    def _lower_step(self, bucket: Bucket) -> Lowered:
-        layout = self._layout(bucket)
-        slabs, slots = self._abstract_state()
-        params = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), self._params
-        )
-        state_out = jax.tree.map(lambda a: a.sharding, (slabs, slots))
-        step = jax.jit(
-            make_step(self._decoder, self._groups, layout),
-            donate_argnums=(1, 2),
-            out_shardings=(*state_out, self._mesh.everywhere),
-        )
-        return step.lower(params, slabs, slots, self._buffer_struct(layout.size))
-
-    def _lower_admit(self) -> Lowered:
-        slabs, slots = self._abstract_state()
-        admit = jax.jit(
-            make_admit(self._groups),
-            donate_argnums=(0, 1),
-            out_shardings=jax.tree.map(lambda a: a.sharding, (slabs, slots)),
-        )
-        return admit.lower(slabs, slots, self._buffer_struct(ADMIT_ROOM.words))
-
-    def _lowerings(self) -> dict[Any, Callable[[], Lowered]]:
-        """Every program, the costliest first."""
-        buckets = sorted(self._spec.ladder.buckets, key=lambda b: (-b.tokens, -b.sampler))
-        steps = {bucket: partial(self._lower_step, bucket) for bucket in buckets}
-        return {**steps, _ADMIT: self._lower_admit}
-
     def _program(self, key: Any) -> Compiled:
-        if key not in self._programs:  # only without `warmup`
-            lowered = self._lower_admit() if key == _ADMIT else self._lower_step(key)
-            self._programs[key] = lowered.compile()
-        return self._programs[key]
+        if key not in self._compiled:  # only without `warmup`
+            self._compiled[key] = self._programs.lower(key).compile()
+        return self._compiled[key]
 
     def warmup(self, *, threads: int, progress: Progress | None = None) -> float:
         """Compiles the whole ladder, runs each program on nothing, and arms the compile guard.
@@ -146,9 +102,9 @@ class ModelRunner:
           Seconds it took.
         """
         begin = time.monotonic()
-        self._programs = compile_all(self._lowerings(), threads=threads, progress=progress)
+        self._compiled = compile_all(self._programs.lowerings(), threads=threads, progress=progress)
         runs = _GPU_WARMUP_RUNS if self._mesh.platform == "gpu" else 1
-        for key in self._programs:
+        for key in self._compiled:
             for _ in range(runs):
                 self._run_idle(key)
         self._ready_counter = CompileCounter()
@@ -156,7 +112,7 @@ class ModelRunner:
 
     def _run_idle(self, key: Any) -> None:
         """Runs a program with no rows: it changes nothing, as padding must not."""
-        if key == _ADMIT:
+        if key == ADMIT:
             self._admit(())
             return
         none = np.zeros(0, np.int32)
@@ -173,7 +129,7 @@ class ModelRunner:
             raise ValueError("plan.emits: only NONE and TOKEN are served by this runner")
         if plan.controls or plan.scored:
             raise ValueError("plan.controls, plan.scored: not served by this runner")
-        layout = self._layout(plan.bucket)
+        layout = self._programs.layout(plan.bucket)
         plan = self._send_ahead(plan, layout)
         program = self._program(plan.bucket)
         self._slabs, self._slots, outputs = program(
@@ -208,4 +164,4 @@ class ModelRunner:
     def _admit(self, inits: tuple[Any, ...], adds: Any = None, copies: Any = None) -> None:
         buffer = np.zeros(ADMIT_ROOM.words, np.int32)
         pack_updates(buffer, ADMIT_ROOM, self._spec.num_slots, inits, adds, copies)
-        self._slabs, self._slots = self._program(_ADMIT)(self._slabs, self._slots, buffer)
+        self._slabs, self._slots = self._program(ADMIT)(self._slabs, self._slots, buffer)

@@ -61,9 +61,12 @@ class _Placed:
 
 
 def make_step(
-    decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: InputLayout
+    decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: InputLayout, attention: str
 ) -> Step:
-    """The step program of one bucket, to be jitted with slabs and slots donated."""
+    """The step program of one bucket, to be jitted with slabs and slots donated.
+
+    `attention` is a backend of kernels/attention.
+    """
     config = decoder.config
     bucket = layout.bucket
     # Every model has one cache group so far; a second one needs page tables of its own in the plan.
@@ -95,6 +98,7 @@ def make_step(
                 first_page=first_page,
                 window=config.windows[layer],
                 decode_only=bucket.decode_only,
+                backend=attention,
             )
 
         model = decoder.bind(params)

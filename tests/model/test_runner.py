@@ -255,7 +255,7 @@ def test_warmup_compiles_everything_and_arms_the_guard():
 def test_slabs_and_slots_are_donated(runner):
     """No program may hold a second copy of the slab, not even for a moment."""
     for bucket in (DECODE, MIXED):
-        compiled = runner._lower_step(bucket).compile()
+        compiled = runner._programs.lower(bucket).compile()
         stats = compiled.memory_analysis()
         slab_bytes = runner._slabs["kv"].nbytes
         assert stats.alias_size_in_bytes >= slab_bytes

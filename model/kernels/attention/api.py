@@ -138,7 +138,7 @@ def ragged_paged_attention(
         _per_head("kv_scales[0]", k_scale, num_kv_heads),
         _per_head("kv_scales[1]", v_scale, num_kv_heads),
     )
-    name = _pick(jax.default_backend()) if backend is None else backend
+    name = default_backend(jax.default_backend()) if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, must be one of {', '.join(BACKENDS)}")
     with jax.named_scope("attention"):
@@ -147,8 +147,8 @@ def ragged_paged_attention(
 
 
 @functools.cache
-def _pick(platform: str) -> str:
-    """The backend for a platform; cached, so that a slow choice is said once."""
+def default_backend(platform: str) -> str:
+    """The backend for "cpu", "gpu" or "tpu"; cached, so that a slow choice is said once."""
     if platform not in _BY_PLATFORM:
         log.warning("no attention kernel for %s yet: using the slower %s", platform, _FALLBACK)
     return _BY_PLATFORM.get(platform, _FALLBACK)

@@ -67,9 +67,9 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 def test_says_once_when_a_platform_has_no_kernel(caplog: pytest.LogCaptureFixture) -> None:
-    api._pick.cache_clear()
+    api.default_backend.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [api._pick(p) for p in ("cpu", "gpu", "gpu")] == ["blockwise"] * 3
+        assert [api.default_backend(p) for p in ("cpu", "gpu", "gpu")] == ["blockwise"] * 3
     assert len(caplog.messages) == 1 and "gpu" in caplog.messages[0]
 
 

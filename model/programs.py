@@ -1,0 +1,106 @@
+"""The programs of one engine: which there are, and how each is lowered from shapes alone.
+
+Nothing here needs a device or a weight: the runner compiles these for the devices it has, compile
+checks (tools/compile_check) for devices that are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Lowered
+
+from .abstract import AbstractDecoder
+from .cache import abstract_slabs, cache_groups
+from .inputs import ADMIT_ROOM, InputLayout
+from .kernels.attention.api import default_backend
+from .mesh import Mesh
+from .plan import Bucket, RunnerSpec
+from .slots import abstract_slots
+from .step import make_admit, make_step
+
+ADMIT = "admit"
+"""Name of the program that only updates slots and copies pages."""
+
+
+class Programs:
+    """Lowers the programs of an engine.
+
+    Args:
+      decoder: the model without its numbers.
+      spec: sizes and ladder.
+      mesh: the devices, present or described by a topology.
+      attention: a backend of kernels/attention; None is the platform's own.
+    """
+
+    def __init__(
+        self,
+        decoder: AbstractDecoder,
+        spec: RunnerSpec,
+        mesh: Mesh,
+        *,
+        attention: str | None = None,
+    ) -> None:
+        self._decoder, self._spec, self._mesh = decoder, spec, mesh
+        self._attention = attention or default_backend(mesh.platform)
+        self.groups = cache_groups(decoder.config, decoder.dtype)
+
+    def layout(self, bucket: Bucket) -> InputLayout:
+        """Where a plan's parts lie in the buffer of this step program."""
+        return InputLayout(bucket, self._spec.page_size, self._spec.num_slots)
+
+    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and placement of all parameters."""
+        return {
+            name: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype), sharding=self._mesh.of(s.axes))
+            for name, s in self._decoder.specs.items()
+        }
+
+    def abstract_state(self) -> tuple[Any, Any]:
+        """Shapes, dtypes and placement of (slabs, slots)."""
+        s = self._spec
+        return (
+            abstract_slabs(self.groups, s.num_pages, s.page_size, self._mesh),
+            abstract_slots(s.num_slots, s.max_pages_per_seq, self._mesh),
+        )
+
+    def lower(self, key: Any) -> Lowered:
+        """Traces and lowers one program, named by its bucket or ADMIT."""
+        return self._lower_admit() if key == ADMIT else self._lower_step(key)
+
+    def lowerings(self) -> dict[Any, Callable[[], Lowered]]:
+        """Every program, the costliest first."""
+        buckets = sorted(self._spec.ladder.buckets, key=lambda b: (-b.tokens, -b.sampler))
+        return {key: partial(self.lower, key) for key in [*buckets, ADMIT]}
+
+    def _buffer(self, size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self._mesh.everywhere)
+
+    def _lower_step(self, bucket: Bucket) -> Lowered:
+        layout = self.layout(bucket)
+        slabs, slots = self.abstract_state()
+        state_out = jax.tree.map(lambda a: a.sharding, (slabs, slots))
+        step = jax.jit(
+            make_step(self._decoder, self.groups, layout, self._attention),
+            donate_argnums=(1, 2),
+            out_shardings=(*state_out, self._mesh.everywhere),
+        )
+        return self._lowered(step, self.abstract_params(), slabs, slots, self._buffer(layout.size))
+
+    def _lower_admit(self) -> Lowered:
+        slabs, slots = self.abstract_state()
+        admit = jax.jit(
+            make_admit(self.groups),
+            donate_argnums=(0, 1),
+            out_shardings=jax.tree.map(lambda a: a.sharding, (slabs, slots)),
+        )
+        return self._lowered(admit, slabs, slots, self._buffer(ADMIT_ROOM.words))
+
+    def _lowered(self, program: Any, *args: Any) -> Lowered:
+        """Lowered for the mesh's platform, which need not be this process's."""
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract):
+            return program.trace(*args).lower(lowering_platforms=self._mesh.lowering_platforms)
