@@ -128,6 +128,9 @@ class EngineConfig:
         low=1,
         is_size=True,
     )
+    tensor_parallel: int = setting(
+        1, "devices of this machine that the model is cut over", low=1, high=256
+    )
     prefix_caching: bool = setting(True, "share the KV of equal prompt prefixes")
     overlap: bool = setting(True, "launch a step while the results of the last are collected")
     max_queue: int = setting(1024, "requests that may wait before more are refused", low=1)

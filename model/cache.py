@@ -55,9 +55,12 @@ class CacheGroup:
         return (len(self.layers) * num_pages, page_size, 2 * s.kv_heads, s.head_dim)
 
 
-def cache_groups(config: ModelConfig, dtype: str) -> tuple[CacheGroup, ...]:
-    """The groups of a model. Windowed layers keep all their pages for now, so one group does."""
-    spec = CacheSpec(config.num_kv_heads, config.head_dim, dtype)
+def cache_groups(config: ModelConfig, dtype: str, shards: int = 1) -> tuple[CacheGroup, ...]:
+    """The groups of a model. Windowed layers keep all their pages for now, so one group does.
+
+    Over more devices than KV heads each device still has one, a copy of its neighbour's.
+    """
+    spec = CacheSpec(max(config.num_kv_heads, shards), config.head_dim, dtype)
     return (CacheGroup("kv", spec, tuple(range(config.num_layers))),)
 
 

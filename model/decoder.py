@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import ModelConfig
+from .mesh import TENSOR
 from .rope import cos_sin, rotate
 from .weights import contract, matrix, ones, take_rows, zeros
 
@@ -37,7 +38,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x · Wᵀ (+ b), W [out, in]."""
+    """y = x · Wᵀ (+ b), W [out, in]; with `summed` each device has a share of `in`."""
 
     def __init__(
         self,
@@ -48,29 +49,35 @@ class Linear(nnx.Module):
         dtype: Any,
         *,
         bias: bool = False,
+        summed: bool = False,
     ):
+        self.summed = summed
         self.weight = matrix(rngs, (out_size, in_size), axes, dtype)
         self.bias = zeros((out_size,), axes[:1], dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = contract(x, self.weight)
+        if self.summed:
+            y = jax.lax.psum(y, TENSOR)
         return y if self.bias is None else y + self.bias[...]
 
 
 class Attention(nnx.Module):
     """Projections, optional norms of q and k, rotation; the mixing itself is `attend`'s."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, shared: bool):
         c = config
         self.config = c
         # Rows q, then k, then v: one matrix product instead of three.
         self.qkv = Linear(
-            rngs, c.hidden_size, c.q_size + 2 * c.kv_size, ("heads", "embed"), dtype,
+            rngs, c.hidden_size, c.q_size + 2 * c.kv_size, ("qkv", "embed"), dtype,
             bias=c.qkv_bias,
         )  # fmt: skip
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps, None, dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps, None, dtype) if c.qk_norm else None
-        self.out = Linear(rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias)
+        self.out = Linear(
+            rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias, summed=shared
+        )
 
     def __call__(
         self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
@@ -93,14 +100,16 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated MLP (SwiGLU, arXiv:2002.05202): down(silu(gate) · up)."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, shared: bool):
         c = config
         self.gate_up = Linear(
-            rngs, c.hidden_size, 2 * c.intermediate_size, ("mlp", "embed"), dtype, bias=c.mlp_bias
-        )
+            rngs, c.hidden_size, 2 * c.intermediate_size, ("gate_up", "embed"), dtype,
+            bias=c.mlp_bias,
+        )  # fmt: skip
         self.down = Linear(
-            rngs, c.intermediate_size, c.hidden_size, ("embed", "mlp"), dtype, bias=c.mlp_bias
-        )
+            rngs, c.intermediate_size, c.hidden_size, ("embed", "mlp"), dtype, bias=c.mlp_bias,
+            summed=shared,
+        )  # fmt: skip
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
@@ -110,11 +119,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm residual block."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, shared: bool):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, "embed", dtype)
-        self.attn = Attention(config, dtype, rngs)
+        self.attn = Attention(config, dtype, rngs, shared)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, "embed", dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = MLP(config, dtype, rngs, shared)
 
     def __call__(
         self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
@@ -127,13 +136,21 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """Token table [V, E]; also the output projection of models that tie the two."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, shared: bool):
+        self.shared = shared
         self.weight = matrix(
             rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return take_rows(self.weight, tokens)
+        if not self.shared:
+            return take_rows(self.weight, tokens)
+        # Each device has a stretch of the vocabulary; all but one add zeros.
+        rows = self.weight.shape[0]
+        local = tokens - jax.lax.axis_index(TENSOR) * rows
+        mine = (local >= 0) & (local < rows)
+        found = take_rows(self.weight, jnp.where(mine, local, 0))
+        return jax.lax.psum(jnp.where(mine[:, None], found, 0), TENSOR)
 
 
 class Decoder(nnx.Module):
@@ -143,13 +160,26 @@ class Decoder(nnx.Module):
       config: the model's numbers.
       dtype: of weights and activations.
       rngs: streams for initial values (training and tests; serving loads over them).
+      whole: of a model that is cut over the devices of the mesh axis TENSOR, the whole's numbers;
+        `config` then has those of one device's share, and calls run inside a `shard_map`.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        whole: ModelConfig | None = None,
+    ):
         self.config = config
-        self.embed = Embedding(config, dtype, rngs)
+        self.vocab_size = (whole or config).vocab_size
+        self.shared = shared = whole is not None
+        self.embed = Embedding(config, dtype, rngs, shared)
         # Unrolled, not scanned: a scan over layers copies the sliced weights every step.
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Layer(config, dtype, rngs, shared) for _ in range(config.num_layers)]
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, "embed", dtype)
         self.lm_head = (
             None
@@ -177,7 +207,10 @@ class Decoder(nnx.Module):
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [R, E] -> float32 logits [R, V]."""
+        """hidden [R, E] -> float32 logits [R, V] of the whole vocabulary."""
         with jax.named_scope("logits"):
             weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
-            return contract(self.final_norm(hidden), weight, out_dtype=jnp.float32)
+            logits = contract(self.final_norm(hidden), weight, out_dtype=jnp.float32)
+            if self.shared:  # the last share may be padded
+                logits = jax.lax.all_gather(logits, TENSOR, axis=1, tiled=True)
+            return logits[:, : self.vocab_size]

@@ -7,18 +7,26 @@ this table and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.sharding import Mesh as JaxMesh
 
+from ..errors import InvalidConfig
+
+TENSOR = "tensor"
+"""The mesh axis over which a model is cut; collectives in the decoder name it."""
+
 RULES: dict[str, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+    "vocab": TENSOR,
+    "qkv": TENSOR,  # rows of q, k and v, each device's together (model/parallel.py)
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "gate_up": TENSOR,  # rows of gate and up, likewise
+    "mlp": TENSOR,
     "embed": None,
     "slots": None,
 }
@@ -29,7 +37,12 @@ class Mesh:
 
     def __init__(self, devices: Sequence[jax.Device]):
         self.devices = tuple(devices)
-        self._mesh = JaxMesh(np.array(self.devices), ("tensor",))
+        self._mesh = JaxMesh(np.array(self.devices), (TENSOR,))
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices a model is cut."""
+        return len(self.devices)
 
     @property
     def platform(self) -> str:
@@ -52,12 +65,36 @@ class Mesh:
         spec = PartitionSpec(*(RULES[a] if a is not None else None for a in axes))
         return NamedSharding(self._mesh, spec)
 
+    def split(self, program: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+        """`program` run by every device on its own share of each array.
+
+        Args:
+          program: sees local shapes, and may use collectives over TENSOR.
+          in_axes, out_axes: shardings of its arguments and results, as trees of NamedSharding.
+        """
+        if self.shards == 1:
+            return program
+        specs = jax.tree.map(lambda sharding: sharding.spec, (in_axes, out_axes))
+        return jax.shard_map(
+            program, mesh=self._mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+        )
+
     @property
     def everywhere(self) -> NamedSharding:
         """A copy on every device."""
         return NamedSharding(self._mesh, PartitionSpec())
 
 
-def default_mesh() -> Mesh:
-    """One device: the first of the default backend."""
-    return Mesh(jax.devices()[:1])
+def default_mesh(tensor_parallel: int = 1) -> Mesh:
+    """The first devices of the default backend.
+
+    Raises:
+      InvalidConfig: there are fewer.
+    """
+    devices = jax.devices()
+    if tensor_parallel > len(devices):
+        raise InvalidConfig(
+            f"tensor_parallel: got {tensor_parallel}, must be at most {len(devices)}: the "
+            f"{devices[0].platform} devices there are"
+        )
+    return Mesh(devices[:tensor_parallel])

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.stages import Lowered
 
 from .abstract import AbstractDecoder
@@ -47,7 +48,7 @@ class Programs:
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
-        self.groups = cache_groups(decoder.config, decoder.dtype)
+        self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards)
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
@@ -82,25 +83,33 @@ class Programs:
 
     def _lower_step(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
-        slabs, slots = self.abstract_state()
-        state_out = jax.tree.map(lambda a: a.sharding, (slabs, slots))
-        step = jax.jit(
-            make_step(self._decoder, self.groups, layout, self._attention),
-            donate_argnums=(1, 2),
-            out_shardings=(*state_out, self._mesh.everywhere),
-        )
-        return self._lowered(step, self.abstract_params(), slabs, slots, self._buffer(layout.size))
+        args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
+        step = make_step(self._decoder, self.groups, layout, self._attention)
+        return self._lowered(step, args, donated=(1, 2), fresh=(self._mesh.everywhere,))
 
     def _lower_admit(self) -> Lowered:
-        slabs, slots = self.abstract_state()
-        admit = jax.jit(
-            make_admit(self.groups),
-            donate_argnums=(0, 1),
-            out_shardings=jax.tree.map(lambda a: a.sharding, (slabs, slots)),
-        )
-        return self._lowered(admit, slabs, slots, self._buffer(ADMIT_ROOM.words))
+        args = (*self.abstract_state(), self._buffer(ADMIT_ROOM.words))
+        return self._lowered(make_admit(self.groups), args, donated=(0, 1))
 
-    def _lowered(self, program: Any, *args: Any) -> Lowered:
-        """Lowered for the mesh's platform, which need not be this process's."""
+    def _lowered(
+        self,
+        program: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        donated: tuple[int, ...],
+        fresh: tuple[NamedSharding, ...] = (),
+    ) -> Lowered:
+        """Traced and lowered for the mesh's platform, which need not be this process's.
+
+        Args:
+          program: returns its donated arguments first, then `fresh` results.
+          args: abstract arguments.
+          donated: which of them it updates in place.
+          fresh: placement of its other results.
+        """
+        placed = jax.tree.map(lambda a: a.sharding, args)
+        results = (*(placed[i] for i in donated), *fresh)
+        split = self._mesh.split(program, placed, results)
+        jitted = jax.jit(split, donate_argnums=donated, out_shardings=results)
         with jax.sharding.use_abstract_mesh(self._mesh.abstract):
-            return program.trace(*args).lower(lowering_platforms=self._mesh.lowering_platforms)
+            return jitted.trace(*args).lower(lowering_platforms=self._mesh.lowering_platforms)

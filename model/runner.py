@@ -68,6 +68,15 @@ class ModelRunner:
         return self._programs.groups
 
     @property
+    def params(self) -> Params:
+        return self._params
+
+    @property
+    def slabs(self) -> Slabs:
+        """The KV as it is now; the next launch donates it."""
+        return self._slabs
+
+    @property
     def compiles_after_ready(self) -> int:
         """Compilations in this process, whoever caused them, since `warmup` ended; the engine's own
         are an error. Without `warmup`, since construction: each program's first use counts.

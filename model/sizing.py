@@ -13,6 +13,7 @@ from ..config import EngineConfig
 from ..errors import InvalidConfig
 from .config import DTYPE_BYTES, ModelConfig
 from .ladder import MAX_PROGRAMS, make_ladder
+from .parallel import local_config
 from .plan import RunnerSpec
 from .slots import SLOT_WORDS
 
@@ -89,7 +90,13 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 def settle(
-    config: EngineConfig, model: ModelConfig, *, platform: str, capacity: int, kv_token_bytes: int
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    platform: str,
+    capacity: int,
+    kv_token_bytes: int,
+    shards: int = 1,
 ) -> Sizes:
     """Turns settings and their defaults into sizes.
 
@@ -97,8 +104,9 @@ def settle(
       config: what the user set.
       model: the checkpoint's numbers.
       platform: "cpu", "gpu" or "tpu".
-      capacity: device memory in bytes.
-      kv_token_bytes: KV bytes of one token over all layers, in the serving dtype.
+      capacity: memory of one device in bytes.
+      kv_token_bytes: KV bytes of one token over all layers on one device, in the serving dtype.
+      shards: devices the model is cut over; all figures are of one of them.
 
     Raises:
       InvalidConfig: settings that contradict each other, the model or the memory.
@@ -113,7 +121,7 @@ def settle(
     ladder = make_ladder(num_seqs, tokens, max_programs=defaults.programs)
     longest = _longest(config, model)
 
-    weights = weight_bytes(model, dtype)
+    weights = weight_bytes(local_config(model, shards), dtype)
     if weights >= capacity:
         raise InvalidConfig(
             f"model: its weights take {weights:,} bytes in {dtype}, the device has {capacity:,}; "

@@ -56,13 +56,14 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
 def settle_sizes(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Sizes:
     """The engine's sizes on these devices; reads no weights."""
     dtype = serving_dtype(config, checkpoint.config, mesh.platform)
-    groups = cache_groups(checkpoint.config, dtype)
+    groups = cache_groups(checkpoint.config, dtype, mesh.shards)
     return settle(
         config,
         checkpoint.config,
         platform=mesh.platform,
         capacity=_capacity(mesh),
-        kv_token_bytes=token_bytes(groups),
+        kv_token_bytes=token_bytes(groups) // mesh.shards,
+        shards=mesh.shards,
     )
 
 
@@ -80,13 +81,13 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
     """
     reporter = reporter or Silent()
     checkpoint = open_checkpoint(config)
-    mesh = default_mesh()
+    mesh = default_mesh(config.tensor_parallel)
     sizes = settle_sizes(config, checkpoint, mesh)
     _announce(checkpoint, mesh, sizes, reporter)
     intake = Intake(checkpoint, sizes.spec)
     _use_cache(config)
 
-    decoder = AbstractDecoder(checkpoint.config, sizes.dtype)
+    decoder = AbstractDecoder(checkpoint.config, sizes.dtype, mesh.shards)
     with reporter.phase("loading") as update:
         params = load(checkpoint, decoder, mesh, update)
     runner = ModelRunner(decoder, params, sizes.spec, mesh)
@@ -121,7 +122,8 @@ def load(
         # Waiting for the one before bounds what the host holds to two parameters.
         for previous in last:
             previous.block_until_ready()
-        params[name] = jax.device_put(array, mesh.of(specs[name].axes))
+        arranged = decoder.arrange(name, array)
+        params[name] = jax.device_put(arranged, mesh.of(specs[name].axes))
         last[:] = [params[name]]
 
     checkpoint.load_params(decoder.dtype, put, progress)
@@ -130,7 +132,7 @@ def load(
 
 def _capacity(mesh: Mesh) -> int:
     if mesh.platform == "cpu":
-        return host_memory()
+        return host_memory() // mesh.shards
     stats = mesh.devices[0].memory_stats()
     return int(stats["bytes_limit"])
 

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..serving.assemble import open_checkpoint, settle_sizes
 
     checkpoint = open_checkpoint(config)
-    mesh = default_mesh()
+    mesh = default_mesh(config.tensor_parallel)
     sizes = settle_sizes(config, checkpoint, mesh)
     not_honoured = [
         f"generation_config.json: not honoured: {setting}"
