@@ -1,23 +1,28 @@
 """The ladder: the short list of shapes that step programs are compiled for. Pure, no JAX.
 
-Every step is padded up to a rung. A rung is (tokens, rows, sampler): decode rungs have one token a
-row; mixed rungs have room for prompt chunks. Fewer rungs mean a faster start, more mean less
-padding; `padding_bound` says what the choice costs at worst.
+Every step is padded up to a rung. A rung is (tokens, rows, sampler, k): decode rungs have one token
+a row, and run k times in one dispatch; mixed rungs have room for prompt chunks. Fewer rungs mean a
+faster start, more mean less padding; `padding_bound` says what the choice costs at worst.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
 from ..errors import InvalidConfig
 
-MAX_PROGRAMS = 31
-"""Rungs at most: together with the `admit` program, an engine has at most 32."""
+MAX_PROGRAMS = 32
+"""Programs of an engine at most, all counted."""
 
 _FEW_ROWS = 8
+_K_ROWS = (1, 8, 64)
+"""Sizes of k-rungs. With more rows a single token takes the device longer than the host, and k of
+them would hold up an arrival."""
+
+_SINGLE_PROGRAMS = 3  # score, controls, admit
 
 
 class Sampler(IntEnum):
@@ -29,7 +34,8 @@ class Sampler(IntEnum):
     """Temperature, top-k, top-p, min-p, min-tokens, per row."""
     FULL = 2
     """SAMPLE, and penalties, bias, bad words, allowed ids, and log-probabilities of the chosen and
-    the MAX_LOGPROBS likeliest tokens."""
+    the MAX_LOGPROBS likeliest tokens, also of prompt tokens. Forward and sampling are two programs
+    there: between them the host can add what depends on the last token."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,6 +71,19 @@ def _thin(sizes: list[int], keep: int) -> list[int]:
     return [sizes[i] for i in sorted({*picks, len(sizes) - 1})][-keep:]
 
 
+# Which of a list of sizes to give up first, by its length.
+def _last(count: int) -> int:
+    return count - 1
+
+
+def _second(count: int) -> int:
+    return min(1, count - 2)
+
+
+def _middle(count: int) -> int:
+    return (count - 1) // 2
+
+
 class Ladder:
     """All rungs, and the choice of one for a step."""
 
@@ -72,18 +91,18 @@ class Ladder:
         self.buckets: tuple[Bucket, ...] = tuple(sorted(set(buckets)))
         if not self.buckets:
             raise InvalidConfig("ladder: empty; at least one bucket is needed")
-        self._decode: dict[Sampler, list[Bucket]] = {}
-        self._mixed: dict[Sampler, list[Bucket]] = {}
-        for sampler in Sampler:
-            rungs = [b for b in self.buckets if b.sampler == sampler]
-            self._decode[sampler] = sorted(
-                (b for b in rungs if b.decode_only), key=lambda b: b.rows
-            )
-            self._mixed[sampler] = sorted(
-                (b for b in rungs if not b.decode_only), key=lambda b: (b.tokens, b.rows)
-            )
+        self._decode: dict[tuple[Sampler, int], list[Bucket]] = {}
+        self._mixed: dict[Sampler, list[Bucket]] = {s: [] for s in Sampler}
+        for b in sorted(self.buckets, key=lambda b: (b.tokens, b.rows)):
+            if b.k > 1 and (b.sampler == Sampler.FULL or not b.decode_only):
+                raise InvalidConfig(f"ladder: {b}: only GREEDY and SAMPLE decode rungs have k > 1")
+            if b.decode_only:
+                self._decode.setdefault((b.sampler, b.k), []).append(b)
+            else:
+                self._mixed[b.sampler].append(b)
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
+        self.max_k = max(b.k for b in self.buckets)
         if not self._fit(max(Sampler), self.max_tokens, self.max_rows, decode_only=False):
             raise InvalidConfig(
                 f"ladder: no rung of the richest sampler holds both {self.max_tokens} tokens and "
@@ -93,7 +112,25 @@ class Ladder:
     def __len__(self) -> int:
         return len(self.buckets)
 
-    def choose(self, tokens: int, rows: int, sampler: Sampler, *, decode_only: bool) -> Bucket:
+    @property
+    def sample_rows(self) -> tuple[int, ...]:
+        """Row counts of FULL rungs: one `sample` program each."""
+        return tuple(sorted({b.rows for b in self.buckets if b.sampler == Sampler.FULL}))
+
+    @property
+    def num_programs(self) -> int:
+        """Programs that an engine with this ladder compiles: one for each rung (for a FULL one its
+        forward), `sample` for each row count, and `score`, `controls` and `admit`."""
+        return len(self.buckets) + len(self.sample_rows) + _SINGLE_PROGRAMS
+
+    def most_k(self, rows: int, sampler: Sampler) -> int:
+        """Most tokens that each row of a decode step can emit in one dispatch, a rung's k."""
+        fits = (b.k for b in self.buckets if b.k > 1 and b.rows >= rows and b.sampler >= sampler)
+        return max(fits, default=1)
+
+    def choose(
+        self, tokens: int, rows: int, sampler: Sampler, *, decode_only: bool, k: int = 1
+    ) -> Bucket:
         """The cheapest rung that holds a step. O(log rungs) for decode steps.
 
         Args:
@@ -101,6 +138,7 @@ class Ladder:
           rows: rows in the step; equals `tokens` when `decode_only`.
           sampler: what the step's rows need at least.
           decode_only: no prompt chunk in the step.
+          k: the rung's k, exactly; above 1 for decode-only steps that `most_k` allows.
 
         Raises:
           ValueError: no rung is large enough; the scheduler must never ask for that.
@@ -109,44 +147,52 @@ class Ladder:
         for kind in Sampler:
             if kind < sampler:
                 continue
-            found = self._fit(kind, tokens, rows, decode_only)
+            found = self._fit(kind, tokens, rows, decode_only, k)
             # A richer sampler is worth its cost only where the poorer one has no rung this small.
             if found is not None and (best is None or found.tokens * 2 <= best.tokens):
                 best = found
         if best is None:
-            raise ValueError(f"no step program holds {tokens} tokens in {rows} rows ({sampler!r})")
+            raise ValueError(
+                f"no step program holds {tokens} tokens in {rows} rows ({sampler!r}, k={k})"
+            )
         return best
 
-    def _fit(self, sampler: Sampler, tokens: int, rows: int, decode_only: bool) -> Bucket | None:
+    def _fit(
+        self, sampler: Sampler, tokens: int, rows: int, decode_only: bool, k: int = 1
+    ) -> Bucket | None:
         if decode_only:
-            rungs = self._decode[sampler]
+            rungs = self._decode.get((sampler, k), [])
             i = bisect_left(rungs, rows, key=lambda b: b.rows)
             if i < len(rungs):
                 return rungs[i]
-        for rung in self._mixed[sampler]:
-            if rung.tokens >= tokens and rung.rows >= rows:
-                return rung
+        if k == 1:
+            for rung in self._mixed[sampler]:
+                if rung.tokens >= tokens and rung.rows >= rows:
+                    return rung
         return None
 
     def padding_bound(self, sampler: Sampler = Sampler.GREEDY) -> float:
         """Worst share of a decode step's rows that is padding, over all row counts from 1."""
-        rungs = [b.rows for b in self._decode[sampler]]
+        rungs = [b.rows for b in self._decode.get((sampler, 1), [])]
         return max(1 - (below + 1) / size for below, size in zip([0, *rungs], rungs, strict=False))
 
 
-def make_ladder(max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGRAMS) -> Ladder:
+def make_ladder(
+    max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGRAMS, max_k: int = 1
+) -> Ladder:
     """The default ladder.
 
     Decode rungs double from 8 rows to `max_rows` (and one of a single row); mixed rungs double from
     64 tokens to `max_tokens`, with few rows for the prompt that arrives on an idle engine and with
-    all rows for the busy one. Where that makes too many programs they are thinned out, evenly.
-    Log-probabilities, asked for rarely, get a coarse set.
+    all rows for the busy one. Where that makes too many programs they are thinned out.
+    What needs a FULL rung is asked for rarely, and gets a coarse set.
 
     Args:
       max_rows: most rows a step may have (the number of slots).
       max_tokens: most tokens a step may have; must exceed `max_rows`.
-      max_programs: bound on the number of rungs; at least 6 (a decode and a mixed rung for each
-        sampler).
+      max_programs: bound on the number of programs, all counted; at least 10, or 12 with `max_k`
+        (a decode and a mixed rung for each sampler and what goes with them).
+      max_k: above 1, some decode sizes get rungs of this k as well.
     """
     if max_tokens <= max_rows:
         raise InvalidConfig(
@@ -160,23 +206,29 @@ def make_ladder(max_rows: int, max_tokens: int, *, max_programs: int = MAX_PROGR
     alone = [t for t in sizes if few < max_rows]
 
     spare = max_programs >= 24  # enough for more than one size of each kind
-    logprobs = [(n, n) for n in _thin(decode, 3 if spare else 1)]
-    logprobs += [(t, max_rows) for t in _thin(all_rows, 2 if spare else 1)]
-    # What is left is for two full sets, greedy and sampled.
-    room = (max_programs - len(logprobs)) // 2
-    while len(decode) + len(all_rows) + len(alone) > room:
-        # Large prompts fill the rungs with all rows well enough; then whatever has most goes.
-        if len(alone) > 2:
-            alone = alone[:-1]
-        elif len(decode) >= len(all_rows) and len(decode) > 1:
-            decode = _thin(decode, len(decode) - 1)
-        elif len(all_rows) > 1:
-            all_rows = _thin(all_rows, len(all_rows) - 1)
-        elif alone:
-            alone = alone[:-1]
-        else:
-            raise InvalidConfig(f"max_programs: got {max_programs}, must be at least 6")
+    buckets = [Bucket(n, n, Sampler.FULL) for n in _thin(decode[1:] or decode, 2 if spare else 1)]
+    buckets += [Bucket(t, max_rows, Sampler.FULL) for t in _thin(all_rows, 2 if spare else 1)]
+    if max_k > 1:
+        rows = sorted({min(n, max_rows) for n in _K_ROWS})
+        rows = rows if spare else rows[-1:]
+        buckets += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
+        # A lone sampled row is well served by the next size.
+        buckets += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
+    # What is left is for two full sets, greedy and sampled. A few rows take a device as long as one,
+    # so small decode sizes go before prompt sizes; the largest of each stays.
+    room = (max_programs - Ladder(buckets).num_programs) // 2
+    cuts: list[tuple[list[int], int, Callable[[int], int]]] = [
+        (alone, 2, _last), (decode, 4, _second), (all_rows, 2, _middle), (alone, 1, _last),
+        (decode, 2, _second), (all_rows, 1, _middle), (alone, 0, _last), (decode, 1, _second),
+    ]  # fmt: skip
+    for sizes, keep, at in cuts:
+        while len(sizes) > keep and len(decode) + len(all_rows) + len(alone) > room:
+            del sizes[at(len(sizes))]
+    if room < 2:
+        needed = max_programs + 2 * (2 - room)
+        raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {needed}")
     full = [(n, n) for n in decode]
     full += [(t, max_rows) for t in all_rows] + [(t, few) for t in alone]
-    buckets = [Bucket(t, r, s) for s in (Sampler.GREEDY, Sampler.SAMPLE) for t, r in full]
-    return Ladder(buckets + [Bucket(t, r, Sampler.FULL) for t, r in logprobs])
+    return Ladder(
+        buckets + [Bucket(t, r, s) for s in (Sampler.GREEDY, Sampler.SAMPLE) for t, r in full]
+    )
