@@ -110,6 +110,19 @@ def pack(plan: StepPlan, layout: InputLayout) -> Buffer:
     return buffer
 
 
+def pack_sample(plan: StepPlan, num_slots: int) -> Buffer:
+    """What the `sample` program needs of a plan: [2 * R] slots, then emits; padding as above."""
+    buffer = np.zeros((2, plan.bucket.rows), np.int32)
+    buffer[0, : plan.num_rows], buffer[0, plan.num_rows :] = plan.slots, num_slots
+    buffer[1, : plan.num_rows] = plan.emits
+    return buffer.reshape(-1)
+
+
+def unpack_sample(buffer: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `pack_sample`, while tracing: slots and emits, each int32 [num_rows]."""
+    return buffer[:num_rows], buffer[num_rows:]
+
+
 def pack_updates(
     buffer: Buffer,
     room: UpdateRoom,

@@ -148,8 +148,10 @@ class Ladder:
             if kind < sampler:
                 continue
             found = self._fit(kind, tokens, rows, decode_only, k)
-            # A richer sampler is worth its cost only where the poorer one has no rung this small.
-            if found is not None and (best is None or found.tokens * 2 <= best.tokens):
+            if found is None:
+                continue
+            # Sampling is worth its cost only where arg-max has no rung this small; FULL never is.
+            if best is None or (kind < Sampler.FULL and found.tokens * 2 <= best.tokens):
                 best = found
         if best is None:
             raise ValueError(
@@ -214,9 +216,10 @@ def make_ladder(
         buckets += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
         # A lone sampled row is well served by the next size.
         buckets += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
-    # What is left is for two full sets, greedy and sampled. A few rows take a device as long as one,
-    # so small decode sizes go before prompt sizes; the largest of each stays.
-    room = (max_programs - Ladder(buckets).num_programs) // 2
+    # What is left is for two full sets, greedy and sampled. A few rows take a device as long as
+    # one, so small decode sizes go before prompt sizes; the largest of each stays.
+    taken = Ladder(buckets).num_programs
+    room = (max_programs - taken) // 2
     cuts: list[tuple[list[int], int, Callable[[int], int]]] = [
         (alone, 2, _last), (decode, 4, _second), (all_rows, 2, _middle), (alone, 1, _last),
         (decode, 2, _second), (all_rows, 1, _middle), (alone, 0, _last), (decode, 1, _second),
@@ -225,8 +228,7 @@ def make_ladder(
         while len(sizes) > keep and len(decode) + len(all_rows) + len(alone) > room:
             del sizes[at(len(sizes))]
     if room < 2:
-        needed = max_programs + 2 * (2 - room)
-        raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {needed}")
+        raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {taken + 4}")
     full = [(n, n) for n in decode]
     full += [(t, max_rows) for t in all_rows] + [(t, few) for t in alone]
     return Ladder(

@@ -7,25 +7,46 @@ checks (tools/compile_check) for devices that are not there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.stages import Lowered
 
 from .abstract import AbstractDecoder
 from .cache import abstract_slabs, cache_groups
+from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
 from .kernels.attention.api import default_backend
 from .mesh import Mesh
-from .plan import Bucket, RunnerSpec
+from .plan import Bucket, RunnerSpec, Sampler
+from .sampling.control_inputs import BUFFER_WORDS, make_fill
+from .sampling.controls import Controls, abstract_controls
+from .score import SCORE_WORDS, make_score
 from .slots import abstract_slots
-from .step import make_admit, make_step
+from .step import make_admit, make_pass, make_sample, make_step
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """Names the program that samples for so many rows of a FULL bucket."""
+
+    rows: int
+
 
 ADMIT = "admit"
-"""Name of the program that only updates slots and copies pages."""
+"""Names the program that only updates slots and copies pages."""
+
+CONTROLS = "controls"
+"""Names the program that fills the controls of slots (model/sampling/control_inputs.py)."""
+
+SCORE = "score"
+"""Names the program of prompt log-probabilities (model/score.py)."""
+
+Key = Bucket | SampleKey | str
+"""A program's name. A GREEDY or SAMPLE bucket is a whole step, a FULL one its forward."""
 
 
 class Programs:
@@ -69,46 +90,103 @@ class Programs:
             abstract_slots(s.num_slots, s.max_pages_per_seq, self._mesh),
         )
 
-    def lower(self, key: Any) -> Lowered:
-        """Traces and lowers one program, named by its bucket or ADMIT."""
-        return self._lower_admit() if key == ADMIT else self._lower_step(key)
+    def abstract_controls(self) -> Controls:
+        """Shapes, dtypes and placement of what reshapes slots' logits."""
+        return abstract_controls(self._spec.num_slots, self._spec.vocab_size, self._mesh)
 
-    def lowerings(self) -> dict[Any, Callable[[], Lowered]]:
+    def keys(self) -> list[Key]:
         """Every program, the costliest first."""
-        buckets = sorted(self._spec.ladder.buckets, key=lambda b: (-b.tokens, -b.sampler))
-        return {key: partial(self.lower, key) for key in [*buckets, ADMIT]}
+        ladder = self._spec.ladder
+        buckets = sorted(ladder.buckets, key=lambda b: (-b.tokens, -b.sampler, -b.k))
+        samples = [SampleKey(rows) for rows in reversed(ladder.sample_rows)]
+        return [*buckets, SCORE, *samples, CONTROLS, ADMIT]
 
-    def _buffer(self, size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self._mesh.everywhere)
+    def lowerings(self) -> dict[Key, Callable[[], Lowered]]:
+        """Every program, the costliest first."""
+        return {key: partial(self.lower, key) for key in self.keys()}
+
+    def lower(self, key: Key) -> Lowered:
+        """Traces and lowers one program."""
+        match key:
+            case Bucket(sampler=Sampler.FULL):
+                return self._lower_pass(key)
+            case Bucket():
+                return self._lower_step(key)
+            case SampleKey(rows):
+                return self._lower_sample(rows)
+            case "score":
+                return self._lower_score()
+            case "controls":
+                return self._lower_controls()
+            case "admit":
+                return self._lower_admit()
+        raise KeyError(f"no program {key!r}")
 
     def _lower_step(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
-        step = make_step(self._decoder, self.groups, layout, self._attention)
-        return self._lowered(step, args, donated=(1, 2), fresh=(self._mesh.everywhere,))
+        step = make_step(self._forward(layout), layout)
+        return self._lowered(step, args, donated=(1, 2), fresh=1)
+
+    def _lower_pass(self, bucket: Bucket) -> Lowered:
+        layout = self.layout(bucket)
+        args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
+        forward = make_pass(self._forward(layout), layout, self._hidden_rows)
+        return self._lowered(forward, args, donated=(1, 2), fresh=2)
+
+    def _lower_sample(self, rows: int) -> Lowered:
+        _, slots = self.abstract_state()
+        logits = self._array((rows, self._spec.vocab_size), "float32")
+        args = (self.abstract_controls(), slots, logits, self._buffer(2 * rows))
+        return self._lowered(make_sample(rows), args, donated=(0, 1), fresh=1)
+
+    def _lower_score(self) -> Lowered:
+        width = self._decoder.config.hidden_size
+        hidden = self._array((self._hidden_rows, width), self._decoder.dtype)
+        args = (self.abstract_params(), hidden, self._buffer(SCORE_WORDS))
+        return self._lowered(make_score(self._decoder), args, fresh=1)
+
+    def _lower_controls(self) -> Lowered:
+        args = (self.abstract_controls(), self._buffer(BUFFER_WORDS))
+        return self._lowered(make_fill(), args, donated=(0,))
 
     def _lower_admit(self) -> Lowered:
         args = (*self.abstract_state(), self._buffer(ADMIT_ROOM.words))
         return self._lowered(make_admit(self.groups), args, donated=(0, 1))
+
+    def _forward(self, layout: InputLayout) -> Forward:
+        return make_forward(self._decoder, self.groups, layout, self._attention)
+
+    @property
+    def _hidden_rows(self) -> int:
+        """Of the hidden states that FULL steps leave for `score`."""
+        return self._spec.ladder.max_tokens
+
+    def _array(self, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._mesh.everywhere)
+
+    def _buffer(self, size: int) -> jax.ShapeDtypeStruct:
+        return self._array((size,), "int32")
 
     def _lowered(
         self,
         program: Callable[..., Any],
         args: tuple[Any, ...],
         *,
-        donated: tuple[int, ...],
-        fresh: tuple[NamedSharding, ...] = (),
+        donated: tuple[int, ...] = (),
+        fresh: int = 0,
     ) -> Lowered:
         """Traced and lowered for the mesh's platform, which need not be this process's.
 
         Args:
-          program: returns its donated arguments first, then `fresh` results.
+          program: returns its donated arguments first, then `fresh` results; a lone one bare.
           args: abstract arguments.
           donated: which of them it updates in place.
-          fresh: placement of its other results.
+          fresh: how many other results it has, each whole on every device.
         """
         placed = jax.tree.map(lambda a: a.sharding, args)
-        results = (*(placed[i] for i in donated), *fresh)
+        results = (*(placed[i] for i in donated), *[self._mesh.everywhere] * fresh)
+        results = results if len(results) > 1 else results[0]
         split = self._mesh.split(program, placed, results)
         jitted = jax.jit(split, donate_argnums=donated, out_shardings=results)
         with jax.sharding.use_abstract_mesh(self._mesh.abstract):

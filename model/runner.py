@@ -1,11 +1,12 @@
 """The runner: plans in, tokens out, one step late. The only code that touches the device.
 
-It owns the parameters, the slabs and the slots, and the compiled step programs. `launch` packs a
-plan, hands it over and returns; `collect` waits for the copy of the tokens that `launch` started.
+It owns the parameters, the slabs, the slots and their controls, and the compiled programs. `launch`
+packs a plan, hands it over and returns; `collect` waits for the copies that `launch` started.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from jax.stages import Compiled
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
 from .compile import CompileCounter, Progress, compile_all
-from .inputs import ADMIT_ROOM, InputLayout, pack, pack_updates
+from .inputs import ADMIT_ROOM, InputLayout, pack, pack_sample, pack_updates
 from .mesh import Mesh
-from .plan import Emit, RunnerSpec, StepOutputs, StepPlan
-from .programs import ADMIT, Programs
+from .outputs import unpack_outputs
+from .plan import Bucket, Emit, RunnerSpec, Sampler, ScoredRow, StepOutputs, StepPlan
+from .programs import ADMIT, CONTROLS, SCORE, Key, Programs, SampleKey
+from .sampling.control_inputs import control_buffers, empty_buffer
+from .sampling.controls import Controls
+from .score import score_buffers, unpack_scores
 from .slots import Slots
-from .step import unpack_outputs
 from .weights import Params
 
 _GPU_WARMUP_RUNS = 3  # the first run warms up, the second captures the CUDA graph, the third checks
@@ -34,8 +38,9 @@ _GPU_WARMUP_RUNS = 3  # the first run warms up, the second captures the CUDA gra
 class _Launched:
     """A step under way: its packed outputs are being copied to the host."""
 
-    outputs: jax.Array  # int32 [R, words]
     plan: StepPlan
+    outputs: jax.Array  # int32 [R, words]
+    scores: tuple[jax.Array, ...] = ()  # int32 [SCORE_ROWS, LOGPROB_WORDS] each
 
 
 class ModelRunner:
@@ -54,7 +59,7 @@ class ModelRunner:
         self._params, self._mesh = params, mesh
         self._spec = spec
         self._programs = Programs(decoder, spec, mesh)
-        self._compiled: dict[Any, Compiled] = {}
+        self._compiled: dict[Key, Compiled] = {}
         self._ready_counter = CompileCounter()  # without `warmup`, ready is now
         self._make_state = self._state_maker()
         self.reset()
@@ -86,11 +91,12 @@ class ModelRunner:
     def reset(self) -> None:
         """Fresh slabs and slots; all KV is lost."""
         self._slabs: Slabs = {}  # frees the old ones first: both together may not fit
-        self._slabs, self._slots = self._make_state()
+        self._controls: Controls | None = None
+        self._slabs, self._slots, self._controls = self._make_state()
 
-    def _state_maker(self) -> Callable[[], tuple[Slabs, Slots]]:
+    def _state_maker(self) -> Callable[[], tuple[Slabs, Slots, Controls]]:
         """Kept for the runner's life, so that a reset compiles nothing."""
-        abstract = self._programs.abstract_state()
+        abstract = (*self._programs.abstract_state(), self._programs.abstract_controls())
         # Zeroed, not just allocated: a NaN left in unused V would survive a masked p·V.
         return jax.jit(
             lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
@@ -99,7 +105,7 @@ class ModelRunner:
 
     # Programs
 
-    def _program(self, key: Any) -> Compiled:
+    def _program(self, key: Key) -> Compiled:
         if key not in self._compiled:  # only without `warmup`
             self._compiled[key] = self._programs.lower(key).compile()
         return self._compiled[key]
@@ -119,41 +125,67 @@ class ModelRunner:
         self._ready_counter = CompileCounter()
         return time.monotonic() - begin
 
-    def _run_idle(self, key: Any) -> None:
+    def _run_idle(self, key: Key) -> None:
         """Runs a program with no rows: it changes nothing, as padding must not."""
         if key == ADMIT:
             self._admit(())
-            return
-        none = np.zeros(0, np.int32)
-        plan = StepPlan(none, none, none, none, none, num_decode=0, bucket=key)
-        self.collect(self.launch(plan))
+        elif key == CONTROLS:
+            self._fill_controls(empty_buffer(self._spec.num_slots))
+        elif isinstance(key, Bucket):  # one of a FULL bucket brings `sample` and `score` along
+            none = np.zeros(0, np.int32)
+            scores = key.sampler == Sampler.FULL and not key.decode_only
+            scored = (ScoredRow(0, np.zeros(1, np.int32)),) if scores else ()
+            plan = StepPlan(
+                none, none, none, none, none, num_decode=0, bucket=key, scored=scored, k=key.k
+            )
+            self.collect(self.launch(plan))
 
     # Steps
 
     def launch(self, plan: StepPlan) -> _Launched:
         """Starts a step; returns before the device is done."""
-        if plan.k > self._spec.max_k:
-            raise ValueError(f"plan.k: got {plan.k}, must be at most {self._spec.max_k}")
-        if np.any(plan.emits > Emit.TOKEN):
-            raise ValueError("plan.emits: only NONE and TOKEN are served by this runner")
-        if plan.controls or plan.scored:
-            raise ValueError("plan.controls, plan.scored: not served by this runner")
+        _check(plan)
         layout = self._programs.layout(plan.bucket)
         plan = self._send_ahead(plan, layout)
-        program = self._program(plan.bucket)
-        self._slabs, self._slots, outputs = program(
-            self._params, self._slabs, self._slots, pack(plan, layout)
+        inputs = pack(plan, layout)
+        if plan.bucket.sampler == Sampler.FULL:
+            launched = self._launch_apart(plan, inputs)
+        else:
+            self._slabs, self._slots, outputs = self._program(plan.bucket)(
+                self._params, self._slabs, self._slots, inputs
+            )
+            launched = _Launched(plan, outputs)
+        for array in (launched.outputs, *launched.scores):
+            array.copy_to_host_async()
+        return launched
+
+    def _launch_apart(self, plan: StepPlan, inputs: np.ndarray) -> _Launched:
+        """Forward and sampling as two programs, and scores of what the forward left."""
+        self._slabs, self._slots, logits, hidden = self._program(plan.bucket)(
+            self._params, self._slabs, self._slots, inputs
         )
-        outputs.copy_to_host_async()
-        return _Launched(outputs, plan)
+        scores = [
+            self._program(SCORE)(self._params, hidden, buffer) for buffer in score_buffers(plan)
+        ]
+        self._controls, self._slots, outputs = self._program(SampleKey(plan.bucket.rows))(
+            self._controls, self._slots, logits, pack_sample(plan, self._spec.num_slots)
+        )
+        return _Launched(plan, outputs, tuple(scores))
 
     def collect(self, handle: _Launched) -> StepOutputs:
         """Waits for a launched step."""
-        packed = np.asarray(handle.outputs)
-        return unpack_outputs(packed, handle.plan.num_rows, handle.plan.bucket.sampler)
+        plan = handle.plan
+        outputs = unpack_outputs(np.asarray(handle.outputs), plan.num_rows, plan.k)
+        if not plan.scored:
+            return outputs
+        blocks = [np.asarray(block) for block in handle.scores]
+        return dataclasses.replace(outputs, scored=unpack_scores(blocks, plan))
 
     def _send_ahead(self, plan: StepPlan, layout: InputLayout) -> StepPlan:
-        """Runs `admit` for what the step's own buffer cannot carry; returns the plan without it."""
+        """Runs `controls` and `admit` for what the step's own buffer cannot carry; returns the plan
+        without it."""
+        for buffer in control_buffers(plan.controls, self._spec.num_slots):
+            self._fill_controls(buffer)
         room = layout.room
         fits = len(plan.inits) <= room.inits and len(plan.page_adds) <= room.adds
         if fits and not len(plan.page_copies):
@@ -165,12 +197,28 @@ class ModelRunner:
             self._admit(plan.inits[at : at + ADMIT_ROOM.inits])
         for at in range(0, len(plan.page_adds), ADMIT_ROOM.adds):
             self._admit((), adds=plan.page_adds[at : at + ADMIT_ROOM.adds])
-        return StepPlan(
-            plan.slots, plan.generations, plan.starts, plan.counts, plan.emits, plan.num_decode,
-            plan.bucket, plan.prompt_tokens, k=plan.k,
-        )  # fmt: skip
+        return dataclasses.replace(
+            plan,
+            inits=(),
+            page_adds=np.zeros((0, 3), np.int32),
+            page_copies=np.zeros((0, 2), np.int32),
+        )
 
     def _admit(self, inits: tuple[Any, ...], adds: Any = None, copies: Any = None) -> None:
         buffer = np.zeros(ADMIT_ROOM.words, np.int32)
         pack_updates(buffer, ADMIT_ROOM, self._spec.num_slots, inits, adds, copies)
         self._slabs, self._slots = self._program(ADMIT)(self._slabs, self._slots, buffer)
+
+    def _fill_controls(self, buffer: np.ndarray) -> None:
+        self._controls = self._program(CONTROLS)(self._controls, buffer)
+
+
+def _check(plan: StepPlan) -> None:
+    """Raises ValueError for what no program of this runner does."""
+    bucket = plan.bucket
+    if plan.k != bucket.k:
+        raise ValueError(f"plan.k: got {plan.k}, must be its bucket's {bucket.k}")
+    if np.any(plan.emits > Emit.TOKEN):
+        raise ValueError("plan.emits: only NONE and TOKEN are served by this runner")
+    if plan.scored and (bucket.sampler != Sampler.FULL or bucket.decode_only):
+        raise ValueError(f"plan.scored: needs a FULL bucket with prompt rows, got {bucket}")

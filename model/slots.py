@@ -39,13 +39,14 @@ class Word(IntEnum):
     SEED_LOW = 7
     TOP_K = 8
     ADAPTER = 9
-    TEMPERATURE = 10  # float32, as are the next two
-    TOP_P = 11
-    MIN_P = 12
-    STOP_IDS = 13  # MAX_STOP_IDS words
+    CONTROLLED = 10
+    TEMPERATURE = 11  # float32, as are the next two
+    TOP_P = 12
+    MIN_P = 13
+    STOP_IDS = 14  # MAX_STOP_IDS words
 
 
-_MOVING = Word.SAMPLE_INDEX + 1
+_MOVING = ("last_token", "position", "remaining", "min_remaining", "sample_index")
 SLOT_WORDS = Word.STOP_IDS + MAX_STOP_IDS
 
 
@@ -133,6 +134,11 @@ class SlotRows:
         return self._int(Word.ADAPTER)
 
     @property
+    def controlled(self) -> jax.Array:
+        """bool; the slot's entry in `Controls` is its own."""
+        return self._int(Word.CONTROLLED) != 0
+
+    @property
     def temperature(self) -> jax.Array:
         """float32; 0 is greedy."""
         return self._float(Word.TEMPERATURE)
@@ -152,17 +158,12 @@ class SlotRows:
         """int32 [R, MAX_STOP_IDS]; NO_TOKEN where unused."""
         return self.words[:, Word.STOP_IDS :]
 
-    def moved(
-        self,
-        last_token: jax.Array,
-        position: jax.Array,
-        remaining: jax.Array,
-        min_remaining: jax.Array,
-        sample_index: jax.Array,
-    ) -> jax.Array:
-        """The rows' words with these new values, [R, SLOT_WORDS]."""
-        moving = [last_token, position, remaining, min_remaining, sample_index]
-        return jnp.concatenate([jnp.stack(moving, axis=1), self.words[:, _MOVING:]], axis=1)
+    def moved(self, **changed: jax.Array) -> jax.Array:
+        """The rows' words with new values for some of those that move, [R, SLOT_WORDS]."""
+        moving = [changed.get(name, getattr(self, name)) for name in _MOVING]
+        assert changed.keys() <= set(_MOVING)
+        rest = self.words[:, len(_MOVING) :]
+        return jnp.concatenate([jnp.stack(moving, axis=1), rest], axis=1)
 
 
 def init_words(init: SlotInit, out: NDArray[np.int32]) -> None:
@@ -177,7 +178,7 @@ def init_words(init: SlotInit, out: NDArray[np.int32]) -> None:
         init.choice,
     )
     out[Word.SEED_HIGH : Word.TOP_K].view(np.uint32)[:] = (seed >> 32, seed & 0xFFFFFFFF)
-    out[Word.TOP_K : Word.TEMPERATURE] = (init.top_k, init.adapter)
+    out[Word.TOP_K : Word.TEMPERATURE] = (init.top_k, init.adapter, init.controlled)
     out[Word.TEMPERATURE : Word.STOP_IDS].view(np.float32)[:] = (
         init.temperature,
         init.top_p,

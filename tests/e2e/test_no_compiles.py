@@ -121,12 +121,12 @@ def test_nothing_compiles_after_ready(capsys):
         with capsys.disabled():
             print(
                 f"\n{stats.steps} steps, {stats.preemptions} preemptions, "
-                f"{stats.prefix_hit_tokens} tokens from the prefix index, {len(ladder)} programs, "
-                f"padding waste {stats.padding_waste:.0%}, "
+                f"{stats.prefix_hit_tokens} tokens from the prefix index, "
+                f"{ladder.num_programs} programs, padding waste {stats.padding_waste:.0%}, "
                 f"{llm.compiles_after_ready} compiled after ready"
             )
     assert failures == []
     assert llm.compiles_after_ready == 0
-    assert len(ladder) <= MAX_PROGRAMS
+    assert ladder.num_programs <= MAX_PROGRAMS
     assert stats.prefix_hit_tokens > 0
     assert stats.running == stats.waiting == 0

@@ -12,12 +12,20 @@ from quire.model.ladder import MAX_PROGRAMS, Bucket, Ladder, Sampler, make_ladde
 sizes = st.tuples(st.integers(1, 2048), st.integers(1, 16384)).map(lambda p: (p[0], p[0] + p[1]))
 
 
-@given(sizes, st.integers(6, MAX_PROGRAMS))
-def test_default_ladder_is_short_and_reaches_both_ends(size, max_programs):
+@given(sizes, st.integers(12, MAX_PROGRAMS), st.integers(1, 8))
+def test_default_ladder_is_short_and_reaches_both_ends(size, max_programs, max_k):
     rows, tokens = size
-    ladder = make_ladder(rows, tokens, max_programs=max_programs)
-    assert len(ladder) <= max_programs
-    assert (ladder.max_rows, ladder.max_tokens) == (rows, tokens)
+    ladder = make_ladder(rows, tokens, max_programs=max_programs, max_k=max_k)
+    assert ladder.num_programs <= max_programs
+    assert (ladder.max_rows, ladder.max_tokens, ladder.max_k) == (rows, tokens, max_k)
+
+
+def test_programs_are_all_counted():
+    """Those of a ladder by hand; test_runner.py holds the count against what is compiled."""
+    greedy = [Bucket(4, 4, Sampler.GREEDY), Bucket(4, 4, Sampler.GREEDY, 3)]
+    full = [Bucket(4, 4, Sampler.FULL), Bucket(16, 4, Sampler.FULL), Bucket(16, 8, Sampler.FULL)]
+    # Five rungs, two row counts to sample for, score, controls, admit.
+    assert Ladder([*greedy, *full]).num_programs == 5 + 2 + 3
 
 
 @given(sizes, st.sampled_from(Sampler), st.data())
@@ -42,9 +50,39 @@ def test_every_step_fits_and_takes_the_smallest_rung_of_its_sampler(size, sample
 def test_default_ladder_of_a_gpu():
     ladder = make_ladder(256, 2048)
     greedy = [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == Sampler.GREEDY]
-    assert [t for t, r in greedy if t == r] == [1, 8, 16, 32, 64, 128, 256]
-    assert (2048, 256) in greedy and (64, 8) in greedy
-    assert len(ladder) <= MAX_PROGRAMS
+    assert [t for t, r in greedy if t == r] == [1, 16, 32, 64, 128, 256]
+    assert [t for t, r in greedy if t > r] == [64, 128, 512, 1024, 2048]
+    assert ladder.num_programs == 31
+
+
+def test_ladder_with_several_tokens_a_dispatch():
+    ladder = make_ladder(256, 2048, max_k=4)
+    assert ladder.num_programs == 32
+    assert [ladder.most_k(n, Sampler.GREEDY) for n in (1, 8, 64, 65, 256)] == [4, 4, 4, 1, 1]
+    assert [ladder.most_k(n, Sampler.FULL) for n in (1, 64)] == [1, 1]
+    for sampler, rows in [(Sampler.GREEDY, 1), (Sampler.SAMPLE, 8)]:
+        rung = ladder.choose(1, 1, sampler, decode_only=True, k=4)
+        assert (rung.rows, rung.sampler, rung.k) == (rows, sampler, 4)
+    with pytest.raises(ValueError, match="k=4"):
+        ladder.choose(65, 65, Sampler.GREEDY, decode_only=True, k=4)
+    with pytest.raises(ValueError, match="k=2"):
+        ladder.choose(1, 1, Sampler.GREEDY, decode_only=True, k=2)
+
+
+@given(sizes, st.sampled_from(Sampler), st.integers(1, 2048))
+def test_single_tokens_never_take_a_rung_of_several(size, sampler, rows):
+    ladder = make_ladder(*size, max_k=4)
+    rows = min(rows, ladder.max_rows)
+    assert ladder.choose(rows, rows, sampler, decode_only=True).k == 1
+    if ladder.most_k(rows, sampler) == 4:
+        rung = ladder.choose(rows, rows, sampler, decode_only=True, k=4)
+        assert rung.k == 4 and rung.rows >= rows and rung.sampler >= sampler
+
+
+def test_what_has_no_program_is_no_rung():
+    for rung in (Bucket(4, 4, Sampler.FULL, 2), Bucket(16, 4, Sampler.GREEDY, 2)):
+        with pytest.raises(InvalidConfig, match="only GREEDY and SAMPLE decode rungs"):
+            Ladder([rung, Bucket(16, 4, Sampler.FULL)])
 
 
 def test_padding_bound_is_the_worst_of_all_row_counts():
@@ -65,8 +103,10 @@ def test_no_rung_is_an_error_not_a_wrong_program():
 def test_too_small_a_budget_is_refused():
     with pytest.raises(InvalidConfig, match="max_batched_tokens: got 8"):
         make_ladder(8, 8)
-    with pytest.raises(InvalidConfig, match="max_programs: got 5"):
-        make_ladder(8, 64, max_programs=5)
+    with pytest.raises(InvalidConfig, match="max_programs: got 9, must be at least 10"):
+        make_ladder(8, 64, max_programs=9)
+    with pytest.raises(InvalidConfig, match="max_programs: got 11, must be at least 12"):
+        make_ladder(8, 64, max_programs=11, max_k=2)
 
 
 def test_a_ladder_must_hold_the_largest_step():

@@ -214,7 +214,7 @@ def test_what_is_packed_is_unpacked(fresh):
 
 
 def test_what_the_runner_does_not_serve_is_refused(fresh):
-    with pytest.raises(ValueError, match=r"plan\.k: got 2"):
+    with pytest.raises(ValueError, match=r"plan\.k: got 2, must be its bucket's 1"):
         fresh.launch(decode_plan(0, k=2))
     with pytest.raises(ValueError, match=r"plan\.emits"):
         fresh.launch(prompt_plan((1,), emit=Emit.POOLED))
@@ -240,7 +240,7 @@ def test_warmup_compiles_everything_and_arms_the_guard():
     runner = ModelRunner(decoder, params, spec, mesh)
     seen = []
     runner.warmup(threads=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(LADDER) + 1, len(LADDER) + 1)
+    assert seen[-1] == (LADDER.num_programs, LADDER.num_programs)
     for bucket in LADDER.buckets:
         init = SlotInit(slot=0, position=0, remaining=3)
         plan = prompt_plan((1, 2), inits=(init,), page_adds=pages(0, 1, 1), bucket=bucket)

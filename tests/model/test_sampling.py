@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.model.plan import MAX_LOGPROBS, Sampler, SlotInit
-from quire.model.sampling import row_keys, truncate
-from quire.model.sampling import sample as sample_traced
+from quire.model.sampling.choose import row_keys
+from quire.model.sampling.choose import sample as sample_traced
+from quire.model.sampling.truncate import truncate
 from quire.model.slots import SLOT_WORDS, SlotRows, init_words
 
 VOCAB = 97
@@ -167,17 +168,17 @@ def test_logprobs_are_of_the_raw_distribution():
         wide = logits[row].astype(np.float64)
         logprobs = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
         token = int(got.tokens[row])
-        assert got.logprob[row] == pytest.approx(logprobs[token], abs=1e-5)
-        assert got.rank[row] == 1 + (logprobs > logprobs[token]).sum()
+        assert got.logprobs.chosen[row] == pytest.approx(logprobs[token], abs=1e-5)
+        assert got.logprobs.rank[row] == 1 + (logprobs > logprobs[token]).sum()
         best = np.argsort(-logprobs, kind="stable")[:MAX_LOGPROBS]
-        assert got.top_ids[row].tolist() == best.tolist()
-        np.testing.assert_allclose(got.top_logprobs[row], logprobs[best], atol=1e-5)
-    assert got.rank[0] == 1
+        assert got.logprobs.top_ids[row].tolist() == best.tolist()
+        np.testing.assert_allclose(got.logprobs.top[row], logprobs[best], atol=1e-5)
+    assert got.logprobs.rank[0] == 1
 
 
 def test_logprobs_of_a_vocabulary_smaller_than_the_report():
     got = sample(np.zeros((1, 5), np.float32), slot_rows(init()), Sampler.FULL)
-    assert got.top_ids[0].tolist() == [0, 1, 2, 3, 4] + [-1] * (MAX_LOGPROBS - 5)
+    assert got.logprobs.top_ids[0].tolist() == [0, 1, 2, 3, 4] + [-1] * (MAX_LOGPROBS - 5)
 
 
 def test_min_tokens_holds_off_stop_ids_until_they_are_due():

@@ -1,0 +1,96 @@
+"""From logits to tokens, per row, on the device, without sorting the vocabulary.
+
+Order: the slot's controls, in FULL programs (controls.py); stop ids that are held off; temperature;
+top-k; top-p over what top-k left, renormalised; min-p (truncate.py); then one draw by the
+Gumbel-max trick. Log-probabilities are of the logits as they came.
+
+The random stream of a row depends on (seed, choice, token index) alone: not on the batch, the slot,
+the chunking or the number of preemptions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ..plan import Sampler
+from ..slots import SlotRows
+from .controls import ControlRows, unless_nothing_left
+from .logprobs import Logprobs, logprobs_of
+from .truncate import truncate
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling gave R rows; log-probabilities only from the FULL sampler."""
+
+    tokens: jax.Array  # int32 [R]
+    not_finite: jax.Array  # bool [R]
+    logprobs: Logprobs | None = None
+
+
+def sample(
+    logits: jax.Array, rows: SlotRows, sampler: Sampler, controls: ControlRows | None = None
+) -> Sampled:
+    """One token a row.
+
+    Args:
+      logits: float32 [R, V], raw.
+      rows: how each row chooses.
+      sampler: static; what this program can do (greedy rows are honoured by all).
+      controls: what reshapes the logits of each row; for FULL.
+    """
+    not_finite = ~jnp.all(jnp.isfinite(logits), axis=-1)
+    if sampler == Sampler.GREEDY:
+        return Sampled(_likeliest(logits), not_finite)
+    if controls is None:
+        tokens = _choose(_hold_off_stops(logits, rows), rows)
+    else:
+        shaped = controls.reshape(logits)
+        # Where few ids are allowed, all of them may be stop ids.
+        tokens = _choose(unless_nothing_left(_hold_off_stops(shaped, rows), shaped), rows)
+    logprobs = logprobs_of(logits, tokens) if sampler == Sampler.FULL else None
+    return Sampled(tokens, not_finite, logprobs)
+
+
+def _choose(logits: jax.Array, rows: SlotRows) -> jax.Array:
+    return jnp.where(rows.temperature > 0, _draw(logits, rows), _likeliest(logits))
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _hold_off_stops(logits: jax.Array, rows: SlotRows) -> jax.Array:
+    """Rows that still owe min_tokens cannot choose a stop id."""
+    vocab = logits.shape[-1]
+    held = (rows.min_remaining > 0)[:, None] & (rows.stop_ids >= 0)
+    banned = jnp.where(held, rows.stop_ids, vocab)  # out of range is dropped
+    return logits.at[jnp.arange(logits.shape[0])[:, None], banned].set(-jnp.inf, mode="drop")
+
+
+def _draw(logits: jax.Array, rows: SlotRows) -> jax.Array:
+    """A token from each row's truncated, tempered distribution [R, V] -> int32 [R]."""
+    # The likeliest is made 0 first: it stays exactly 0 under any temperature, however the compiler
+    # rounds a quotient that it computes twice, and the others underflow to -inf, not NaN.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    # A greedy row's temperature of 0 would divide by zero; its draw is not used.
+    tempered = shifted / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    kept = truncate(tempered, rows.top_k, rows.top_p, rows.min_p)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(
+        row_keys(rows.seed, rows.choice, rows.sample_index)
+    )
+    return jnp.argmax(jnp.where(kept, tempered + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def row_keys(seed: jax.Array, choice: jax.Array, sample_index: jax.Array) -> jax.Array:
+    """The key of each row's next draw, from (seed uint32 [R, 2], choice [R], token index [R])."""
+
+    def one(seed: jax.Array, choice: jax.Array, index: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.fold_in(jax.random.fold_in(key, choice), index)
+
+    return jax.vmap(one)(seed, choice, sample_index)

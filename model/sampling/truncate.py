@@ -1,0 +1,73 @@
+"""Top-k, top-p and min-p: which tokens a row may draw. Called by choose.py.
+
+Each truncation keeps every token at or above a value threshold, so tokens that tie with the last
+one kept are kept too (ties are common in bfloat16). Thresholds are found exactly and without
+sorting the vocabulary, by building the 32-bit pattern of the threshold from its highest bits down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+_BITS = 32
+_DIGIT = 2  # bits settled in one pass over the vocabulary
+
+
+def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Which tokens each row may draw.
+
+    Args:
+      logits: float32 [R, V], after temperature; -inf is never kept.
+      top_k: int32 [R], 0 = off. Keeps logits at or above the k-th largest.
+      top_p: float32 [R], 1 = off. Keeps the likeliest down to the first value at which the kept
+        mass reaches top_p of what top-k left.
+      min_p: float32 [R], 0 = off. Keeps probabilities at or above min_p times the largest.
+
+    Returns:
+      bool [R, V]; at least the likeliest token of a row is kept.
+    """
+    order = _ordered_bits(logits)
+    kept = logits > -jnp.inf
+
+    use_k = top_k > 0
+    at_least_k = lambda cut: jnp.sum(order >= cut[:, None], axis=-1) >= top_k  # noqa: E731
+    kept &= (order >= _largest(at_least_k, use_k)[:, None]) | ~use_k[:, None]
+
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    mass = jnp.where(kept, jnp.exp(logits - top), 0.0)
+    goal = top_p * jnp.sum(mass, axis=-1)
+    use_p = top_p < 1.0
+    reaches = lambda cut: jnp.sum(jnp.where(order >= cut[:, None], mass, 0.0), -1) >= goal  # noqa: E731
+    kept &= (order >= _largest(reaches, use_p)[:, None]) | ~use_p[:, None]
+
+    # exp(logit - top) is the ratio to the likeliest, whatever the normalisation.
+    return kept & ((mass >= min_p[:, None]) | (logits == top))
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 that sorts the same way (negative patterns reversed, sign flipped)."""
+    x = jnp.where(x == 0, 0.0, x)  # -0.0 equals 0.0, but its pattern does not
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << (_BITS - 1))
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
+    """Per row the largest uint32 for which `holds`, which is true at 0 and monotone.
+
+    Reads the vocabulary once for each digit, and not at all when no row wants it.
+    """
+
+    def narrow(i: jax.Array, cut: jax.Array) -> jax.Array:
+        shift = (_BITS - _DIGIT - _DIGIT * i).astype(jnp.uint32)
+        # XLA fuses these reductions over the same input into one pass.
+        digit = sum(
+            holds(cut | (jnp.uint32(d) << shift)).astype(jnp.uint32) for d in range(1, 1 << _DIGIT)
+        )
+        return cut | (digit << shift)
+
+    rounds = jnp.where(jnp.any(wanted), _BITS // _DIGIT, 0)
+    return jax.lax.fori_loop(0, rounds, narrow, jnp.zeros(wanted.shape, jnp.uint32))
