@@ -65,12 +65,13 @@ def make_step(forward: Forward, layout: InputLayout) -> Step:
             return (slabs, slots), (emitted, sampled.not_finite, sampled.tokens)
 
         if bucket.k == 1:
-            (slabs, slots), each = once((slabs, slots))
-            each = tuple(a[None] for a in each)
+            (slabs, slots), one = once((slabs, slots))
+            emitted, not_finite, tokens = (a[None] for a in one)
         else:
             # Slots that stop freeze, and emit nothing in the rounds that are left.
-            (slabs, slots), each = jax.lax.scan(once, (slabs, slots), length=bucket.k)
-        return slabs, slots, pack_outputs(*each)
+            state, each = jax.lax.scan(once, (slabs, slots), length=bucket.k)
+            (slabs, slots), (emitted, not_finite, tokens) = state, each
+        return slabs, slots, pack_outputs(emitted, not_finite, tokens)
 
     return step
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ _HEADS_SIZE = _HEADS * _HEAD_WORDS
 BUFFER_WORDS = _HEADS_SIZE + _ENTRIES * 4
 
 Ints = NDArray[np.int32]
+AnyInts = NDArray[np.signedinteger[Any]]
 
 
 class _Table(IntEnum):
@@ -97,13 +99,13 @@ def _entries(c: SlotControls) -> Ints:
     return np.concatenate(parts)
 
 
-def _rows(table: _Table, slot: int, index: NDArray[np.int64], value: NDArray[np.int64]) -> Ints:
+def _rows(table: _Table, slot: int, index: AnyInts, value: AnyInts) -> Ints:
     rows = np.empty((len(index), 4), np.int32)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = table, slot, index, value
     return rows
 
 
-def _bits(tokens: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _bits(tokens: Ints) -> tuple[AnyInts, AnyInts]:
     """Which words a set of tokens needs, and their bits."""
     tokens = np.unique(tokens)
     index, first = np.unique(tokens // WORD_BITS, return_index=True)
