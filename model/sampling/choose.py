@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ..plan import Sampler
 from ..slots import SlotRows
-from .controls import ControlRows, unless_nothing_left
+from .controls import NO_ID, ControlRows, bar
 from .logprobs import Logprobs, logprobs_of
 from .truncate import truncate
 
@@ -46,12 +46,8 @@ def sample(
     not_finite = ~jnp.all(jnp.isfinite(logits), axis=-1)
     if sampler == Sampler.GREEDY:
         return Sampled(_likeliest(logits), not_finite)
-    if controls is None:
-        tokens = _choose(_hold_off_stops(logits, rows), rows)
-    else:
-        shaped = controls.reshape(logits)
-        # Where few ids are allowed, all of them may be stop ids.
-        tokens = _choose(unless_nothing_left(_hold_off_stops(shaped, rows), shaped), rows)
+    shaped = logits if controls is None else controls.reshape(logits)
+    tokens = _choose(_hold_off_stops(shaped, rows), rows)
     logprobs = logprobs_of(logits, tokens) if sampler == Sampler.FULL else None
     return Sampled(tokens, not_finite, logprobs)
 
@@ -66,10 +62,7 @@ def _likeliest(logits: jax.Array) -> jax.Array:
 
 def _hold_off_stops(logits: jax.Array, rows: SlotRows) -> jax.Array:
     """Rows that still owe min_tokens cannot choose a stop id."""
-    vocab = logits.shape[-1]
-    held = (rows.min_remaining > 0)[:, None] & (rows.stop_ids >= 0)
-    banned = jnp.where(held, rows.stop_ids, vocab)  # out of range is dropped
-    return logits.at[jnp.arange(logits.shape[0])[:, None], banned].set(-jnp.inf, mode="drop")
+    return bar(logits, jnp.where((rows.min_remaining > 0)[:, None], rows.stop_ids, NO_ID))
 
 
 def _draw(logits: jax.Array, rows: SlotRows) -> jax.Array:

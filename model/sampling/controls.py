@@ -89,19 +89,25 @@ class ControlRows:
 
         x = x.at[row, _or_dropped(e.bias_ids, vocab)].add(e.bias, mode="drop")
         x = jnp.where(_bit_per_token(e.allowed, vocab), x, -jnp.inf)
-        x = unless_nothing_left(x.at[row, self._barred(vocab)].set(-jnp.inf, mode="drop"), x)
-        return jnp.where(self.controlled[:, None], x, logits)
+        return jnp.where(self.controlled[:, None], bar(x, self._bad_ids()), logits)
 
-    def _barred(self, vocab: int) -> jax.Array:
+    def _bad_ids(self) -> jax.Array:
         """Last tokens of bad words whose others were just emitted: int32 [R, MAX_BAD_WORDS]."""
         before, last = self.entries.bad_words[..., :-1], self.entries.bad_words[..., -1]
         matches = (before == self.entries.history[:, None, :]) | (before == NO_ID)
-        return _or_dropped(jnp.where(jnp.all(matches, axis=-1), last, NO_ID), vocab)
+        return jnp.where(jnp.all(matches, axis=-1), last, NO_ID)
 
 
-def unless_nothing_left(masked: jax.Array, logits: jax.Array) -> jax.Array:
-    """`masked` [R, V], but for rows where all of it is -inf: those as they were."""
-    return jnp.where(jnp.any(masked > -jnp.inf, axis=-1, keepdims=True), masked, logits)
+def bar(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Logits [R, V] without `ids` int32 [R, N] (negative: none), unless that takes a row's last."""
+    row = jnp.arange(len(ids))[:, None]
+    inside = jnp.maximum(ids, 0)
+    repeated = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(ids.shape[1], k=-1, dtype=bool)
+    taken = (ids >= 0) & (logits[row, inside] > -jnp.inf) & ~jnp.any(repeated, axis=-1)
+    # Counted, not looked up afterwards: that would keep a copy of the logits.
+    leaves_some = jnp.sum(logits > -jnp.inf, axis=-1) > jnp.sum(taken, axis=-1)
+    barred = _or_dropped(jnp.where(leaves_some[:, None], ids, NO_ID), logits.shape[-1])
+    return logits.at[row, barred].set(-jnp.inf, mode="drop")
 
 
 def _bit_per_token(words: jax.Array, vocab: int) -> jax.Array:

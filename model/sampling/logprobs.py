@@ -42,15 +42,16 @@ class Logprobs:
 
 def logprobs_of(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     """Log-probabilities under logits float32 [R, V] of `tokens` int32 [R]."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
-    top, ids = top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    norm = jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
+    mine = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    top, ids = top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     missing = ((0, 0), (0, MAX_LOGPROBS - top.shape[1]))
     return Logprobs(
-        chosen=chosen[:, 0],
-        rank=1 + jnp.sum(logprobs > chosen, axis=-1).astype(jnp.int32),
+        chosen=(mine - peak - norm)[:, 0],
+        rank=1 + jnp.sum(logits > mine, axis=-1).astype(jnp.int32),
         top_ids=jnp.pad(ids, missing, constant_values=-1),
-        top=jnp.pad(top, missing, constant_values=-jnp.inf),
+        top=jnp.pad(top - peak - norm, missing, constant_values=-jnp.inf),
     )
 
 

@@ -11,9 +11,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _BITS = 32
 _DIGIT = 2  # bits settled in one pass over the vocabulary
+_SIGN = np.uint32(1 << (_BITS - 1))
+_MINUS_INFINITY = np.uint32(0x007FFFFF)  # in the order of `_float`
 
 
 def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -29,30 +32,29 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     Returns:
       bool [R, V]; at least the likeliest token of a row is kept.
     """
-    order = _ordered_bits(logits)
+    at_least = lambda cut: logits >= _float(cut)[:, None]  # noqa: E731
     kept = logits > -jnp.inf
 
     use_k = top_k > 0
-    at_least_k = lambda cut: jnp.sum(order >= cut[:, None], axis=-1) >= top_k  # noqa: E731
-    kept &= (order >= _largest(at_least_k, use_k)[:, None]) | ~use_k[:, None]
+    enough = lambda cut: jnp.sum(at_least(cut), axis=-1) >= top_k  # noqa: E731
+    kept &= at_least(_largest(enough, use_k)) | ~use_k[:, None]
 
     top = jnp.max(logits, axis=-1, keepdims=True)
     mass = jnp.where(kept, jnp.exp(logits - top), 0.0)
     goal = top_p * jnp.sum(mass, axis=-1)
     use_p = top_p < 1.0
-    reaches = lambda cut: jnp.sum(jnp.where(order >= cut[:, None], mass, 0.0), -1) >= goal  # noqa: E731
-    kept &= (order >= _largest(reaches, use_p)[:, None]) | ~use_p[:, None]
+    reaches = lambda cut: jnp.sum(jnp.where(at_least(cut), mass, 0.0), -1) >= goal  # noqa: E731
+    kept &= at_least(_largest(reaches, use_p)) | ~use_p[:, None]
 
     # exp(logit - top) is the ratio to the likeliest, whatever the normalisation.
     return kept & ((mass >= min_p[:, None]) | (logits == top))
 
 
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 that sorts the same way (negative patterns reversed, sign flipped)."""
-    x = jnp.where(x == 0, 0.0, x)  # -0.0 equals 0.0, but its pattern does not
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << (_BITS - 1))
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+def _float(order: jax.Array) -> jax.Array:
+    """uint32 -> float32 in the order of the floats: from -inf, which all below it are, to NaNs."""
+    order = jnp.maximum(order, _MINUS_INFINITY)
+    bits = jnp.where(order >= _SIGN, order ^ _SIGN, ~order)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
