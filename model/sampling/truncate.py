@@ -8,13 +8,13 @@ sorting the vocabulary, by building the 32-bit pattern of the threshold from its
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _BITS = 32
-_DIGIT = 2  # bits settled in one pass over the vocabulary
 _SIGN = np.uint32(1 << (_BITS - 1))
 _MINUS_INFINITY = np.uint32(0x007FFFFF)  # in the order of `_float`
 
@@ -60,16 +60,24 @@ def _float(order: jax.Array) -> jax.Array:
 def _largest(holds: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
     """Per row the largest uint32 for which `holds`, which is true at 0 and monotone.
 
-    Reads the vocabulary once for each digit, and not at all when no row wants it.
+    Costs nothing when no row wants it, else a pass over the vocabulary for each digit. XLA fuses
+    what a digit's values need into one pass on a GPU, where memory bounds it; a CPU has to compute
+    for each value, and takes single bits.
     """
+    return jax.lax.platform_dependent(
+        wanted, cpu=partial(_search, holds, 1), default=partial(_search, holds, 2)
+    )
 
+
+def _search(
+    holds: Callable[[jax.Array], jax.Array], digit_bits: int, wanted: jax.Array
+) -> jax.Array:
     def narrow(i: jax.Array, cut: jax.Array) -> jax.Array:
-        shift = (_BITS - _DIGIT - _DIGIT * i).astype(jnp.uint32)
-        # XLA fuses these reductions over the same input into one pass.
-        digit = sum(
-            holds(cut | (jnp.uint32(d) << shift)).astype(jnp.uint32) for d in range(1, 1 << _DIGIT)
-        )
+        shift = (_BITS - digit_bits * (i + 1)).astype(jnp.uint32)
+        digit = jnp.zeros_like(cut)
+        for value in range(1, 1 << digit_bits):
+            digit += holds(cut | (jnp.uint32(value) << shift))
         return cut | (digit << shift)
 
-    rounds = jnp.where(jnp.any(wanted), _BITS // _DIGIT, 0)
+    rounds = jnp.where(jnp.any(wanted), _BITS // digit_bits, 0)
     return jax.lax.fori_loop(0, rounds, narrow, jnp.zeros(wanted.shape, jnp.uint32))
