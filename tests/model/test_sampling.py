@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from quire.model.plan import MAX_LOGPROBS, Sampler, SlotInit
 from quire.model.sampling.choose import row_keys
 from quire.model.sampling.choose import sample as sample_traced
-from quire.model.sampling.truncate import truncate
+from quire.model.sampling.logprobs import top_k
+from quire.model.sampling.truncate import _search, truncate
 from quire.model.slots import SLOT_WORDS, SlotRows, init_words
 
 VOCAB = 97
@@ -90,6 +91,14 @@ def test_rows_are_truncated_each_by_its_own_parameters():
     for row in range(6):
         want = kept_by_definition(logits[row], top_k[row], float(top_p[row]), float(min_p[row]))
         np.testing.assert_array_equal(got[row], want)
+
+
+@pytest.mark.parametrize("digit_bits", [1, 2])
+def test_thresholds_are_exact_in_digits_of_any_size(digit_bits):
+    """A GPU takes two bits at a time, a CPU one."""
+    limits = jnp.array([0, 1, 5, 2**31 - 1, 2**31, 2**32 - 1, 0xDEADBEEF], jnp.uint32)
+    found = _search(lambda cut: cut <= limits, digit_bits, jnp.ones(7, bool))
+    np.testing.assert_array_equal(found, limits)
 
 
 def test_ties_with_the_last_one_kept_are_kept():
@@ -174,6 +183,17 @@ def test_logprobs_are_of_the_raw_distribution():
         assert got.logprobs.top_ids[row].tolist() == best.tolist()
         np.testing.assert_allclose(got.logprobs.top[row], logprobs[best], atol=1e-5)
     assert got.logprobs.rank[0] == 1
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_the_likeliest_in_parts_are_those_of_a_sort(coarse):
+    x = np.random.default_rng(5).standard_normal((9, 5000)).astype(np.float32)
+    if coarse:  # ties, also across the parts
+        x = np.round(x)
+    for k in (3, 16, 17, 20):
+        jax.tree.map(
+            np.testing.assert_array_equal, top_k(jnp.asarray(x), k), tuple(jax.lax.top_k(x, k))
+        )
 
 
 def test_logprobs_of_a_vocabulary_smaller_than_the_report():
