@@ -4,40 +4,28 @@ arrive, nothing compiles after ready."""
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stepping
+from stepping import CONFIG, ints, make_runner, pages, run, state
 
-from quire.model.abstract import AbstractDecoder
 from quire.model.compile import CompileCounter, cache_folder, compile_all, use_cache
-from quire.model.config import ModelConfig, RopeConfig
 from quire.model.inputs import ADMIT_ROOM, InputLayout, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
-from quire.model.mesh import default_mesh
-from quire.model.plan import Emit, RunnerSpec, SlotInit, StepPlan
-from quire.model.runner import ModelRunner
+from quire.model.plan import Emit, RunnerSpec, ScoredRow, SlotControls, SlotInit, StepPlan
 from quire.model.slots import Word
 
 pytestmark = pytest.mark.xdist_group("runner")
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    norm_eps=1e-6,
-    rope=RopeConfig(),
-    windows=(None, None),
-    max_positions=4096,
+LADDER = Ladder(
+    [Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.FULL)]
+    + [Bucket(4, 4, Sampler.SAMPLE, 3)]
 )
-LADDER = Ladder(Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.FULL))
 SPEC = RunnerSpec(
     num_slots=40,
     num_pages=1200,
@@ -46,51 +34,24 @@ SPEC = RunnerSpec(
     max_model_len=4096,
     vocab_size=CONFIG.vocab_size,
     ladder=LADDER,
+    max_k=3,
 )
 DECODE, MIXED = (LADDER.choose(t, 1, Sampler.GREEDY, decode_only=t == 1) for t in (1, 5))
 
 
-def ints(*values):
-    return np.array(values, np.int32)
-
-
-def prompt_plan(tokens, *, slot=0, start=0, emit=Emit.TOKEN, bucket=MIXED, **more):
-    return StepPlan(
-        ints(slot), ints(1), ints(start), ints(len(tokens)), ints(emit), 0, bucket,
-        prompt_tokens=ints(*tokens), **more,
-    )  # fmt: skip
-
-
-def decode_plan(*slots, bucket=DECODE, **more):
-    ones = ints(*[1] * len(slots))
-    return StepPlan(ints(*slots), ones, ones, ones, ones, len(slots), bucket, **more)
-
-
-def pages(slot, first_page, count):
-    return ints(*[(slot, i, first_page + i) for i in range(count)]).reshape(-1, 3)
+prompt_plan = partial(stepping.prompt_plan, bucket=MIXED)
+decode_plan = partial(stepping.decode_plan, bucket=DECODE)
 
 
 @pytest.fixture(scope="module")
 def runner():
-    decoder = AbstractDecoder(CONFIG, "float32")
-    params = {k: 6 * v for k, v in decoder.initial_params(0).items()}
-    mesh = default_mesh()
-    params = jax.device_put(params, mesh.everywhere)
-    return ModelRunner(decoder, params, SPEC, mesh)
+    return make_runner(SPEC)
 
 
 @pytest.fixture
 def fresh(runner):
     runner.reset()
     return runner
-
-
-def state(runner):
-    return jax.tree.map(np.asarray, (runner._slabs, runner._slots))
-
-
-def run(runner, plan):
-    return runner.collect(runner.launch(plan))
 
 
 def start(runner, tokens=(3, 1, 4, 1, 5), slot=0, remaining=10, **fields):
@@ -105,8 +66,10 @@ def test_a_step_without_rows_changes_nothing(fresh, bucket):
     start(fresh)
     before = state(fresh)
     none = ints()
-    out = run(fresh, StepPlan(none, none, none, none, none, num_decode=0, bucket=bucket))
-    assert out.tokens.shape == (0, 1)
+    out = run(
+        fresh, StepPlan(none, none, none, none, none, num_decode=0, bucket=bucket, k=bucket.k)
+    )
+    assert out.tokens.shape == (0, bucket.k)
     jax.tree.map(np.testing.assert_array_equal, before, state(fresh))
 
 
@@ -215,9 +178,14 @@ def test_what_is_packed_is_unpacked(fresh):
 
 def test_what_the_runner_does_not_serve_is_refused(fresh):
     with pytest.raises(ValueError, match=r"plan\.k: got 2, must be its bucket's 1"):
-        fresh.launch(decode_plan(0, k=2))
+        fresh.launch(dataclasses.replace(decode_plan(0), k=2))
     with pytest.raises(ValueError, match=r"plan\.emits"):
         fresh.launch(prompt_plan((1,), emit=Emit.POOLED))
+    rich = LADDER.choose(1, 1, Sampler.FULL, decode_only=True)
+    for plan in (prompt_plan((1, 2)), decode_plan(0, bucket=rich)):
+        scored = dataclasses.replace(plan, scored=(ScoredRow(0, ints(1)),))
+        with pytest.raises(ValueError, match=r"plan\.scored: needs a FULL bucket with prompt rows"):
+            fresh.launch(scored)
 
 
 def test_one_rows_not_finite_logits_leave_its_neighbours_alone(fresh):
@@ -233,18 +201,19 @@ def test_one_rows_not_finite_logits_leave_its_neighbours_alone(fresh):
 
 
 def test_warmup_compiles_everything_and_arms_the_guard():
-    decoder = AbstractDecoder(CONFIG, "float32")
-    mesh = default_mesh()
-    params = jax.device_put(decoder.initial_params(0), mesh.everywhere)
-    spec = dataclasses.replace(SPEC, num_pages=40)
-    runner = ModelRunner(decoder, params, spec, mesh)
+    runner = make_runner(dataclasses.replace(SPEC, num_pages=40))
     seen = []
     runner.warmup(threads=2, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (LADDER.num_programs, LADDER.num_programs)
+    init = SlotInit(slot=0, position=0, remaining=9, controlled=True)
+    rules = SlotControls(0, ints(1, 2), ints(3), allowed=ints(*range(50)), bad_words=((3, 4),))
+    more = {"inits": (init,), "page_adds": pages(0, 1, 1), "controls": (rules,)}
     for bucket in LADDER.buckets:
-        init = SlotInit(slot=0, position=0, remaining=3)
-        plan = prompt_plan((1, 2), inits=(init,), page_adds=pages(0, 1, 1), bucket=bucket)
-        run(runner, decode_plan(0, bucket=bucket) if bucket.decode_only else plan)
+        if bucket.decode_only:
+            run(runner, decode_plan(0, bucket=bucket))
+            continue
+        scored = (ScoredRow(0, ints(2, 5)),) if bucket.sampler == Sampler.FULL else ()
+        run(runner, prompt_plan((1, 2), bucket=bucket, scored=scored, **more))
     run(runner, decode_plan(0, page_copies=ints((1, 2)).reshape(1, 2)))
     runner.reset()
     assert runner.compiles_after_ready == 0
