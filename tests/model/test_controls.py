@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shaping import shaped
 
 from quire.model.mesh import default_mesh
 from quire.model.plan import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Sampler, SlotControls, SlotInit
@@ -43,26 +44,6 @@ def filled(*all_controls, vocab=VOCAB):
     for buffer in control_buffers(all_controls, SLOTS):
         state = fill(state, buffer)
     return state
-
-
-def shaped(logits, c):
-    """The definition, in float64, one token after the other."""
-    x = logits.astype(np.float64)
-    output = c.output.tolist()
-    for token in range(len(x)):
-        count = output.count(token)
-        if count or token in c.prompt:
-            x[token] *= 1 / c.repetition_penalty if x[token] > 0 else c.repetition_penalty
-        x[token] -= c.frequency_penalty * count + c.presence_penalty * (count > 0)
-    for token, bias in c.logit_bias:
-        x[token] += bias
-    if c.allowed is not None:
-        x[~np.isin(np.arange(len(x)), c.allowed)] = -np.inf
-    before = x.copy()
-    for *words, last in c.bad_words:
-        if not words or output[-len(words) :] == words:
-            x[last] = -np.inf
-    return x if np.isfinite(x).any() else before
 
 
 OUTPUT = (5, 9, 5, 5, 17, 9, 40)
