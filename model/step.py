@@ -111,7 +111,8 @@ def make_sample(num_rows: int) -> Sample:
         with jax.named_scope("sample"):
             shaping = controls.rows(slot, rows.controlled)
             sampled: Sampled = sample(logits, rows, Sampler.FULL, shaping)
-            recorded = jnp.where(emitted & rows.controlled, slot, slots.num_slots)
+            # Also for rows without controls: their entry is emptied before it means something.
+            recorded = jnp.where(emitted, slot, slots.num_slots)
             controls = controls.record(recorded, sampled.tokens)
             slots = _advance(slots, slot, rows, live, emitted=emitted, tokens=sampled.tokens)
         outputs = pack_outputs(
