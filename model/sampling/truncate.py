@@ -32,18 +32,25 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     Returns:
       bool [R, V]; at least the likeliest token of a row is kept.
     """
-    at_least = lambda cut: logits >= _float(cut)[:, None]  # noqa: E731
     kept = logits > -jnp.inf
 
+    def at_least(cut: jax.Array) -> jax.Array:
+        return logits >= _float(cut)[:, None]
+
+    def enough(cut: jax.Array) -> jax.Array:
+        return jnp.sum(at_least(cut), axis=-1) >= top_k
+
     use_k = top_k > 0
-    enough = lambda cut: jnp.sum(at_least(cut), axis=-1) >= top_k  # noqa: E731
     kept &= at_least(_largest(enough, use_k)) | ~use_k[:, None]
 
     top = jnp.max(logits, axis=-1, keepdims=True)
     mass = jnp.where(kept, jnp.exp(logits - top), 0.0)
     goal = top_p * jnp.sum(mass, axis=-1)
+
+    def reaches(cut: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(at_least(cut), mass, 0.0), axis=-1) >= goal
+
     use_p = top_p < 1.0
-    reaches = lambda cut: jnp.sum(jnp.where(at_least(cut), mass, 0.0), -1) >= goal  # noqa: E731
     kept &= at_least(_largest(reaches, use_p)) | ~use_p[:, None]
 
     # exp(logit - top) is the ratio to the likeliest, whatever the normalisation.
