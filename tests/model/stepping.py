@@ -28,12 +28,15 @@ CONFIG = ModelConfig(
 )
 
 
-def make_runner(spec: RunnerSpec) -> ModelRunner:
+def make_runner(spec: RunnerSpec, shards: int = 1) -> ModelRunner:
     """With weights large enough for lively answers."""
-    decoder = AbstractDecoder(CONFIG, "float32")
-    params = {k: 6 * v for k, v in decoder.initial_params(0).items()}
-    mesh = default_mesh()
-    return ModelRunner(decoder, jax.device_put(params, mesh.everywhere), spec, mesh)
+    mesh, decoder = default_mesh(shards), AbstractDecoder(CONFIG, "float32", shards)
+    whole = AbstractDecoder(CONFIG, "float32").initial_params(0)
+    params = {
+        name: jax.device_put(decoder.arrange(name, 6 * np.asarray(array)), mesh.of(weight.axes))
+        for (name, array), weight in zip(whole.items(), decoder.specs.values(), strict=True)
+    }
+    return ModelRunner(decoder, params, spec, mesh)
 
 
 def ints(*values):

@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -333,3 +338,34 @@ def test_state_is_donated_to_every_program(runner):
         held = runner._program(key).memory_analysis().alias_size_in_bytes
         whole_steps = isinstance(key, Bucket) or key == "admit"
         assert held >= (slab if whole_steps else 0 if key == "score" else counts), key
+
+
+def a_bit_of_everything(runner):
+    """Answers under controls, prompt scores, k tokens at once: tokens, then log-probabilities."""
+    controlled, logprobs = answers(runner, Sampler.FULL, range(ROWS), SAMPLED, CONTROLS, steps=4)
+    plan = prompt_plan(
+        PROMPTS[2], MIXED[Sampler.FULL], inits=(SlotInit(slot=0, position=0, remaining=5),),
+        scored=(ScoredRow(0, ints(*PROMPTS[2][1:])),),
+    )  # fmt: skip
+    scores = run(runner, plan).scored[0].chosen[:, 0].tolist()
+    for slot in range(ROWS):
+        start(runner, slot, MIXED[Sampler.FULL], **SAMPLED[slot])
+    at_once = run(runner, decode_plan(*range(ROWS), bucket=AT_ONCE[Sampler.SAMPLE])).tokens
+    chosen = [step[0][0] for each in logprobs.values() for step in each]
+    return [[*controlled.values(), *at_once.tolist()], [*chosen, *scores]]
+
+
+def test_over_two_devices_it_is_all_the_same(fresh):
+    # JAX takes the number of CPU devices once, before its first use: hence another interpreter.
+    here = Path(__file__).parent
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(here)])
+    done = subprocess.run(
+        [sys.executable, "-P", str(here / "two_devices_child.py")],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": paths},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    tokens, logprobs = json.loads(done.stdout.splitlines()[-1])
+    want_tokens, want_logprobs = a_bit_of_everything(fresh)
+    assert tokens == want_tokens
+    np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
