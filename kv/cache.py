@@ -102,18 +102,33 @@ class KVCache:
     def pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
 
-    def chain(self, adapter: int, *salts: str) -> Chain:
-        """The digests of a new sequence; only equal adapters and salts share pages."""
-        return Chain(self.page_size, repr((adapter, *salts)).encode(), self._hash)
+    @property
+    def caching(self) -> bool:
+        """Whether equal prefixes are shared."""
+        return self._caching
 
-    def match(self, chain: Chain, tokens: array[int]) -> PrefixHit:
+    def chain(self, adapter: int, *salts: str, private: bool = False) -> Chain:
+        """The digests of a new sequence; only equal adapters and salts share pages.
+
+        Args:
+          private: shares them even without prefix caching, among sequences with a salt of their
+            own; `forget_chain` ends that.
+        """
+        salt = repr((adapter, *salts)).encode()
+        return Chain(self.page_size, salt, self._hash, findable=self._caching or private)
+
+    def match(self, chain: Chain, tokens: array[int], limit: int = _NEVER) -> PrefixHit:
         """The known prefix of `tokens`: full pages, and never all of them.
 
         At least one token is left to compute, because sampling needs the logits of the last.
+
+        Args:
+          limit: tokens of the prefix at most.
         """
         found: list[Entry] = []
         parent: Entry | None = None
-        for page in range((len(tokens) - 1) // self.page_size if self._caching else 0):
+        most = min(len(tokens) - 1, limit) if chain.findable else 0
+        for page in range(most // self.page_size):
             chain.reach(page, tokens)
             parent = self._index.find(chain.digests[page], chain.blocks[page], parent)
             if parent is None:
@@ -132,7 +147,7 @@ class KVCache:
             pages=pages,
             capacity=hit.tokens,
             indexed=len(pages),
-            index_at=hit.tokens + self.page_size if self._caching else _NEVER,
+            index_at=hit.tokens + self.page_size if chain.findable else _NEVER,
             tail=hit.entries[-1] if pages else None,
         )
 
@@ -149,9 +164,9 @@ class KVCache:
 
     def register(self, holding: Holding, tokens: array[int], positions: int) -> None:
         """Makes the pages that the first `positions` of `tokens` fill findable by others."""
-        if not self._caching:
-            return
         chain = holding.chain
+        if not chain.findable:
+            return
         for index in range(holding.indexed, positions // self.page_size):
             chain.reach(index, tokens)
             page = holding.pages[index]
@@ -177,6 +192,13 @@ class KVCache:
             self._drop(entry)
         holding.own.clear()
         holding.index_at = _NEVER
+
+    def forget_chain(self, chain: Chain) -> None:
+        """No page that begins with this chain's first one is found again."""
+        if chain.digests:
+            entry = self._index.find(chain.digests[0], chain.blocks[0], None)
+            if entry is not None:
+                self._drop(entry)
 
     def release(self, holding: Holding) -> None:
         """Gives the pages back. Exactly once."""

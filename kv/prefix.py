@@ -30,17 +30,27 @@ class Chain:
     """The digests of one sequence's full pages, computed once each, as far as they are asked for.
 
     Tokens are only ever appended to a sequence, so a digest stays right for its whole life, through
-    preemption and requeueing.
+    preemption and requeueing. The pages of one that is not `findable` never enter the index.
     """
 
-    __slots__ = ("_hash", "_page_size", "_salt", "blocks", "digests")
+    __slots__ = ("_hash", "_page_size", "_salt", "blocks", "digests", "findable")
 
-    def __init__(self, page_size: int, salt: bytes, hash_page: Hash = page_digest):
+    def __init__(
+        self, page_size: int, salt: bytes, hash_page: Hash = page_digest, findable: bool = True
+    ):
+        self.findable = findable
         self._page_size = page_size
         self._salt = salt
         self._hash = hash_page
         self.digests: list[bytes] = []
         self.blocks: list[bytes] = []  # what was hashed, for the check of equality
+
+    def fork(self, tokens: int) -> Chain:
+        """The chain of another sequence whose first `tokens` tokens are the same."""
+        other = Chain(self._page_size, self._salt, self._hash, self.findable)
+        other.digests = self.digests[: tokens // self._page_size]
+        other.blocks = self.blocks[: tokens // self._page_size]
+        return other
 
     def reach(self, page: int, tokens: array[int]) -> None:
         """Makes `digests[page]` and `blocks[page]` available; `tokens` must fill that page."""

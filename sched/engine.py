@@ -8,8 +8,8 @@
 While the device runs step N, the host takes in step N-1 and plans N+1. The thread owns the
 scheduler and the runner; other threads touch the inbox, under one lock, and nothing else.
 
-Every accepted request ends with exactly one output that has a finish_reason, also when the engine
-stops or dies. A device step that fails costs the device's state: running requests start over once.
+Every accepted request ends with exactly one output that says `ended`, also when the engine stops or
+dies. A device step that fails costs the device's state: running requests start over once.
 A fault of the scheduler itself cannot be repaired; then all requests end with Internal.
 """
 
@@ -76,7 +76,7 @@ class Engine:
         self._wake = threading.Condition()  # guards what follows
         self._state = State.OPEN
         self._why_closed = "the engine was stopped"
-        self._inbox: list[Request | tuple[str, FinishReason]] = []
+        self._inbox: list[Request | tuple[str, FinishReason, int | None]] = []
         self._pending = 0  # requests in the inbox
         self._live: set[str] = set()  # accepted, and not told yet that they ended
 
@@ -103,12 +103,17 @@ class Engine:
             self._pending += 1
             self._wake.notify_all()
 
-    def finish(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Ends a request early; does nothing if it ended already."""
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        choice: int | None = None,
+    ) -> None:
+        """Ends a request early, or one of its choices; does nothing if that ended already."""
         check_reason(reason)
         with self._wake:
             if request_id in self._live:
-                self._inbox.append((request_id, reason))
+                self._inbox.append((request_id, reason, choice))
                 self._wake.notify_all()
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> None:
@@ -219,7 +224,7 @@ class Engine:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:
             return
-        ended = [output.request_id for output in outputs if output.finish_reason is not None]
+        ended = [output.request_id for output in outputs if output.ended]
         with self._wake:
             if self._state is State.CLOSED:
                 return  # whoever closed it tells those who are still live
@@ -265,7 +270,9 @@ class Engine:
         try:
             self._on_outputs(
                 [
-                    RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
+                    RequestOutput(
+                        request_id, finish_reason=FinishReason.ERROR, error=error, ended=True
+                    )
                     for request_id in ended
                 ]
             )

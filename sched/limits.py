@@ -7,10 +7,12 @@ the limit; what passes can always run to its end, if need be alone.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 
 from ..errors import InvalidRequest, invalid
-from ..model.plan import MAX_STOP_IDS, RunnerSpec
+from ..model.plan import MAX_BAD_WORDS, MAX_STOP_IDS, RunnerSpec
 from .request import FinishReason, Request
+from .sampling_params import SamplingParams
 from .sequence import stop_ids
 
 CALLER_REASONS = (FinishReason.ABORT, FinishReason.STOP, FinishReason.LENGTH)
@@ -47,10 +49,7 @@ def check_request(request: Request, spec: RunnerSpec) -> None:
         raise invalid("seed", None, "a number by the time the request is submitted")
     if request.adapter != 0:
         raise invalid("adapter", request.adapter, "0 (the base model); adapters are not served yet")
-    for token in sampling.stop_token_ids:
-        if token >= spec.vocab_size:
-            limit = f"whole numbers from 0 to {spec.vocab_size - 1} (the vocabulary)"
-            raise invalid("stop_token_ids", token, limit)
+    _check_ids(sampling, spec)
     stops = len(stop_ids(request))
     if stops > MAX_STOP_IDS:
         raise invalid(
@@ -58,6 +57,27 @@ def check_request(request: Request, spec: RunnerSpec) -> None:
             f"{stops} ids, end-of-sequence ids included",
             f"at most {MAX_STOP_IDS}",
         )
+
+
+def _check_ids(sampling: SamplingParams, spec: RunnerSpec) -> None:
+    """Raises InvalidRequest for token ids that the model does not have."""
+    ids: list[tuple[str, Iterable[int]]] = [
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+    ]
+    for word in sampling.bad_words:
+        if isinstance(word, str):
+            raise invalid("bad_words", word, "token ids by the time the request is submitted")
+        ids.append(("bad_words", word))
+    if len(sampling.bad_words) > MAX_BAD_WORDS:
+        wrong = f"{len(sampling.bad_words)} token sequences"
+        raise invalid("bad_words", wrong, f"at most {MAX_BAD_WORDS}")
+    for name, tokens in ids:
+        for token in tokens:
+            if token >= spec.vocab_size:
+                limit = f"whole numbers from 0 to {spec.vocab_size - 1} (the vocabulary)"
+                raise invalid(name, token, limit)
 
 
 def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:

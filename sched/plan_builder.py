@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..model.plan import Emit, Ladder, Sampler, SlotInit, StepPlan
+from ..model.plan import Emit, Ladder, Sampler, ScoredRow, SlotControls, SlotInit, StepPlan
+from .controls import controls_of
 from .sequence import Sequence
 
 
@@ -39,6 +40,8 @@ class StepBuilder:
         self._tokens = array("i")
         self._page_adds: list[int] = []  # (slot, index, page) after one another
         self._inits: list[SlotInit] = []
+        self._controls: list[SlotControls] = []
+        self._scored: list[tuple[int, array[int]]] = []  # (place among prompt rows, targets)
 
     def decode(self, seq: Sequence, start: int) -> None:
         """A row that goes on from the sequence's last token, at `start` or a little before."""
@@ -57,7 +60,8 @@ class StepBuilder:
         """A row for positions [start, end) of what a sequence must prefill.
 
         Its tokens come from the host even if it is one token: only decode rows read the last token
-        on the device. The row that completes the prompt emits a token.
+        on the device. The row that completes the prompt emits a token. Where log-probabilities of
+        the prompt are wanted, the tokens that follow the row's are scored.
         """
         last = end == seq.target
         self._prompts.append(seq)
@@ -69,6 +73,10 @@ class StepBuilder:
             self.sampler = seq.sampler
         seq.unread += last
         seq.in_flight += 1
+        if seq.unscored and start + 1 < seq.prompt_len:
+            targets = seq.tokens[start + 1 : min(end + 1, seq.prompt_len)]
+            self._scored.append((len(self._prompts) - 1, targets))
+            self.sampler = Sampler.FULL
 
     def pages(self, slot: int, first: int, pages: list[int]) -> None:
         """Page-table entries of a slot, from index `first` on."""
@@ -80,6 +88,9 @@ class StepBuilder:
         sampling = seq.request.sampling
         done = seq.outputs
         assert sampling.seed is not None  # limits.py refuses requests without one
+        controls = controls_of(seq)
+        if controls is not None:
+            self._controls.append(controls)
         self._inits.append(
             SlotInit(
                 slot=seq.slot,
@@ -88,12 +99,14 @@ class StepBuilder:
                 min_remaining=max(0, sampling.min_tokens - done),
                 sample_index=done,
                 seed=sampling.seed,
+                choice=seq.choice,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
                 stop_ids=tuple(sorted(seq.stop_ids)),
                 adapter=seq.request.adapter,
+                controlled=controls is not None,
             )
         )
 
@@ -109,10 +122,16 @@ class StepBuilder:
             counts=np.array([1] * decodes + self._counts, np.int32),
             emits=np.array([int(Emit.TOKEN)] * decodes + self._emits, np.int32),
             num_decode=decodes,
-            bucket=ladder.choose(tokens, len(rows), self.sampler, decode_only=not self._prompts),
+            bucket=ladder.choose(
+                tokens, len(rows), self.sampler, decode_only=not self._prompts, k=self.k
+            ),
             prompt_tokens=np.array(self._tokens, np.int32),
             page_adds=np.array(self._page_adds, np.int32).reshape(-1, 3),
             inits=tuple(self._inits),
+            controls=tuple(self._controls),
+            scored=tuple(
+                ScoredRow(decodes + at, np.array(targets, np.int32)) for at, targets in self._scored
+            ),
             k=self.k,
         )
         promised = [self.k] * decodes + [emit == Emit.TOKEN for emit in self._emits]

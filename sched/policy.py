@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..kv.cache import KVCache, PrefixHit
+from ..model.plan import RunnerSpec
+from .group import Group
 from .sequence import Sequence
 
 MAX_RECOMPUTE_RATIO = 0.1
@@ -23,55 +25,75 @@ def by_rank(seq: Sequence) -> tuple[int, int]:
     return seq.rank
 
 
-def by_deadline(seq: Sequence) -> tuple[float, int]:
-    """Order of expiry, for sequences that have a deadline."""
-    return seq.request.deadline or 0.0, seq.arrival
+def by_deadline(group: Group) -> tuple[float, int]:
+    """Order of expiry, for requests that have a deadline."""
+    return group.request.deadline or 0.0, group.arrival
 
 
-class Ranked(Collection[Sequence]):
-    """Sequences in order of a key that differs for each. Short enough for a plain sorted list."""
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
 
-    def __init__(self, key: Callable[[Sequence], Any]):
+
+Item = TypeVar("Item", bound=_Named)
+
+
+class Ranked(Collection[Item], Generic[Item]):
+    """Items in order of a key that differs for each. Short enough for a plain sorted list."""
+
+    def __init__(self, key: Callable[[Item], Any]):
         self._key = key
-        self._items: list[Sequence] = []
+        self._items: list[Item] = []
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Item]:
         return iter(self._items)
 
-    def __contains__(self, seq: object) -> bool:
-        return seq in self._items
+    def __contains__(self, item: object) -> bool:
+        return item in self._items
 
     @property
-    def first(self) -> Sequence:
+    def first(self) -> Item:
         return self._items[0]
 
     @property
-    def last(self) -> Sequence:
+    def last(self) -> Item:
         """By rank, this is who gives way: the youngest of the lowest priority."""
         return self._items[-1]
 
-    def add(self, seq: Sequence) -> None:
-        insort(self._items, seq, key=self._key)
+    def add(self, item: Item) -> None:
+        insort(self._items, item, key=self._key)
 
-    def remove(self, seq: Sequence) -> None:
-        at = bisect_left(self._items, self._key(seq), key=self._key)
-        if at == len(self._items) or self._items[at] is not seq:
-            raise RuntimeError(f"request {seq.id!r} is not in this list")
+    def remove(self, item: Item) -> None:
+        at = bisect_left(self._items, self._key(item), key=self._key)
+        if at == len(self._items) or self._items[at] is not item:
+            raise RuntimeError(f"request {item.id!r} is not in this list")
         del self._items[at]
 
 
-def decode_tokens(max_k: int, decoding: int, prefilling: int, waiting: int, cache: KVCache) -> int:
+def decode_tokens(
+    spec: RunnerSpec,
+    running: Collection[Sequence],
+    prefilling: int,
+    waiting: int,
+    cache: KVCache,
+) -> int:
     """How many tokens each decode row may emit in the next dispatch.
 
-    More than one saves host work, but holds up whoever waits for the dispatch to end, and may ask
-    for pages early; so only when nobody waits, and when every row could get its pages.
+    More than one saves host work, but holds up whoever arrives before the dispatch ends, and may
+    ask for pages early. So only when nobody waits or prefills (whoever does is not held up a second
+    time: the next dispatch is of one token), when every row could get its pages, and when there is
+    a program for so many rows with the richest sampler among them. There is none for rows with
+    controls or log-probabilities, nor, on the default ladder, for so many rows that k steps of them
+    would keep an arrival waiting for more than 15 ms.
     """
-    if prefilling or waiting or cache.available < decoding * cache.pages_for(max_k):
+    if spec.max_k == 1 or not running or prefilling or waiting:
         return 1
-    return max_k
+    if cache.available < len(running) * cache.pages_for(spec.max_k):
+        return 1
+    return spec.ladder.most_k(len(running), max(seq.sampler for seq in running))
 
 
 def reserved_pages(

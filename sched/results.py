@@ -5,7 +5,10 @@ Called by the scheduler for each row it collects.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..model.plan import LogprobArrays
+from .group import Group
 from .request import FinishReason, TokenLogprobs
 from .sequence import Sequence
 
@@ -36,17 +39,39 @@ def logprobs_of(
 ) -> tuple[TokenLogprobs, ...]:
     """The log-probabilities of a row's tokens, with as many alternatives as were asked for."""
     return tuple(
-        TokenLogprobs(
-            token=token,
-            logprob=float(arrays.chosen[row, at]),
-            rank=int(arrays.rank[row, at]),
-            top=tuple(
-                zip(
-                    arrays.top_ids[row, at, :alternatives].tolist(),
-                    arrays.top[row, at, :alternatives].tolist(),
-                    strict=True,
-                )
-            ),
-        )
-        for at, token in enumerate(tokens)
+        _entry(arrays, (row, at), token, alternatives) for at, token in enumerate(tokens)
+    )
+
+
+def gather_scores(group: Group, start: int, targets: list[int], arrays: LogprobArrays) -> bool:
+    """Takes in the log-probabilities of the prompt tokens after positions `start`, `start` + 1, …
+
+    Those that are known already (their rows ran again after a preemption) are passed over.
+
+    Returns:
+      whether all of them are numbers.
+    """
+    alternatives = group.request.sampling.prompt_logprobs or 0
+    known = len(group.scores) - start
+    assert known >= 0, "rows of one sequence are collected in order"
+    group.scores.extend(
+        _entry(arrays, (at, 0), targets[at], alternatives) for at in range(known, len(targets))
+    )
+    return not bool(np.isnan(arrays.chosen).any())
+
+
+def _entry(
+    arrays: LogprobArrays, at: tuple[int, int], token: int, alternatives: int
+) -> TokenLogprobs:
+    return TokenLogprobs(
+        token=token,
+        logprob=float(arrays.chosen[at]),
+        rank=int(arrays.rank[at]),
+        top=tuple(
+            zip(
+                arrays.top_ids[at][:alternatives].tolist(),
+                arrays.top[at][:alternatives].tolist(),
+                strict=True,
+            )
+        ),
     )

@@ -1,28 +1,30 @@
-"""Who waits and who runs, in which slot, with which pages: the life of a sequence.
+"""Who waits and who runs, in which slot, with which pages: the life of requests and their choices.
 
-    add ──> waiting ──enter──> running ──end──> gone (one RequestOutput with a finish_reason)
-              ^  └───────────────│───────end──────^
-              └─────suspend──────┘
+    add, begin_next ──> waiting ──enter──> running ──end──> gone (a RequestOutput that says why)
+                          ^  └───────────────│───────end──────^
+                          └─────suspend──────┘
 
-Used by the scheduler alone, which decides when. Owns slots and their generations. A request ends in
-`end`, whatever the reason, and slot and pages are given back in `_vacate`, each exactly once.
+Used by the scheduler alone, which decides when. Owns slots and their generations. A choice leaves
+in `_leave`, whatever the reason, and its request with the last of them in `_tell`; slot and pages
+are given back in `_vacate`, each exactly once.
 """
 
 from __future__ import annotations
 
 from ..errors import QuireError, invalid
 from ..kv.cache import KVCache, PrefixHit
+from .group import Group
 from .policy import Ranked, by_deadline, by_rank
-from .request import FinishReason, RequestOutput, TokenLogprobs
+from .request import FinishReason, RequestOutput
 from .sequence import Sequence
 
 
 class Roster:
-    """All sequences that have not ended."""
+    """All requests that have not ended."""
 
     def __init__(self, num_slots: int, cache: KVCache):
         self._cache = cache
-        self._by_id: dict[str, Sequence] = {}
+        self._by_id: dict[str, Group] = {}
         self._deadlines = Ranked(by_deadline)
         self.waiting = Ranked(by_rank)
         self.running = Ranked(by_rank)
@@ -40,18 +42,23 @@ class Roster:
     def slot_free(self) -> bool:
         return bool(self._free_slots)
 
-    def get(self, request_id: str) -> Sequence | None:
+    def get(self, request_id: str) -> Group | None:
         return self._by_id.get(request_id)
 
-    def add(self, seq: Sequence) -> None:
-        """A new sequence, which waits."""
-        request = seq.request
-        if request.id in self._by_id:
-            raise invalid("id", request.id, "unlike that of every unfinished request")
-        self._by_id[request.id] = seq
-        self.waiting.add(seq)
-        if request.deadline is not None:
-            self._deadlines.add(seq)
+    def add(self, group: Group) -> None:
+        """A new request, whose first choice waits."""
+        if group.id in self._by_id:
+            raise invalid("id", group.id, "unlike that of every unfinished request")
+        self._by_id[group.id] = group
+        if group.request.deadline is not None:
+            self._deadlines.add(group)
+        self.begin_next(group)
+
+    def begin_next(self, group: Group) -> None:
+        """The request's next choice waits, if there is one."""
+        seq = group.begin_next()
+        if seq is not None:
+            self.waiting.add(seq)
 
     def enter(self, seq: Sequence, hit: PrefixHit) -> None:
         """A waiting sequence gets a slot, and the pages of its known prefix."""
@@ -70,45 +77,48 @@ class Roster:
         self._vacate(seq)
         self.waiting.add(seq)
 
-    def end(
-        self,
-        seq: Sequence,
-        reason: FinishReason,
-        *,
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] | None = None,
-        error: QuireError | None = None,
-    ) -> None:
-        """The one place where a request ends: finish, abort, deadline or error."""
-        if seq.slot >= 0:
-            self._vacate(seq)
-        else:
-            self.waiting.remove(seq)
-        if seq.request.deadline is not None:
-            self._deadlines.remove(seq)
-        del self._by_id[seq.id]
-        seq.ended = True
-        self.finished += 1
-        at_stop = reason is FinishReason.STOP and tokens and tokens[-1] in seq.stop_ids
-        self.outbox.append(
-            RequestOutput(
-                request_id=seq.id,
-                tokens=tokens,
-                logprobs=logprobs,
-                finish_reason=reason,
-                stop_token=tokens[-1] if at_stop else None,
-                error=error,
-                cached_tokens=max(0, seq.cached_tokens),
-            )
+    def end(self, seq: Sequence, reason: FinishReason, output: RequestOutput | None = None) -> None:
+        """Ends one choice, with the last it is to give."""
+        self._leave(seq)
+        if seq is seq.group.sequences[-1]:  # ended before its prompt was scheduled
+            self.begin_next(seq.group)
+        tokens = output.tokens if output else ()
+        output = output or RequestOutput(
+            seq.id, cached_tokens=max(0, seq.group.cached_tokens), choice=seq.choice
         )
+        output.finish_reason = reason
+        if reason is FinishReason.STOP and tokens and tokens[-1] in seq.stop_ids:
+            output.stop_token = tokens[-1]
+        self._tell(seq.group, output)
 
-    def overdue(self, now: float) -> list[Sequence]:
+    def end_request(
+        self, group: Group, reason: FinishReason, error: QuireError | None = None
+    ) -> None:
+        """Ends all choices of a request that have not: each with its own output, or all of them
+        with the error."""
+        unfinished = sorted(group.open)
+        for seq in group.sequences:
+            if not seq.ended:
+                self._leave(seq)
+        for choice in unfinished[:1] if error else unfinished:
+            if error:
+                group.open.clear()
+            output = RequestOutput(
+                group.id,
+                finish_reason=reason,
+                error=error,
+                cached_tokens=max(0, group.cached_tokens),
+                choice=choice,
+            )
+            self._tell(group, output)
+
+    def overdue(self, now: float) -> list[Group]:
         """Those whose deadline has passed."""
         late = []
-        for seq in self._deadlines:
-            if by_deadline(seq)[0] > now:
+        for group in self._deadlines:
+            if by_deadline(group)[0] > now:
                 break
-            late.append(seq)
+            late.append(group)
         return late
 
     def check_integrity(self) -> None:
@@ -117,8 +127,11 @@ class Roster:
         slots = [seq.slot for seq in holders] + self._free_slots
         if sorted(slots) != list(range(self._num_slots)):
             raise RuntimeError(f"slots lost or held twice: {sorted(slots)}")
-        if len(self.waiting) + len(holders) != len(self._by_id):
-            raise RuntimeError("a sequence neither waits nor runs")
+        begun = sum(not seq.ended for group in self._by_id.values() for seq in group.sequences)
+        if len(self.waiting) + len(holders) != begun:
+            raise RuntimeError("a choice that has begun neither waits nor runs")
+        if any(not group.open for group in self._by_id.values()):
+            raise RuntimeError("a request outlived its choices")
         if self.prefilling != {seq for seq in holders if seq.prefilling}:
             raise RuntimeError("the set of prefilling sequences is wrong")
         for seq in holders:
@@ -127,6 +140,28 @@ class Roster:
             if seq.scheduled > seq.kv.capacity:
                 raise RuntimeError(f"request {seq.id!r} has more tokens than page room")
         self._cache.check_integrity(seq.kv for seq in holders)
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.slot >= 0:
+            self._vacate(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.ended = True
+
+    def _tell(self, group: Group, output: RequestOutput) -> None:
+        """The last output of a choice, and perhaps of its request."""
+        group.open.discard(output.choice)
+        self.outbox.append(output)
+        if group.open:
+            return
+        output.ended = True
+        del self._by_id[group.id]
+        if group.request.deadline is not None:
+            self._deadlines.remove(group)
+        if group.is_private:
+            for seq in group.sequences:
+                self._cache.forget_chain(seq.chain)
+        self.finished += 1
 
     def _vacate(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -15,22 +15,23 @@ pages from the end of that order, so the first one runs, or waits for results th
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 
-from ..errors import DeadlineExceeded, Internal, Overloaded
-from ..kv.accounting import PrefixCounters, RecomputeMeter, WasteMeter
+from ..errors import DeadlineExceeded, Internal, Overloaded, QuireError
 from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import LogprobArrays, RunnerSpec, StepOutputs, StepPlan
 from . import policy
+from .group import Group
 from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
 from .request import FinishReason, Request, RequestOutput
-from .results import accept, logprobs_of
+from .results import accept, gather_scores, logprobs_of
 from .roster import Roster
 from .sequence import Sequence
-from .stats import Counters, EngineStats
+from .stats import EngineStats, Meters
 
 MAX_RETRY_AFTER = 60.0
 """Seconds; the longest hint given to a caller who found the queue full."""
@@ -71,10 +72,7 @@ class Scheduler:
         self._arrivals = 0
         self._last_wait = 0.0  # seconds the latest admission had waited
 
-        self._counters = Counters()
-        self._prefix = PrefixCounters()
-        self._recompute = RecomputeMeter()
-        self._waste = WasteMeter(clock)
+        self._meters = Meters(clock)
 
     # ---- requests come and go
 
@@ -110,23 +108,41 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that `validate` and `check_queue` let pass."""
+        choices, cache = request.sampling.choices, self._cache
+        # Without prefix caching the choices of a request still share what they have in common.
+        is_private = choices > 1 and not cache.caching
+        own = (request.id,) if is_private else ()
+        salts = (request.tenant, request.cache_salt, *own)
         self._roster.add(
-            Sequence(
+            Group(
                 request=request,
                 arrival=self._arrivals,
                 submitted=self._clock(),
                 max_tokens=resolve_max_tokens(request, self._spec),
-                chain=self._cache.chain(request.adapter, request.tenant, request.cache_salt),
+                chain=cache.chain(request.adapter, *salts, private=is_private),
+                is_private=is_private,
             )
         )
-        self._arrivals += 1
+        self._arrivals += choices
 
-    def finish(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Ends a request early: the caller left, or found a stop string. Idempotent."""
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        choice: int | None = None,
+    ) -> None:
+        """Ends a request early, or one of its choices: the caller left, or found a stop string.
+
+        Idempotent.
+        """
         check_reason(reason)
-        seq = self._roster.get(request_id)
-        if seq is not None:
-            self._roster.end(seq, reason)
+        group = self._roster.get(request_id)
+        if group is None:
+            return
+        if choice is None:
+            self._roster.end_request(group, reason)
+        elif choice in group.open and choice < len(group.sequences):
+            self._roster.end(group.sequences[choice], reason)
 
     def take_outputs(self) -> list[RequestOutput]:
         """What became of requests since this was last called, in order."""
@@ -147,8 +163,8 @@ class Scheduler:
     def _decode_tokens(self) -> int:
         roster = self._roster
         return policy.decode_tokens(
-            self._spec.max_k,
-            len(roster.running),
+            self._spec,
+            roster.running,
             len(roster.prefilling),
             len(roster.waiting),
             self._cache,
@@ -196,8 +212,10 @@ class Scheduler:
         # order, and in each layer it writes all K/V of a step before it reads any.
         if end >= seq.kv.index_at:
             self._cache.register(seq.kv, seq.tokens, end)
+        if end == seq.target and seq is seq.group.sequences[-1]:
+            self._roster.begin_next(seq.group)
         again = max(0, min(end, seq.recompute_until) - start)
-        self._recompute.count(end - start - again, again)
+        self._meters.recompute.count(end - start - again, again)
         return end - start
 
     def _admit(self, step: StepBuilder, room: int) -> None:
@@ -205,8 +223,10 @@ class Scheduler:
         roster, cache = self._roster, self._cache
         while room > 0 and roster.waiting and roster.slot_free and step.rows < self._max_rows:
             seq = roster.waiting.first
-            hit = cache.match(seq.chain, seq.tokens)
-            worst = self._recompute.ratio > policy.MAX_RECOMPUTE_RATIO
+            # A prompt token that is found instead of computed has no log-probability.
+            most = len(seq.group.scores) if seq.unscored else sys.maxsize
+            hit = cache.match(seq.chain, seq.tokens, most)
+            worst = self._meters.recompute.ratio > policy.MAX_RECOMPUTE_RATIO
             reserved = policy.reserved_pages(
                 roster.running, roster.prefilling, cache, worst_case=worst
             )
@@ -238,16 +258,14 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Takes pages and slot; what was computed is computed again, or found in the index."""
-        self._counters.preemptions += 1
+        self._meters.counters.preemptions += 1
         seq.recompute_until = max(seq.recompute_until, seq.scheduled)
         self._roster.suspend(seq)
 
     def _depart(self, flight: Flight) -> StepPlan:
         """Counts a step that is about to be launched."""
         self._flights.append(flight)
-        self._counters.steps += 1
-        self._counters.real_tokens += flight.plan.num_tokens
-        self._counters.padded_tokens += flight.plan.bucket.tokens
+        self._meters.depart(flight.plan)
         return flight.plan
 
     # ---- its results arrive
@@ -260,6 +278,12 @@ class Scheduler:
         sampled, counts = outputs.tokens.tolist(), outputs.n_valid.tolist()
         generations = plan.generations.tolist()
         bad = set(outputs.not_finite.nonzero()[0].tolist())
+        for scored, arrays in zip(plan.scored, outputs.scored, strict=True):
+            seq = flight.rows[scored.row]
+            if not seq.ended and seq.generation == generations[scored.row]:
+                start = int(plan.starts[scored.row])
+                if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
+                    bad.add(scored.row)
         for row, seq in enumerate(flight.rows):
             count = counts[row]
             if row in bad:
@@ -271,7 +295,7 @@ class Scheduler:
                     self._receive(seq, sampled[row][:count], row, outputs.logprobs)
                 elif flight.promised[row] and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
-        self._recompute.count(sum(counts[: plan.num_decode]), 0)
+        self._meters.recompute.count(sum(counts[: plan.num_decode]), 0)
         self._observe_waste()
         return self.take_outputs()
 
@@ -280,21 +304,23 @@ class Scheduler:
     ) -> None:
         """New tokens of one sequence."""
         reason = accept(seq, tokens)
-        self._counters.output_tokens += len(tokens)
+        self._meters.counters.output_tokens += len(tokens)
         # All but the last token are known to be part of the answer and have their KV.
         if len(seq.tokens) > seq.kv.index_at:
             self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
-        logprobs = None
-        if arrays is not None and seq.request.sampling.logprobs is not None:
-            logprobs = logprobs_of(arrays, row, tokens, seq.request.sampling.logprobs)
+        wanted = seq.request.sampling.alternatives
+        output = RequestOutput(
+            seq.id,
+            tuple(tokens),
+            None if arrays is None or wanted is None else logprobs_of(arrays, row, tokens, wanted),
+            cached_tokens=max(0, seq.group.cached_tokens),
+            choice=seq.choice,
+            prompt_logprobs=None if seq.choice else seq.group.take_scores(),
+        )
         if reason is None:
-            self._roster.outbox.append(
-                RequestOutput(
-                    seq.id, tuple(tokens), logprobs, cached_tokens=max(0, seq.cached_tokens)
-                )
-            )
+            self._roster.outbox.append(output)
         else:
-            self._roster.end(seq, reason, tokens=tuple(tokens), logprobs=logprobs)
+            self._roster.end(seq, reason, output)
 
     def _fail(self, seq: Sequence, why: str) -> None:
         """Ends one request whose results are bad, and lets nobody find its KV.
@@ -303,19 +329,21 @@ class Scheduler:
         """
         self._cache.forget(seq.kv)
         if not seq.ended:
-            error = Internal(f"request {seq.id!r}: {why}")
-            self._roster.end(seq, FinishReason.ERROR, error=error)
+            self._end_with(seq.group, Internal(f"request {seq.id!r}: {why}"))
+
+    def _end_with(self, group: Group, error: QuireError) -> None:
+        self._roster.end_request(group, FinishReason.ERROR, error)
 
     def requeue_all(self, fault: Exception) -> None:
         """The device lost its state: who ran starts over once; the second time it ends."""
-        self._counters.failed_steps += 1
+        self._meters.counters.failed_steps += 1
         self._flights.clear()
         for seq in tuple(self._roster.running):
+            if seq.ended:  # with another choice of its request
+                continue
             if seq.requeues:
-                error = Internal(
-                    f"request {seq.id!r}: a device step failed for the second time: {fault}"
-                )
-                self._roster.end(seq, FinishReason.ERROR, error=error)
+                why = f"request {seq.id!r}: a device step failed for the second time: {fault}"
+                self._end_with(seq.group, Internal(why))
             else:
                 seq.requeues += 1
                 self._roster.suspend(seq)
@@ -323,12 +351,13 @@ class Scheduler:
 
     def _expire(self) -> None:
         now = self._clock()
-        for seq in self._roster.overdue(now):
-            error = DeadlineExceeded(
-                f"deadline: passed {now - policy.by_deadline(seq)[0]:.3f} s ago, after "
-                f"{seq.outputs} of at most {seq.max_tokens} output tokens"
+        for group in self._roster.overdue(now):
+            most = group.max_tokens * group.request.sampling.choices
+            why = (
+                f"deadline: passed {now - policy.by_deadline(group)[0]:.3f} s ago, after "
+                f"{group.outputs} of at most {most} output tokens"
             )
-            self._roster.end(seq, FinishReason.ERROR, error=error)
+            self._end_with(group, DeadlineExceeded(why))
 
     # ---- what is known about it all
 
@@ -338,41 +367,20 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot; safe from any thread, because it only reads plain numbers."""
-        counters, recompute, cache = self._counters, self._recompute, self._cache
-        return EngineStats(
-            running=len(self._roster.running),
-            waiting=len(self._roster.waiting),
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            output_tokens=counters.output_tokens,
-            finished=self._roster.finished,
-            preemptions=counters.preemptions,
-            failed_steps=counters.failed_steps,
-            prefix_queried_tokens=self._prefix.queried_tokens,
-            prefix_hit_tokens=self._prefix.hit_tokens,
-            pages_total=cache.total,
-            pages_used=cache.owned,
-            pages_cached=cache.cached,
-            waste=self._waste.waste,
-            real_tokens=counters.real_tokens,
-            padded_tokens=counters.padded_tokens,
-            useful_tokens=recompute.useful,
-            recomputed_tokens=recompute.recomputed,
-            recompute_ratio=recompute.ratio,
-        )
+        return self._meters.stats(self._roster, self._cache)
 
     def _count_entry(self, seq: Sequence, hit: PrefixHit) -> None:
-        """An admission, which counts once however often the request has to give way."""
-        if seq.cached_tokens >= 0:
-            return
-        seq.cached_tokens = hit.tokens
-        self._prefix.count(seq.prompt_len, hit.tokens)
-        self._counters.prompt_tokens += seq.prompt_len
-        self._last_wait = self._clock() - seq.submitted
+        """An admission, which counts once for all choices, however often they have to give way."""
+        group = seq.group
+        if group.cached_tokens < 0:
+            group.cached_tokens = hit.tokens
+            self._meters.enter(seq.prompt_len, hit.tokens)
+            self._last_wait = self._clock() - group.submitted
 
     def _observe_waste(self) -> None:
         """Full pages may be held by many; what is empty belongs to one alone."""
-        if self._waste.due or not self._roster.running:
+        waste = self._meters.waste
+        if waste.due or not self._roster.running:
             empty = sum(seq.kv.capacity - seq.scheduled for seq in self._roster.running)
             allocated = self._cache.owned * self._cache.page_size
-            self._waste.observe(allocated - empty, allocated)
+            waste.observe(allocated - empty, allocated)

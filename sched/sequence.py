@@ -1,4 +1,4 @@
-"""What changes while a request is served. Made and owned by the scheduler; nobody else writes it.
+"""What changes while one answer is made. Made and owned by the scheduler; nobody else writes it.
 
 Two counts say how far a running sequence has come:
 
@@ -12,22 +12,29 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..kv.cache import Holding
 from ..kv.prefix import Chain
-from ..model.plan import Sampler
+from ..model.plan import IntArray, Sampler
 from .request import Request
+
+if TYPE_CHECKING:
+    from .group import Group
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in the scheduler. It waits while `slot` is -1, runs otherwise, until `ended`."""
+    """One choice of a request. It waits while `slot` is -1, runs otherwise, until `ended`."""
 
     request: Request
     arrival: int
-    submitted: float
     max_tokens: int  # resolved: never None
     chain: Chain
+    choice: int
+    stop_ids: frozenset[int]
+    allowed: IntArray | None  # the only tokens it may emit
+    group: Group = field(repr=False)
 
     # Derived from the request once, because each step looks at them.
     id: str = field(init=False)
@@ -35,12 +42,10 @@ class Sequence:
     prompt_len: int = field(init=False)
     limit: int = field(init=False)  # positions that can ever be needed
     sampler: Sampler = field(init=False)
-    stop_ids: frozenset[int] = field(init=False)
 
     # The prompt, then all output known so far. An array is hashed fast, and the garbage collector
     # does not walk it.
     tokens: array[int] = field(init=False)
-    cached_tokens: int = -1  # prompt tokens found in the prefix index; -1 before admission
     recompute_until: int = 0  # positions that were computed before a preemption
     requeues: int = 0  # device failures survived
     ended: bool = False
@@ -61,13 +66,17 @@ class Sequence:
         self.prompt_len = len(request.prompt)
         self.limit = self.prompt_len + self.max_tokens - 1  # the last token's KV is never needed
         self.sampler = request.sampling.sampler
-        self.stop_ids = stop_ids(request)
         self.tokens = array("i", request.prompt)
 
     @property
     def outputs(self) -> int:
         """Output tokens known."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def unscored(self) -> bool:
+        """Its rows must still bring log-probabilities of the prompt."""
+        return self.choice == 0 and self.group.unscored
 
     @property
     def prefilling(self) -> bool:

@@ -1,11 +1,17 @@
 """What the engine counts, and the snapshot of it that others read.
 
-The scheduler owns one `Counters`; `EngineStats` is what /metrics and benchmarks see.
+The scheduler owns one `Meters`; `EngineStats` is what /metrics and benchmarks see.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from ..kv.accounting import PrefixCounters, RecomputeMeter, WasteMeter
+from ..kv.cache import KVCache
+from ..model.plan import StepPlan
+from .roster import Roster
 
 
 @dataclass(slots=True)
@@ -26,10 +32,10 @@ class EngineStats:
     """One moment of the engine; totals are since start.
 
     Attributes:
-      running: requests with a slot.
-      waiting: requests without one.
+      running: answers in the making, each with a slot; most requests have one.
+      waiting: requests, and answers that had to give way, without a slot.
       steps: steps planned.
-      prompt_tokens: prompt tokens of admitted requests.
+      prompt_tokens: prompt tokens of admitted requests, whatever the number of their answers.
       output_tokens: tokens handed to callers.
       finished: requests that ended, for any reason.
       preemptions: times a request gave way for want of pages.
@@ -71,3 +77,42 @@ class EngineStats:
     def padding_waste(self) -> float:
         """Share of the tokens that the device computed which were padding."""
         return 1 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+class Meters:
+    """All counts of one scheduler."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self.counters = Counters()
+        self.recompute = RecomputeMeter()
+        self.waste = WasteMeter(clock)
+        self._prefix = PrefixCounters()
+
+    def enter(self, prompt: int, found: int) -> None:
+        """A request was admitted, with so many of its prompt's tokens found in the index."""
+        self._prefix.count(prompt, found)
+        self.counters.prompt_tokens += prompt
+
+    def depart(self, plan: StepPlan) -> None:
+        """A step is about to be launched."""
+        self.counters.steps += 1
+        self.counters.real_tokens += plan.num_tokens
+        self.counters.padded_tokens += plan.bucket.tokens
+
+    def stats(self, roster: Roster, cache: KVCache) -> EngineStats:
+        recompute = self.recompute
+        return EngineStats(
+            running=len(roster.running),
+            waiting=len(roster.waiting),
+            finished=roster.finished,
+            **asdict(self.counters),
+            prefix_queried_tokens=self._prefix.queried_tokens,
+            prefix_hit_tokens=self._prefix.hit_tokens,
+            pages_total=cache.total,
+            pages_used=cache.owned,
+            pages_cached=cache.cached,
+            waste=self.waste.waste,
+            useful_tokens=recompute.useful,
+            recomputed_tokens=recompute.recomputed,
+            recompute_ratio=recompute.ratio,
+        )

@@ -24,7 +24,11 @@ class Driver:
         self.scheduler = Scheduler(spec, clock=lambda: self.now, **settings)  # type: ignore
         self.flights: deque = deque()
         self.tokens: dict[str, list[int]] = {}
-        self.ends: dict[str, RequestOutput] = {}
+        self.ends: dict[str, RequestOutput] = {}  # of choice 0, or of the request by an error
+        self.choices: dict[tuple[str, int], list[int]] = {}
+        self.choice_ends: dict[tuple[str, int], RequestOutput] = {}
+        self.ended: set[str] = set()
+        self.scores: dict[str, list[float | None]] = {}
         self.plans: list[StepPlan] = []
 
     def submit(self, *requests: Request) -> None:
@@ -64,14 +68,26 @@ class Driver:
 
     def hear(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            assert output.request_id not in self.ends, "an output after the last"
-            self.tokens.setdefault(output.request_id, []).extend(output.tokens)
+            id, key = output.request_id, (output.request_id, output.choice)
+            assert id not in self.ended and key not in self.choice_ends, "an output after the last"
+            self.choices.setdefault(key, []).extend(output.tokens)
+            if output.choice == 0:
+                self.tokens[id] = self.choices[key]
+            if output.prompt_logprobs is not None:
+                assert id not in self.scores and output.choice == 0
+                self.scores[id] = [entry and entry.logprob for entry in output.prompt_logprobs]
             if output.finish_reason is not None:
-                self.ends[output.request_id] = output
+                self.choice_ends[key] = output
+                if output.choice == 0 or output.error:
+                    self.ends[id] = output
+            if output.ended:
+                self.ended.add(id)
 
-    def seq(self, id: str):
-        return self.scheduler._roster.get(id)
+    def seq(self, id: str, choice: int = 0):
+        """A choice that has begun and not ended."""
+        group = self.scheduler._roster.get(id)
+        return None if group is None else group.sequences[choice]
 
-    def answer(self, request: Request) -> list[int]:
+    def answer(self, request: Request, choice: int = 0) -> list[int]:
         limit = resolve_max_tokens(request, self.spec)
-        return expected_answer(request, self.spec.vocab_size, limit)[0]
+        return expected_answer(request, self.spec.vocab_size, limit, choice)[0]

@@ -3,20 +3,34 @@
 It keeps slots and a slab as a device would, but in place of K/V it stores, for each position, which
 position and token it came from and a hash of the whole history up to there. Before a row runs, the
 fake walks its page table and checks that chain, so a page that was leaked, handed out twice, reused
-too early or shared wrongly is seen at once. The next token is a function of that hash, the seed and
-the token index, so the answer to a request is known beforehand (`expected_answer`), however it was
-batched, chunked, preempted or found in the prefix index.
+too early or shared wrongly is seen at once. The next token is a function of that hash, the seed,
+the choice, the token index and the slot's controls, so the answer to a request is known beforehand
+(`expected_answer`), however it was batched, chunked, preempted or found in the prefix index.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from quire.model.ladder import Bucket, Ladder, Sampler
-from quire.model.plan import Emit, LogprobArrays, RunnerSpec, SlotInit, StepOutputs, StepPlan
+from quire.model.plan import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_BIASED_TOKENS,
+    Emit,
+    LogprobArrays,
+    RunnerSpec,
+    ScoredRow,
+    SlotControls,
+    SlotInit,
+    StepOutputs,
+    StepPlan,
+)
 from quire.sched.request import Request, SamplingParams
 
 ROOT = 1469598103
@@ -26,19 +40,86 @@ def extend_hash(history: int, token: int) -> int:
     return (history * 1000003 + token * 7919 + 12345) & 0xFFFFFFFFFFFF
 
 
+@dataclass
+class Reshaped:
+    """What controls do to the fake's next token: barred ones are passed over, and all else (the
+    prompt, how often each token came, penalties, bias) is mixed into its hash."""
+
+    controls: SlotControls
+    output: list[int]
+
+    @classmethod
+    def of(cls, request: Request) -> Reshaped | None:
+        """From the request, without the scheduler's help."""
+        p = request.sampling
+        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        parts = (p.logit_bias, p.allowed_token_ids, p.bad_words)
+        if penalties == (1, 0, 0) and not any(parts):
+            return None
+        allowed = p.allowed_token_ids
+        return cls(
+            SlotControls(
+                slot=0,
+                prompt=np.array(request.prompt, np.int32),
+                output=np.zeros(0, np.int32),
+                repetition_penalty=p.repetition_penalty,
+                presence_penalty=p.presence_penalty,
+                frequency_penalty=p.frequency_penalty,
+                logit_bias=tuple(p.logit_bias.items()),
+                allowed=None if allowed is None else np.array(allowed, np.int32),
+                bad_words=p.bad_words,  # type: ignore[arg-type]
+            ),
+            [],
+        )
+
+    def digest(self) -> int:
+        c = self.controls
+        penalties = (c.repetition_penalty, c.presence_penalty, c.frequency_penalty)
+        seen = (sorted(set(c.prompt.tolist())), sorted(Counter(self.output).items()))
+        return zlib.crc32(repr((penalties, seen, sorted(c.logit_bias))).encode())
+
+    def candidates(self, tokens: set[int]) -> set[int]:
+        if self.controls.allowed is not None:
+            tokens = tokens & set(self.controls.allowed.tolist())
+        bad = {
+            word[-1]
+            for word in self.controls.bad_words
+            if tuple(self.output[len(self.output) - len(word) + 1 :]) == word[:-1]
+        }
+        return tokens - bad or tokens
+
+
 def next_token(
-    history: int, seed: int, index: int, vocab: int, barred: frozenset[int] = frozenset()
+    history: int,
+    seed: int,
+    choice: int,
+    index: int,
+    vocab: int,
+    stops: frozenset[int] = frozenset(),
+    reshaped: Reshaped | None = None,
 ) -> int:
-    """What the model says after a history; never one of `barred`."""
-    mixed = (history ^ (seed * 0x9E3779B1) ^ (index * 0x85EBCA6B)) & 0xFFFFFFFFFFFF
-    token = ((mixed * 2654435761) >> 13) % vocab
-    while token in barred:
+    """What the model says after a history; never one of `stops` if there is another."""
+    stream = (seed * 0x9E3779B1) ^ (choice * 0xC2B2AE35) ^ (index * 0x85EBCA6B)
+    tokens = set(range(vocab))
+    if reshaped is not None:
+        stream ^= reshaped.digest()
+        tokens = reshaped.candidates(tokens)
+    tokens = tokens - stops or tokens
+    token = ((((history ^ stream) & 0xFFFFFFFFFFFF) * 2654435761) >> 13) % vocab
+    while token not in tokens:
         token = (token + 1) % vocab
     return token
 
 
-def expected_answer(request: Request, vocab: int, max_tokens: int) -> tuple[list[int], int | None]:
-    """The tokens of a request that nobody interrupts, and the stop id that ends them."""
+def score(history: int, token: int) -> float:
+    """The fake's log-probability of a token after a history."""
+    return -float((history ^ (token * 7919)) % 1024)
+
+
+def expected_answer(
+    request: Request, vocab: int, max_tokens: int, choice: int = 0
+) -> tuple[list[int], int | None]:
+    """The tokens of a choice that nobody interrupts, and the stop id that ends them."""
     sampling = request.sampling
     stops = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
@@ -47,14 +128,27 @@ def expected_answer(request: Request, vocab: int, max_tokens: int) -> tuple[list
     for token in request.prompt:
         history = extend_hash(history, token)
     answer: list[int] = []
+    reshaped = Reshaped.of(request)
     while len(answer) < max_tokens:
         barred = stops if len(answer) < sampling.min_tokens else frozenset()
-        token = next_token(history, sampling.seed or 0, len(answer), vocab, barred)
+        at = (sampling.seed or 0, choice, len(answer))
+        token = next_token(history, *at, vocab, barred, reshaped)
         answer.append(token)
-        if token in stops:
+        if reshaped is not None:
+            reshaped.output.append(token)
+        if token in stops and len(answer) > sampling.min_tokens:
             return answer, token
         history = extend_hash(history, token)
     return answer, None
+
+
+def expected_scores(request: Request) -> list[float | None]:
+    """The log-probabilities of a request's prompt tokens."""
+    history, scores = ROOT, []
+    for token in request.prompt:
+        scores.append(score(history, token))
+        history = extend_hash(history, token)
+    return [None, *scores[1:]]
 
 
 def make_request(
@@ -95,6 +189,9 @@ def make_spec(
     max_k: int = 1,
 ) -> RunnerSpec:
     shapes = [(slots, slots), (max(tokens, slots + 1), slots)]
+    rungs = [Bucket(t, r, s) for t, r in shapes for s in Sampler]
+    if max_k > 1:
+        rungs += [Bucket(slots, slots, s, max_k) for s in Sampler if s is not Sampler.FULL]
     return RunnerSpec(
         num_slots=slots,
         num_pages=pages,
@@ -102,7 +199,7 @@ def make_spec(
         max_pages_per_seq=-(-max_model_len // page_size),
         max_model_len=max_model_len,
         vocab_size=vocab,
-        ladder=Ladder(Bucket(t, r, s) for t, r in shapes for s in Sampler),
+        ladder=Ladder(rungs),
         max_k=max_k,
     )
 
@@ -121,6 +218,8 @@ class _Slot:
     min_remaining: int = 0
     index: int = 0
     seed: int = 0
+    choice: int = 0
+    reshaped: Reshaped | None = None
     stops: frozenset[int] = frozenset()
     frozen: bool = True
     dry: int = 0  # decode rows in a row that gave nothing
@@ -184,8 +283,16 @@ class FakeRunner:
 
     def _run(self, plan: StepPlan) -> StepOutputs:
         self._check_shape(plan)
+        controls = {c.slot: c for c in plan.controls}
+        assert len(controls) == len(plan.controls)
+        assert set(controls) == {init.slot for init in plan.inits if init.controlled}
         for init in plan.inits:
             self._init(init)
+            if init.controlled:
+                self._control(self.slots[init.slot], init, controls[init.slot])
+        scored_rows = {scored.row: scored for scored in plan.scored}
+        assert len(scored_rows) == len(plan.scored)
+        scored_arrays: dict[int, LogprobArrays] = {}
         for slot, index, page in plan.page_adds.tolist():
             assert 0 < page < self.spec.num_pages, "a page that may not be handed out"
             assert 0 <= index < self.spec.max_pages_per_seq
@@ -199,26 +306,37 @@ class FakeRunner:
         for row in range(plan.num_rows):
             number, start = int(plan.slots[row]), int(plan.starts[row])
             count, slot = int(plan.counts[row]), self.slots[number]
+            full = plan.bucket.sampler is Sampler.FULL
+            if plan.emits[row] == Emit.TOKEN and slot.reshaped is not None:
+                assert full, "a controlled row emits in a program that knows no controls"
             if row < plan.num_decode:
                 given = self._decode(slot, start, plan.k)
             else:
                 chunk = plan.prompt_tokens[at : at + count].tolist()
                 at += count
+                if row in scored_rows:
+                    scored_arrays[row] = self._score(slot, chunk, scored_rows[row])
                 given = self._prefill(slot, start, chunk, Emit(int(plan.emits[row])))
             tokens[row, : len(given)] = given
             n_valid[row] = len(given)
             bad[row] = number in self.poisoned_slots
         logprobs = self._logprobs(tokens) if plan.bucket.sampler is Sampler.FULL else None
-        return StepOutputs(tokens, n_valid, bad, logprobs)
+        scored_out = tuple(scored_arrays[scored.row] for scored in plan.scored)
+        return StepOutputs(tokens, n_valid, bad, logprobs, scored_out)
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert plan.bucket in self.spec.ladder.buckets
         assert plan.num_rows <= plan.bucket.rows and plan.num_tokens <= plan.bucket.tokens
-        assert 1 <= plan.k <= self.spec.max_k
+        assert 1 <= plan.k <= self.spec.max_k and plan.k == plan.bucket.k
+        assert plan.num_rows >= 1
         assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot in two rows"
         assert (plan.counts[: plan.num_decode] == 1).all() and (plan.counts > 0).all()
         assert plan.counts[plan.num_decode :].sum() == len(plan.prompt_tokens)
         assert plan.num_decode == plan.num_rows or plan.k == 1
+        if plan.scored:
+            assert plan.bucket.sampler is Sampler.FULL and not plan.bucket.decode_only
+            for scored in plan.scored:
+                assert plan.num_decode <= scored.row < plan.num_rows, "only prompt rows are scored"
         for array in (plan.slots, plan.starts, plan.emits, plan.prompt_tokens, plan.page_adds):
             assert array.dtype == np.int32
 
@@ -229,11 +347,40 @@ class FakeRunner:
             min_remaining=init.min_remaining,
             index=init.sample_index,
             seed=init.seed,
+            choice=init.choice,
             stops=frozenset(init.stop_ids),
             frozen=False,
         )
         assert init.remaining > 0
         self.poisoned_slots.discard(init.slot)
+
+    def _control(self, slot: _Slot, init: SlotInit, controls: SlotControls) -> None:
+        vocab = self.spec.vocab_size
+        assert controls.repetition_penalty > 0 and len(controls.prompt) > 0
+        assert len(controls.output) == init.sample_index
+        assert len(controls.logit_bias) <= MAX_BIASED_TOKENS
+        assert controls.allowed is None or len(controls.allowed)
+        assert len(controls.bad_words) <= MAX_BAD_WORDS
+        assert all(0 < len(word) <= MAX_BAD_WORD_TOKENS for word in controls.bad_words)
+        ids = [t for word in controls.bad_words for t in word]
+        ids += [t for t, _ in controls.logit_bias]
+        for array in (controls.prompt, controls.output, controls.allowed):
+            if array is not None:
+                assert array.dtype == np.int32
+                ids += array.tolist()
+        assert all(0 <= token < vocab for token in ids)
+        slot.reshaped = Reshaped(controls, controls.output.tolist())
+
+    def _score(self, slot: _Slot, chunk: list[int], scored: ScoredRow) -> LogprobArrays:
+        """Before the row runs: the targets' log-probabilities."""
+        targets = scored.targets.tolist()
+        assert scored.targets.dtype == np.int32 and 0 < len(targets) <= len(chunk)
+        history, chosen = self._read(slot), []
+        for token, target in zip(chunk, targets, strict=False):
+            history = extend_hash(history, token)
+            chosen.append(score(history, target))
+        arrays = self._logprobs(np.array(targets, np.int32)[:, None])
+        return replace(arrays, chosen=np.array(chosen, np.float32)[:, None])
 
     def _prefill(self, slot: _Slot, start: int, chunk: list[int], emit: Emit) -> list[int]:
         assert not slot.frozen and slot.position == start, "a prompt chunk out of place"
@@ -268,12 +415,16 @@ class FakeRunner:
 
     def _sample(self, slot: _Slot, history: int) -> int:
         barred = slot.stops if slot.min_remaining > 0 else frozenset()
-        token = next_token(history, slot.seed, slot.index, self.spec.vocab_size, barred)
+        at = (slot.seed, slot.choice, slot.index)
+        token = next_token(history, *at, self.spec.vocab_size, barred, slot.reshaped)
+        if slot.reshaped is not None:
+            slot.reshaped.output.append(token)
         slot.last = token
         slot.index += 1
         slot.remaining -= 1
         slot.min_remaining -= 1
-        stopped = token in slot.stops and (self.rng is None or self.rng.random() < 0.5)
+        stopped = token in slot.stops and slot.min_remaining < 0
+        stopped = stopped and (self.rng is None or self.rng.random() < 0.5)
         slot.frozen = slot.remaining == 0 or stopped
         return token
 

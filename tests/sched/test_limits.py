@@ -26,6 +26,10 @@ SPEC = make_spec(pages=33, page_size=4, max_model_len=64, vocab=50)
             {"stop_token_ids": (49, 50)},
             "stop_token_ids: got 50, must be whole numbers from 0 to 49",
         ),
+        ({"logit_bias": {50: 1.0}}, "logit_bias: got 50, must be whole numbers from 0 to 49"),
+        ({"allowed_token_ids": (1, 50)}, "allowed_token_ids: got 50"),
+        ({"bad_words": ((1, 50),)}, "bad_words: got 50"),
+        ({"bad_words": ("no",)}, "bad_words: got 'no', must be token ids by the time"),
         (
             {"stop_token_ids": tuple(range(16)), "eos_ids": (20,)},
             "stop_token_ids: got '17 ids.*at most 16",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from quire.errors import InvalidRequest
-from quire.sched.request import SamplingParams
+from quire.model.plan import Sampler
+from quire.sched.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -29,34 +31,89 @@ from quire.sched.request import SamplingParams
         ("seed", np.ones(1)),
         ("max_tokens", True),
         ("presence_penalty", np.ones(2)),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
         ("repetition_penalty", None),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {5: 1.0}),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 10.5),
         ("logit_bias", np.ones(2)),
-        ("bad_words", ["no"]),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"5": 1.0}),
+        (r"logit_bias\[5\]", {5: 101}),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", 5),
+        ("bad_words", 5),
+        ("bad_words", [5]),
+        ("bad_words", [""]),
+        ("bad_words", ["  "]),
+        ("bad_words", ["x" * 257]),
+        ("bad_words", [[]]),
+        ("bad_words", [[1] * 9]),
+        ("bad_words", [[n] for n in range(65)]),
         ("n", None),
         ("n", True),
-        ("n", 2),
-        ("best_of", 2),
-        ("prompt_logprobs", 0),
+        ("n", 0),
+        ("n", 129),
+        ("best_of", 0),
+        ("best_of", 129),
+        ("logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
     ],
 )
 def test_a_refusal_names_the_field(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}: got "):
-        SamplingParams(**{field: value})
+        SamplingParams(**{field.split("\\")[0]: value})
+
+
+def test_best_of_is_at_least_n() -> None:
+    with pytest.raises(InvalidRequest, match=r"best_of: got 2, must be at least n \(3\)"):
+        SamplingParams(n=3, best_of=2)
+    made = SamplingParams(n=2, best_of=3)
+    assert (made.choices, made.ranked, made.alternatives) == (3, True, 0)
+    assert made.sampler is SamplingParams(logprobs=0).sampler is Sampler.FULL
+    same = SamplingParams(n=2, best_of=2)
+    assert (same.choices, same.ranked, same.alternatives) == (2, False, None)
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"logit_bias": {3: 0.0}},
+        {"allowed_token_ids": [3]},
+        {"bad_words": [[3]]},
+    ],
+)
+def test_controls_need_the_full_sampler(controls: Any) -> None:
+    params = SamplingParams(temperature=0.0, **controls)
+    assert params.controlled and params.sampler is Sampler.FULL
+    plain = SamplingParams(temperature=0.0, n=3, prompt_logprobs=2)
+    assert not plain.controlled and plain.sampler is Sampler.GREEDY
+
+
+def test_parameters_can_be_hashed_and_remade() -> None:
+    params = SamplingParams(logit_bias={1: 2}, bad_words=["a", [1, 2], "a"], allowed_token_ids=[1, 1])
+    assert replace(params) == params and hash(replace(params)) == hash(params)
+    assert (params.bad_words, params.allowed_token_ids) == (("a", (1, 2)), (1,))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("n", np.int64(1)),
-        ("best_of", 1),
         ("presence_penalty", np.float32(0)),
         ("frequency_penalty", 0),
         ("repetition_penalty", 1),
         ("logit_bias", {}),
         ("bad_words", []),
-        ("allowed_token_ids", []),
+        ("allowed_token_ids", None),
+        ("bad_words", None),
+        ("logit_bias", None),
         ("stop", None),
         ("stop_token_ids", None),
         ("top_k", -1),
@@ -79,6 +136,13 @@ def test_what_asks_for_nothing_is_the_default(field: str, value: Any) -> None:
         ("min_tokens", np.int64(3), 3),
         ("logprobs", np.int64(2), 2),
         ("stop", ["a"], ("a",)),
+        ("n", np.int64(3), 3),
+        ("best_of", np.int64(3), 3),
+        ("prompt_logprobs", np.int8(0), 0),
+        ("repetition_penalty", np.float32(1.5), 1.5),
+        ("allowed_token_ids", np.array([4, 5]), (4, 5)),
+        ("bad_words", "no", ("no",)),
+        ("logit_bias", {np.int32(3): np.float32(1.5)}, {3: 1.5}),
         ("stop_token_ids", np.array([4, 5]), (4, 5)),
     ],
 )

@@ -102,7 +102,11 @@ def test_many_tokens_a_dispatch_only_if_all_can_get_their_pages(
     decoding: int, prefilling: int, waiting: int, k: int
 ) -> None:
     cache = KVCache(num_pages=6, page_size=4)  # five to hand out; eight tokens may take two each
-    assert decode_tokens(8, decoding, prefilling, waiting, cache) == k
+    d = Driver(make_spec(max_k=8))
+    d.submit(*(make_request(str(n)) for n in range(decoding)))
+    d.step()
+    running = d.scheduler._roster.running
+    assert decode_tokens(d.spec, running, prefilling, waiting, cache) == k
 
 
 def test_no_more_tokens_are_scheduled_than_max_tokens_allows() -> None:
@@ -245,7 +249,8 @@ def test_an_id_is_unique_among_unfinished_requests() -> None:
     with pytest.raises(InvalidRequest, match="id: got 'a'"):
         d.submit(make_request())
     d.run()
-    d.ends.clear()
+    for heard in (d.ended, d.choice_ends):
+        heard.clear()
     d.submit(make_request())
     d.run()
 
@@ -447,7 +452,7 @@ def test_admission_keeps_a_page_for_each_who_runs() -> None:
 
 def test_after_much_recomputing_admission_reserves_the_worst_case() -> None:
     d = tight(13)  # twelve pages
-    d.scheduler._recompute.count(0, 10**5)
+    d.scheduler._meters.recompute.count(0, 10**5)
     d.submit(*(make_request(id, prompt(20 * n, 7), max_tokens=18) for n, id in enumerate("abc")))
     d.step()
     assert [d.seq(id).slot >= 0 for id in "abc"] == [True, True, False]  # six pages each

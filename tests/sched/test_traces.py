@@ -1,9 +1,10 @@
 """Thousands of random traces through the scheduler, against a runner that checks everything.
 
 Each trace mixes arrivals, priorities, shared prefixes, aborts, stops, deadlines, tiny page pools,
-random chunking and budgets, and a device that gives 0 to k tokens a row. After every step pages and
-slots must add up; at the end every request has ended once, with exactly the tokens it would have
-got alone.
+random chunking and budgets, a device that gives 0 to k tokens a row, and now and then several
+choices, controls and log-probabilities of prompts. After every step pages and slots must add up; at
+the end every choice of every request has ended once, with exactly the tokens it would have got
+alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
-from fake_runner import FakeRunner, expected_answer, make_request, make_spec
+from fake_runner import (
+    FakeRunner,
+    expected_answer,
+    expected_scores,
+    make_request,
+    make_spec,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,9 +54,16 @@ class Story:
     """What callers saw of one request."""
 
     request: Request
-    tokens: list[int] = field(default_factory=list)
-    end: RequestOutput | None = None
-    ended_by: FinishReason | None = None  # by the caller
+    tokens: list[list[int]]  # of each choice
+    ends: list[RequestOutput | None]  # of each choice
+    ended_by: list[FinishReason | None]  # each choice, by the caller
+    ended: RequestOutput | None = None
+    scores: list[float | None] | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Story:
+        choices = request.sampling.choices
+        return cls(request, [[] for _ in range(choices)], [None] * choices, [None] * choices)
 
 
 worlds = st.builds(
@@ -112,7 +126,7 @@ class Trace:
             if world.interrupts and self.stories and rng.random() < 0.15:
                 self.interrupt(rng.choice(list(self.stories.values())))
             self.step()
-        work = sum(len(s.request.prompt) + 24 for s in self.stories.values())
+        work = sum(len(s.ends) * (len(s.request.prompt) + 24) for s in self.stories.values())
         for _ in range(8 * work + 20):
             if not self.scheduler.unfinished and not self.flights:
                 break
@@ -140,16 +154,40 @@ class Trace:
             deadline=self.now + rng.randint(1, 60)
             if self.world.interrupts and rng.random() < 0.2
             else None,
+            **self.rarities(),
         )
         self.scheduler.submit(request)
-        self.stories[id] = Story(request)
+        self.stories[id] = Story.of(request)
+
+    def rarities(self) -> dict[str, object]:
+        """Several choices, controls, log-probabilities of the prompt."""
+        rng, more = self.rng, {}
+        if rng.random() < 0.1:
+            more["n"] = rng.choice((2, 3))
+        if rng.random() < 0.1:
+            more["prompt_logprobs"] = 1
+        if rng.random() < 0.1:
+            more |= rng.choice(
+                (
+                    {"frequency_penalty": 0.5, "repetition_penalty": 1.5},
+                    {"logit_bias": {1: 2.0, 4: -1.0}, "presence_penalty": 1.0},
+                    {"allowed_token_ids": (2, 3, 9), "bad_words": ((2, 2), (9,))},
+                    {"bad_words": ((1,), (4, 5), (6, 7, 8))},
+                )
+            )
+        return more
 
     def interrupt(self, story: Story) -> None:
         """The caller leaves, or the text layer found a stop string; perhaps twice, or too late."""
         reason = self.rng.choice((FinishReason.ABORT, FinishReason.STOP))
-        if story.end is None and story.ended_by is None:
-            story.ended_by = reason
-        self.scheduler.finish(story.request.id, reason)
+        choice = None
+        if len(story.ends) > 1 and self.rng.random() < 0.5:
+            # The text layer has seen some of the answer that it stops.
+            choice = self.rng.choice([c for c, t in enumerate(story.tokens) if t or not c])
+        for each in range(len(story.ends)) if choice is None else [choice]:
+            if story.ends[each] is None and story.ended is None and story.ended_by[each] is None:
+                story.ended_by[each] = reason
+        self.scheduler.finish(story.request.id, reason, choice)
 
     def step(self) -> None:
         self.now += 1
@@ -182,32 +220,53 @@ class Trace:
     def hear(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             story = self.stories[output.request_id]
-            assert story.end is None, "an output after the last"
-            story.tokens += output.tokens
+            assert story.ended is None and story.ends[output.choice] is None, "one after the last"
+            story.tokens[output.choice] += output.tokens
             if output.finish_reason is not None:
-                story.end = output
+                story.ends[output.choice] = output
+            if output.ended:
+                assert output.error or all(story.ends), "it ended before its choices"
+                story.ended = output
+            if output.prompt_logprobs is not None:
+                assert story.scores is None and output.choice == 0
+                story.scores = [entry and entry.logprob for entry in output.prompt_logprobs]
 
     def check_the_end(self) -> None:
         for story in self.stories.values():
-            end, request = story.end, story.request
-            assert end is not None, f"{request.id} never ended"
-            answer, stop = expected_answer(request, VOCAB, resolve_max_tokens(request, self.spec))
-            if end.finish_reason in (FinishReason.LENGTH, FinishReason.STOP) and (
-                story.ended_by is None or story.tokens == answer
-            ):
-                assert story.tokens == answer
-                if story.ended_by is None:
-                    assert end.stop_token == stop
-                    assert (end.finish_reason is FinishReason.STOP) == (stop is not None)
-                continue
-            assert story.tokens == answer[: len(story.tokens)]
-            if end.finish_reason is FinishReason.ERROR:
-                assert isinstance(end.error, DeadlineExceeded)
+            request = story.request
+            assert story.ended is not None, f"{request.id} never ended"
+            if request.sampling.prompt_logprobs is None or not story.tokens[0]:
+                assert story.scores is None
             else:
-                assert end.finish_reason is story.ended_by
+                assert story.scores == expected_scores(request)
+            for choice, end in enumerate(story.ends):
+                self.check_the_end_of(story, choice, end or story.ended)
+        self.check_what_is_left()
+
+    def check_the_end_of(self, story: Story, choice: int, end: RequestOutput) -> None:
+        request, tokens, ended_by = story.request, story.tokens[choice], story.ended_by[choice]
+        limit = resolve_max_tokens(request, self.spec)
+        answer, stop = expected_answer(request, VOCAB, limit, choice)
+        if end.finish_reason in (FinishReason.LENGTH, FinishReason.STOP) and (
+            ended_by is None or tokens == answer
+        ):
+            assert tokens == answer
+            if ended_by is None:
+                assert end.stop_token == stop
+                assert (end.finish_reason is FinishReason.STOP) == (stop is not None)
+            return
+        assert tokens == answer[: len(tokens)]
+        if end.finish_reason is FinishReason.ERROR:
+            assert isinstance(end.error, DeadlineExceeded)
+        else:
+            assert end.finish_reason is ended_by
+
+    def check_what_is_left(self) -> None:
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
-        assert stats.output_tokens == sum(len(s.tokens) for s in self.stories.values())
+        assert stats.output_tokens == sum(
+            len(tokens) for s in self.stories.values() for tokens in s.tokens
+        )
         assert self.world.caching or stats.pages_cached == 0
 
 
@@ -247,7 +306,7 @@ def test_traces_reach_what_they_are_for() -> None:
         overran += trace.delivered - stats.output_tokens
         empty += trace.empty_rows
         expired += sum(
-            isinstance(story.end.error, DeadlineExceeded) for story in trace.stories.values()
+            isinstance(story.ended.error, DeadlineExceeded) for story in trace.stories.values()
         )
     assert preempted > 50
     assert hits > 500

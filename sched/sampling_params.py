@@ -1,0 +1,233 @@
+"""`SamplingParams` (`quire.SamplingParams`): how tokens are chosen, checked as far as that can be
+without a model. What needs one (the vocabulary, the context) is checked in limits.py.
+
+Made by callers and by serving/intake.py; names follow vLLM's where both have a thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import invalid
+from ..model.plan import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_BIASED_TOKENS,
+    MAX_LOGPROBS,
+    MAX_STOP_IDS,
+    Sampler,
+)
+from .checks import index, items, number, whole
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 1024
+MAX_BAD_WORD_LENGTH = 256
+MAX_CHOICES = 128
+"""Answers to one request, as in OpenAI's API."""
+MAX_BIAS = 100.0
+MAX_ID = 2**31 - 1
+UNLIMITED_TOP_K = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when they end. Checked on construction, which also
+    makes numbers of other kinds, such as numpy's, into Python's own.
+
+    Logits are changed in the order penalties, logit_bias, allowed_token_ids, bad_words,
+    temperature. Truncation is then applied in the order top_k, top_p (over what top_k left,
+    renormalised), min_p, each by a value threshold: tokens that tie with the last one kept are kept
+    too.
+
+    Attributes:
+      temperature: 0 is greedy; otherwise logits are divided by it. At most 100.
+      top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+      top_p: keep the likeliest tokens whose probabilities first reach this sum; in (0, 1].
+      min_p: drop tokens less likely than min_p times the likeliest; in [0, 1].
+      repetition_penalty: divides the logits of tokens in prompt or answer if they are positive,
+        multiplies them if negative; in (0, 10], 1 is off.
+      presence_penalty: subtracted once from the logit of each token in the answer; in [-2, 2].
+      frequency_penalty: subtracted as often as the token is in the answer; in [-2, 2].
+      logit_bias: {token id: added to its logit}; in [-100, 100], at most 300 tokens.
+      allowed_token_ids: no other token is emitted; None allows all.
+      bad_words: texts, or token-id sequences, that the answer must not contain. A text counts with
+        and without a space before it. At most 64 sequences of at most 8 tokens in all. One that
+        would leave no token to choose does not apply there.
+      seed: makes the answer repeatable; the stream depends on (seed, choice, token index) alone.
+        None draws one.
+      max_tokens: at most this many output tokens; None is as many as the context allows.
+      min_tokens: stop ids, end-of-sequence and stop strings are held off until this many tokens.
+      stop: strings that end the answer, and are not part of it; at most 16.
+      stop_token_ids: token ids that end the answer besides the model's own.
+      ignore_eos: the model's own end-of-sequence ids do not end the answer.
+      logprobs: None for none, else how many alternatives to report per token (0 to 20) beside the
+        chosen one. Of the raw distribution, before all that is above.
+      prompt_logprobs: the same for each token of the prompt but the first. Such a request finds
+        nothing in the prefix index, because all of its prompt must be computed.
+      n: answers to return, 1 to 128; they differ by their random streams, so greedy ones are equal.
+      best_of: answers to make, of which the n with the highest sum of log-probabilities (raw, of
+        the chosen tokens) are returned, best first; None is n. Above n it cannot be streamed.
+      skip_special_tokens: leave special tokens out of the text.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    best_of: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self._set_number("temperature", 0.0, 100.0)
+        self._set("top_k", _top_k(self.top_k))
+        self._set_number("top_p", 0.0, 1.0, above_low=True)
+        self._set_number("min_p", 0.0, 1.0)
+        self._set_number("repetition_penalty", 0.0, 10.0, above_low=True)
+        self._set_number("presence_penalty", -2.0, 2.0)
+        self._set_number("frequency_penalty", -2.0, 2.0)
+        self._set("logit_bias", _logit_bias(self.logit_bias))
+        self._set("allowed_token_ids", _allowed(self.allowed_token_ids))
+        self._set("bad_words", _bad_words(self.bad_words))
+        self._set_whole("seed", -(2**63), 2**64 - 1, or_none=True)
+        self._set_whole("max_tokens", 1, MAX_ID, or_none=True)
+        self._set_whole("min_tokens", 0, MAX_ID)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        self._set("stop", _stop_strings(self.stop))
+        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        if len(self.stop_token_ids) > MAX_STOP_IDS:
+            wrong = f"{len(self.stop_token_ids)} ids"
+            raise invalid("stop_token_ids", wrong, f"at most {MAX_STOP_IDS}")
+        self._set_whole("logprobs", 0, MAX_LOGPROBS, or_none=True)
+        self._set_whole("prompt_logprobs", 0, MAX_LOGPROBS, or_none=True)
+        self._set_whole("n", 1, MAX_CHOICES)
+        self._set_whole("best_of", 1, MAX_CHOICES, or_none=True)
+        if self.best_of is not None and self.best_of < self.n:
+            raise invalid("best_of", self.best_of, f"at least n ({self.n})")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, getattr(self, name), "true or false")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_number(self, name: str, low: float, high: float, *, above_low: bool = False) -> None:
+        self._set(name, number(name, getattr(self, name), low, high, above_low=above_low))
+
+    def _set_whole(self, name: str, low: int, high: int, *, or_none: bool = False) -> None:
+        value = getattr(self, name)
+        if value is not None or not or_none:
+            self._set(name, whole(name, value, low, high))
+
+    @property
+    def choices(self) -> int:
+        """Answers to make."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def ranked(self) -> bool:
+        """More answers are made than returned."""
+        return self.choices > self.n
+
+    @property
+    def controlled(self) -> bool:
+        """Logits are reshaped before temperature and truncation."""
+        return (
+            (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+            or bool(self.logit_bias)
+            or self.allowed_token_ids is not None
+            or bool(self.bad_words)
+        )
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives the engine reports a token; None for no log-probabilities at all."""
+        return 0 if self.logprobs is None and self.ranked else self.logprobs
+
+    @property
+    def sampler(self) -> Sampler:
+        """The poorest step-program ending that honours these parameters for output tokens."""
+        if self.controlled or self.alternatives is not None:
+            return Sampler.FULL
+        if self.temperature > 0 or self.min_tokens > 0:  # min_tokens masks stop ids
+            return Sampler.SAMPLE
+        return Sampler.GREEDY
+
+
+def _top_k(value: object) -> int:
+    return 0 if index(value) == UNLIMITED_TOP_K else whole("top_k", value, 0, MAX_ID)
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    return tuple(whole(name, token, 0, MAX_ID) for token in items(name, value, "token ids"))
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    """The stop strings; callers may also give one."""
+    stop = (value,) if isinstance(value, str) else items("stop", value, "strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise invalid("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS}")
+    for text in stop:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_LENGTH:
+            raise invalid("stop", text, f"strings of 1 to {MAX_STOP_STRING_LENGTH} characters")
+    return stop
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise invalid("logit_bias", value, "a mapping from token ids to numbers")
+    if len(value) > MAX_BIASED_TOKENS:
+        raise invalid("logit_bias", f"{len(value)} tokens", f"at most {MAX_BIASED_TOKENS}")
+    return {
+        whole("logit_bias", token, 0, MAX_ID): number(
+            f"logit_bias[{token}]", bias, -MAX_BIAS, MAX_BIAS
+        )
+        for token, bias in value.items()
+    }
+
+
+def _allowed(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = tuple(dict.fromkeys(_ids("allowed_token_ids", value)))
+    if not ids:
+        raise invalid("allowed_token_ids", [], "at least one token id, or None to allow all")
+    return ids
+
+
+def _bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Texts, which serving/intake.py will turn into tokens, and token sequences."""
+    given = (value,) if isinstance(value, str) else items("bad_words", value, "texts")
+    if len(given) > MAX_BAD_WORDS:
+        raise invalid("bad_words", f"{len(given)} entries", f"at most {MAX_BAD_WORDS}")
+    return tuple(dict.fromkeys(map(_bad_word, given)))
+
+
+def _bad_word(word: object) -> str | tuple[int, ...]:
+    if isinstance(word, str):
+        if not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
+            limit = f"texts of 1 to {MAX_BAD_WORD_LENGTH} characters, not of spaces alone"
+            raise invalid("bad_words", word, limit)
+        return word
+    ids = _ids("bad_words", word)
+    if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS:
+        raise invalid("bad_words", ids, f"sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids")
+    return ids
