@@ -12,18 +12,28 @@ __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
     "LLM": "quire.serving.llm",
-    "SamplingParams": "quire.sched.request",
+    "SamplingParams": "quire.sched.sampling_params",
+    "BeamSearchParams": "quire.serving.beam",
     "EngineConfig": "quire.config",
     "ServerConfig": "quire.config",
     "Completion": "quire.serving.llm",
     "Generation": "quire.serving.llm",
 }
 
-__all__ = ["LLM", "Completion", "EngineConfig", "Generation", "SamplingParams", "ServerConfig"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "Completion",
+    "EngineConfig",
+    "Generation",
+    "SamplingParams",
+    "ServerConfig",
+]
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig, ServerConfig
-    from quire.sched.request import SamplingParams
+    from quire.sched.sampling_params import SamplingParams
+    from quire.serving.beam import BeamSearchParams
     from quire.serving.llm import LLM, Completion, Generation
 
 

@@ -6,6 +6,9 @@ reading this code. `InvalidRequest` is also a `ValueError`, so offline users may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class QuireError(Exception):
     """Base of all errors Quire raises on purpose.
@@ -13,10 +16,12 @@ class QuireError(Exception):
     Attributes:
       grpc_code: name of the gRPC status code this maps to.
       http_status: HTTP status this maps to.
+      results: where `LLM.generate` raises it: all results of the call, those of other prompts whole.
     """
 
     grpc_code = "INTERNAL"
     http_status = 500
+    results: Sequence[Any] = ()
 
 
 class InvalidRequest(QuireError, ValueError):

@@ -15,7 +15,6 @@ from ..errors import CheckpointError
 from .json_fields import Fields, read_json_if_there
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
     "typical_p": (1,),
     "guidance_scale": (1,),
@@ -59,6 +58,7 @@ class GenerationConfig:
       eos_ids: token ids that end an answer, the first one being the usual.
       do_sample: false means greedy whatever the temperature (transformers' own default).
       temperature, top_k, top_p, min_p, max_new_tokens: default sampling values; top_k 0 is off.
+      repetition_penalty: holds whether do_sample is set or not, as in transformers.
       not_honoured: "name=value" of fields that would change the output and that Quire leaves out.
     """
 
@@ -69,6 +69,7 @@ class GenerationConfig:
     top_p: float | None = None
     min_p: float | None = None
     max_new_tokens: int | None = None
+    repetition_penalty: float | None = None
     not_honoured: tuple[str, ...] = ()
 
 
@@ -87,6 +88,11 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         top_p=fields.optional_number("top_p", above_low=True, high=1.0),
         min_p=fields.optional_number("min_p", high=1.0),
         max_new_tokens=fields.optional_integer("max_new_tokens"),
+        repetition_penalty=fields.optional_number(
+            "repetition_penalty",
+            above_low=True,
+            high=10.0,  # as SamplingParams takes it
+        ),
         not_honoured=_not_honoured(fields),
     )
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable
 
 from ..errors import InvalidRequest, invalid
-from ..model.plan import MAX_BAD_WORDS, MAX_STOP_IDS, RunnerSpec
+from ..model.plan import MAX_STOP_IDS, RunnerSpec
 from .request import FinishReason, Request
 from .sampling_params import SamplingParams
 from .sequence import stop_ids
@@ -70,9 +70,6 @@ def _check_ids(sampling: SamplingParams, spec: RunnerSpec) -> None:
         if isinstance(word, str):
             raise invalid("bad_words", word, "token ids by the time the request is submitted")
         ids.append(("bad_words", word))
-    if len(sampling.bad_words) > MAX_BAD_WORDS:
-        wrong = f"{len(sampling.bad_words)} token sequences"
-        raise invalid("bad_words", wrong, f"at most {MAX_BAD_WORDS}")
     for name, tokens in ids:
         for token in tokens:
             if token >= spec.vocab_size:

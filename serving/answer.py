@@ -1,7 +1,7 @@
 """One answer in the making: engine outputs in, chunks out, the whole answer at the end.
 
-Both faces use it: the offline `LLM` and the gRPC service. It owns the text of one request and says
-when a stop string ended it, which the engine cannot know.
+Both faces use it through choices.py, one Answer for each choice of a request. It owns the text of
+one choice and says when a stop string ended it, which the engine cannot know.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Chunk:
       stop_reason: on the last chunk, the stop string or stop token id that ended the answer; None
         for the model's own end of sequence.
       cached_tokens: prompt tokens whose KV was found in the prefix index.
+      index: which of the request's answers it belongs to.
+      sum_logprob: of the new tokens, where log-probabilities or best_of were asked for.
+      prompt_logprobs: on the first chunk of answer 0 where asked for: one entry a prompt token,
+        None for the first of them.
     """
 
     text: str
@@ -48,11 +52,17 @@ class Chunk:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    index: int = 0
+    sum_logprob: float | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 @dataclass(slots=True)
 class Completion:
-    """A whole answer; fields as in Chunk, summed up. `index` tells a request's answers apart."""
+    """A whole answer; fields as in Chunk, summed up. `index` tells a request's answers apart.
+
+    `cumulative_logprob` is known where log-probabilities or best_of were asked for.
+    """
 
     index: int
     text: str = ""
@@ -70,17 +80,15 @@ class Completion:
             if self.logprobs is None:
                 self.logprobs = []
             self.logprobs += chunk.logprobs
-            gained = sum(
-                at[token].logprob for at, token in zip(chunk.logprobs, chunk.token_ids, strict=True)
-            )
-            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + gained
+        if chunk.sum_logprob is not None:
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + chunk.sum_logprob
         if chunk.finish_reason is not None:
             self.finish_reason = chunk.finish_reason
             self.stop_reason = chunk.stop_reason
 
 
 class Answer:
-    """Follows one request.
+    """Follows one choice of a request.
 
     Args:
       sampling: of the request.
@@ -106,35 +114,27 @@ class Answer:
         """A stop string ended the answer."""
         return self._text is not None and self._text.stopped_by is not None
 
-    @property
-    def untold(self) -> FinishReason | None:
-        """Why the request ends if nobody reads on; None where the engine ended it and knows."""
-        if self.ended_by_text:
-            return FinishReason.STOP
-        return None if self.finished else FinishReason.ABORT
-
     def push(self, output: RequestOutput) -> Chunk | None:
-        """The chunk an engine output makes; None when the answer had already ended.
-
-        Raises:
-          QuireError: the request ended with an error.
-        """
+        """The chunk an engine output without an error makes; None when the answer had ended."""
         if self.finished:
             return None
-        if output.error is not None:
-            self.finished = True
-            raise output.error
         text, used = self._decode(output)
         tokens = output.tokens[:used]
         reason, stop_reason = self._end(output)
         self.finished = reason is not None
+        known, scores = output.logprobs, output.prompt_logprobs
         return Chunk(
             text=text,
             token_ids=list(tokens),
-            logprobs=self._logprobs(output.logprobs, used),
+            logprobs=self._logprobs(known, used),
             finish_reason=reason,
             stop_reason=stop_reason,
             cached_tokens=output.cached_tokens,
+            index=output.choice,
+            sum_logprob=None if known is None else sum(entry.logprob for entry in known[:used]),
+            prompt_logprobs=None
+            if scores is None
+            else [None if entry is None else self._position(entry) for entry in scores],
         )
 
     def _decode(self, output: RequestOutput) -> tuple[str, int]:
@@ -163,7 +163,9 @@ class Answer:
     def _logprobs(
         self, entries: tuple[TokenLogprobs, ...] | None, used: int
     ) -> list[PositionLogprobs] | None:
-        return None if entries is None else [self._position(entry) for entry in entries[:used]]
+        if entries is None or self._sampling.logprobs is None:  # best_of alone needs only sums
+            return None
+        return [self._position(entry) for entry in entries[:used]]
 
     def _position(self, entry: TokenLogprobs) -> PositionLogprobs:
         at = {

@@ -1,7 +1,7 @@
 """The gRPC service over one engine in this process: parsing, answering, ending calls.
 
     engine thread:  Engine --Mailbox.deliver(outputs of a step)--> event loop: one queue per request
-    handler:        parse -> Intake -> Engine.submit -> queue -> Answer -> messages
+    handler:        parse -> Intake -> Engine.submit -> queue -> Choices -> messages
 
 A call that ends early, for whatever reason, ends its request in the engine, which frees its pages.
 serving/server.py gives the service its life from bind to drain.
@@ -22,7 +22,8 @@ from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.engine import Engine
 from ..sched.request import Request, RequestOutput
-from .answer import Answer, Chunk, Completion
+from .answer import Chunk, Completion
+from .choices import Choices, best, check_streamable
 from .intake import Intake, Prompt
 from .wire import chunk_message, labels_of, prompt_of, response_message, sampling_of
 
@@ -95,15 +96,21 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
         async with self._call(context), aclosing(self._chunks(request, context)) as chunks:
-            completion = Completion(index=0)
-            async for asked, chunk in chunks:
-                completion.add(chunk)
-                if chunk.finish_reason is not None:
+            completions: dict[int, Completion] = {}
+            scores = None
+            async for asked, chunk, is_last in chunks:
+                completions.setdefault(chunk.index, Completion(chunk.index)).add(chunk)
+                scores = scores or chunk.prompt_logprobs
+                if is_last:
+                    answers = [completions[index] for index in sorted(completions)]
+                    total = sum(len(answer.token_ids) for answer in answers)
                     response = response_message(
-                        completion,
-                        alternatives=asked.sampling.logprobs or 0,
+                        best(answers, asked.sampling),
+                        asked.sampling,
+                        prompt=asked.prompt,
+                        prompt_logprobs=scores,
                         request_id=request.request_id or asked.id,
-                        usage=_usage(asked, len(completion.token_ids), chunk),
+                        usage=_usage(asked, total, chunk),
                     )
         return response
 
@@ -112,49 +119,60 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        async with self._call(context), aclosing(self._chunks(request, context)) as chunks:
+        chunks_of = self._chunks(request, context, streamed=True)
+        async with self._call(context), aclosing(chunks_of) as chunks:
             total, request_id = 0, None
-            async for asked, chunk in chunks:
+            async for asked, chunk, is_last in chunks:
                 total += len(chunk.token_ids)
                 first, request_id = request_id is None, request.request_id or asked.id
                 message = chunk_message(
                     chunk,
-                    alternatives=asked.sampling.logprobs or 0,
+                    asked.sampling,
+                    prompt=asked.prompt,
                     request_id=request_id if first else "",
-                    usage=_usage(asked, total, chunk) if chunk.finish_reason else None,
+                    usage=_usage(asked, total, chunk) if is_last else None,
                 )
                 await context.write(message)
 
     async def _chunks(
-        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[tuple[Request, Chunk], None]:
-        """Submits a request and yields its chunks; what is pending together comes as one."""
+        self,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        *,
+        streamed: bool = False,
+    ) -> AsyncGenerator[tuple[Request, Chunk, bool], None]:
+        """Submits a request and yields its chunks, and whether each is the last; what is pending
+        together for one answer comes as one."""
         if self._backend is None:
             raise Unavailable(self._closed_because)
         engine, intake, mailbox = self._backend
         prompt = await _tokens(intake, prompt_of(message))
         sampling = intake.default_sampling(len(prompt), **sampling_of(message))
+        if streamed:
+            check_streamable(sampling)
         left = context.time_remaining()
         deadline = None if left is None else time.monotonic() + left
         request = intake.request(prompt, sampling, labels_of(message, deadline))
-        answer = intake.answer(sampling)
+        choices = intake.choices(sampling)
         with self._name(message.request_id), mailbox.queue(request.id) as queue:
             engine.submit(request)
             try:
-                while not answer.finished:
+                while not choices.finished:
                     outputs = [await queue.get()]
                     while not queue.empty():
                         outputs.append(queue.get_nowait())
-                    chunk, error = _joined(answer, outputs)
-                    if chunk is not None:
-                        yield request, chunk
+                    chunks, error = _joined(choices, outputs)
+                    # Of stop strings the engine does not know.
+                    for reason, choice in choices.news():
+                        engine.finish(request.id, reason, choice)
+                    for chunk in chunks:
+                        yield request, chunk, choices.finished and chunk is chunks[-1]
                     if error is not None:
                         raise error
             finally:
-                # The engine has to be told when the caller went away, or when a stop string, which
-                # only the text shows, ended the answer.
-                if answer.untold is not None:
-                    engine.finish(request.id, answer.untold)
+                # Nor of callers who went away.
+                for reason, choice in choices.news(leaving=True):
+                    engine.finish(request.id, reason, choice)
 
     @asynccontextmanager
     async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -198,28 +216,31 @@ async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:
     return intake.tokens_of(prompt)
 
 
-def _joined(answer: Answer, outputs: list[RequestOutput]) -> tuple[Chunk | None, QuireError | None]:
-    """The chunks of several outputs as one, so that a slow caller gets fewer, larger messages; and
-    the error that ended the request, to be raised when the caller has what came before it."""
-    chunks, error = [], None
+def _joined(
+    choices: Choices, outputs: list[RequestOutput]
+) -> tuple[list[Chunk], QuireError | None]:
+    """The chunks of several outputs as one for each answer, so that a slow caller gets fewer, larger
+    messages; and the error that ended the request, to be raised when the caller has what came
+    before it."""
+    pending: dict[int, list[Chunk]] = {}
+    error = None
     for output in outputs:
         try:
-            chunk = answer.push(output)
+            chunk = choices.push(output)
         except QuireError as reason:
             error = reason
             break
         if chunk is not None:
-            chunks.append(chunk)
-    return _sum(chunks), error
+            pending.setdefault(chunk.index, []).append(chunk)
+    return [_sum(chunks) for chunks in pending.values()], error
 
 
-def _sum(chunks: list[Chunk]) -> Chunk | None:
-    if not chunks:
-        return None
-    last = chunks[-1]
+def _sum(chunks: list[Chunk]) -> Chunk:
+    first, last = chunks[0], chunks[-1]
     logprobs = None
     if last.logprobs is not None:
         logprobs = [position for c in chunks for position in c.logprobs or ()]
+    sums = [c.sum_logprob for c in chunks if c.sum_logprob is not None]
     return Chunk(
         text="".join([c.text for c in chunks]),
         token_ids=[token for c in chunks for token in c.token_ids],
@@ -227,6 +248,9 @@ def _sum(chunks: list[Chunk]) -> Chunk | None:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         cached_tokens=last.cached_tokens,
+        index=last.index,
+        sum_logprob=sum(sums) if sums else None,
+        prompt_logprobs=first.prompt_logprobs,
     )
 
 

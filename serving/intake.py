@@ -17,10 +17,11 @@ from typing import Any
 
 from ..checkpoints.folder import Checkpoint
 from ..errors import CheckpointError, InvalidRequest, invalid
-from ..model.plan import MAX_STOP_IDS, RunnerSpec
+from ..model.plan import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_IDS, RunnerSpec
 from ..sched.limits import check_request, context_limit
 from ..sched.request import Request, SamplingParams
 from .answer import Answer
+from .choices import Choices
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": [...]}."""
@@ -81,6 +82,8 @@ class Intake:
             least = chosen.get("min_tokens")
             wanted = max(model.max_new_tokens, int(least) if isinstance(least, Integral) else 0)
             own["max_tokens"] = min(wanted, room)
+        if model.repetition_penalty is not None:
+            own["repetition_penalty"] = model.repetition_penalty
         if model.do_sample:  # transformers, too, ignores the rest unless this is set
             names = ("temperature", "top_k", "top_p", "min_p")
             own |= {n: getattr(model, n) for n in names if getattr(model, n) is not None}
@@ -127,7 +130,7 @@ class Intake:
         request = Request(
             id=_drawn_id(labels.name),
             prompt=prompt,
-            sampling=_seeded(sampling),
+            sampling=_seeded(self._with_bad_words_as_ids(sampling)),
             eos_ids=self._eos_ids,
             priority=labels.priority,
             tenant=labels.tenant,
@@ -137,13 +140,50 @@ class Intake:
         check_request(request, self._spec)
         return request
 
-    def answer(self, sampling: SamplingParams) -> Answer:
-        """What will follow the request's outputs. Without a tokenizer, it has no text."""
-        decoder = None
-        if self._tokenizer is not None:
-            skip = sampling.skip_special_tokens
-            decoder = self._tokenizer.stream_decoder(skip_special_tokens=skip)
-        return Answer(sampling, decoder, self._token_text)
+    def choices(self, sampling: SamplingParams) -> Choices:
+        """What will follow the request's outputs. Without a tokenizer, its answers have no text."""
+
+        def answer() -> Answer:
+            decoder = None
+            if self._tokenizer is not None:
+                skip = sampling.skip_special_tokens
+                decoder = self._tokenizer.stream_decoder(skip_special_tokens=skip)
+            return Answer(sampling, decoder, self._token_text)
+
+        return Choices(sampling, answer)
+
+    def text_of(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole answer; empty without a tokenizer."""
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The model's end-of-sequence ids."""
+        return self._eos_ids
+
+    def _with_bad_words_as_ids(self, sampling: SamplingParams) -> SamplingParams:
+        """Texts become tokens, as they are written within a word and at its beginning."""
+        sequences: dict[tuple[int, ...], None] = {}  # each once, in order
+        for word in sampling.bad_words:
+            if not isinstance(word, str):
+                sequences[word] = None
+                continue
+            bare = word.lstrip()
+            for text in (bare, f" {bare}"):
+                ids = tuple(self._encode("bad_words", text, add_special_tokens=False))
+                if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS:
+                    shown = f"{word!r} ({len(ids)} tokens)"
+                    limit = f"texts of 1 to {MAX_BAD_WORD_TOKENS} tokens"
+                    raise InvalidRequest(f"bad_words: got {shown}, must be {limit}")
+                sequences[ids] = None
+        if len(sequences) > MAX_BAD_WORDS:
+            raise InvalidRequest(
+                f"bad_words: got {len(sequences)} token sequences, must be at most {MAX_BAD_WORDS} "
+                "(a text is two: with and without a space before it)"
+            )
+        return replace(sampling, bad_words=tuple(sequences)) if sequences else sampling
 
     def _text_of_token(self, token: int) -> str:
         if self._tokenizer is None:

@@ -15,21 +15,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 from ..config import EngineConfig, check_names
-from ..errors import InvalidRequest, invalid
+from ..errors import InvalidRequest, QuireError, invalid
 from ..sched.request import Request, SamplingParams
 from ..sched.stats import EngineStats
-from .answer import Answer, Chunk, Completion, Logprob, PositionLogprobs
+from . import beam
+from .answer import Chunk, Completion, Logprob, PositionLogprobs
 from .assemble import Assembled, assemble
+from .beam import Beam, BeamSearchParams, BeamSearchResult
+from .choices import Choices, best, check_streamable
 from .intake import Messages, Prompt
 from .progress import Reporter, Silent
 from .streams import Routes, Stream
 
-__all__ = ["LLM", "Chunk", "Completion", "Generation", "Logprob", "PositionLogprobs", "Stream"]
+__all__ = [
+    "LLM",
+    "Beam",
+    "BeamSearchParams",
+    "BeamSearchResult",
+    "Chunk",
+    "Completion",
+    "Generation",
+    "Logprob",
+    "PositionLogprobs",
+    "Stream",
+]
 
 Result = TypeVar("Result")
+
+_Requests = Sequence[tuple[Request, Choices]]
 
 
 @dataclass(slots=True)
@@ -39,14 +55,28 @@ class Generation:
     Attributes:
       prompt: the prompt's text, where it was given as text.
       prompt_token_ids: what the model saw.
-      outputs: one Completion.
+      outputs: `n` Completions; with best_of the best first.
       cached_tokens: prompt tokens whose KV was found in the prefix index.
+      completion_tokens: tokens made for all answers, those that best_of left out included.
+      prompt_logprobs: where asked for, one entry a prompt token, None for the first of them.
+      error: why the request failed, if it did; `outputs` then hold what had come by then.
     """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[Completion] = field(default_factory=list)
     cached_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    error: QuireError | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Appends a chunk to the answer that it belongs to."""
+        self.outputs[chunk.index].add(chunk)
+        self.cached_tokens = chunk.cached_tokens
+        self.completion_tokens += len(chunk.token_ids)
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
 
 
 class LLM:
@@ -88,6 +118,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Reporter | None = None,
+        return_errors: bool = False,
     ) -> list[Generation]:
         """Answers prompts, all in one batch; the answers come in the order of the prompts.
 
@@ -95,28 +126,61 @@ class LLM:
           prompts: one prompt or several; each is text, token ids or {"prompt_token_ids": [...]}.
           sampling_params: one for all, or one each; None takes the model's own defaults.
           progress: shown while the answers come.
+          return_errors: a request that fails on the way only says so in its `error`.
 
         Raises:
           InvalidRequest: a prompt or parameter cannot be served; then none of them runs.
+          QuireError: a request failed on the way. Raised when the others have ended; their answers
+            are in the error's `results`.
         """
         prompts = _as_list(prompts)
         tokens = self._tokens(prompts)
+        requests = self._requests(tokens, sampling_params)
         results = [
-            Generation(_text_of(p), list(t), [Completion(index=0)])
-            for p, t in zip(prompts, tokens, strict=True)
+            Generation(_text_of(p), list(t), [Completion(c) for c in range(r.sampling.choices)])
+            for p, t, (r, _) in zip(prompts, tokens, requests, strict=True)
         ]
-        done = 0
+        left = {i: len(result.outputs) for i, result in enumerate(results)}  # unfinished answers
         with (
-            self._submit(tokens, sampling_params) as stream,
+            self._stream(requests, failed=lambda i, error: (i, error)) as stream,
             (progress or Silent()).phase("generating") as update,
         ):
-            for i, chunk in stream:
-                results[i].outputs[0].add(chunk)
-                results[i].cached_tokens = chunk.cached_tokens
-                if chunk.finish_reason is not None:
-                    done += 1
-                    update(done, len(results))
+            for i, news in stream:
+                if isinstance(news, QuireError):
+                    results[i].error, left[i] = news, 0
+                else:
+                    results[i].add(news)
+                    left[i] -= news.finish_reason is not None
+                if not left[i]:
+                    del left[i]
+                    update(len(results) - len(left), len(results))
+        for result, (request, _) in zip(results, requests, strict=True):
+            result.outputs = best(result.outputs, request.sampling)
+        if not return_errors:
+            _raise_first(results)
         return results
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchResult]:
+        """The likeliest answers that beam search finds, best first; results in order of prompts.
+
+        Beams share their KV through the prefix index, so without `prefix_caching` each step
+        computes all of each beam again.
+
+        Raises:
+          InvalidRequest: a prompt or parameter cannot be served; then none of them runs.
+          QuireError: the engine failed on the way.
+        """
+        prompts = _as_list(prompts)
+        tokens = self._tokens(prompts)
+        for i, ids in enumerate(tokens):
+            _naming(i, tokens, beam.check, self._intake, ids, params)
+        found = beam.search(self._intake, self._stream, tokens, params)
+        return [
+            BeamSearchResult(_text_of(prompt), list(ids), beams)
+            for prompt, ids, beams in zip(prompts, tokens, found, strict=True)
+        ]
 
     def chat(
         self,
@@ -134,9 +198,12 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Stream[Chunk]:
-        """Answers one prompt piece by piece. Closing the stream early ends the request."""
+        """Answers one prompt piece by piece. Closing the stream early ends the request.
+
+        With n above 1, `Chunk.index` says which answer a piece is of.
+        """
         tokens = [self._intake.tokens_of(prompt)]
-        requests = self._requests(tokens, sampling_params)
+        requests = self._requests(tokens, sampling_params, streamed=True)
         return Stream(self._engine, self._routes, requests, lambda _, chunk: chunk, keep=self)
 
     def stream_chat(
@@ -154,7 +221,8 @@ class LLM:
 
         The requests are submitted by this call, not by the first `next`.
         """
-        return self._submit(self._tokens(_as_list(prompts)), sampling_params)
+        tokens = self._tokens(_as_list(prompts))
+        return self._stream(self._requests(tokens, sampling_params, streamed=True))
 
     def chat_prompt(self, messages: Messages, **template_args: Any) -> list[int]:
         """Token ids of chat messages, by the model's chat template."""
@@ -210,19 +278,25 @@ class LLM:
     def _tokens(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return [_naming(i, prompts, self._intake.tokens_of, p) for i, p in enumerate(prompts)]
 
-    def _submit(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> Stream[tuple[int, Chunk]]:
-        requests = self._requests(prompts, sampling)
-        return Stream(self._engine, self._routes, requests, lambda i, c: (i, c), keep=self)
+    @overload
+    def _stream(self, requests: _Requests) -> Stream[tuple[int, Chunk]]: ...
+
+    @overload
+    def _stream(
+        self, requests: _Requests, failed: Callable[[int, QuireError], tuple[int, QuireError]]
+    ) -> Stream[tuple[int, Chunk | QuireError]]: ...
+
+    def _stream(self, requests: _Requests, failed: Any = None) -> Any:
+        make = lambda i, chunk: (i, chunk)  # noqa: E731
+        return Stream(self._engine, self._routes, requests, make, failed, keep=self)
 
     def _requests(
         self,
         prompts: Sequence[tuple[int, ...]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[tuple[Request, Answer]]:
+        *,
+        streamed: bool = False,
+    ) -> list[tuple[Request, Choices]]:
         """All requests, checked, before the first is submitted."""
         if sampling is None:
             each = [self._intake.default_sampling(len(p)) for p in prompts]
@@ -239,8 +313,10 @@ class LLM:
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(params, SamplingParams):
                 raise invalid("sampling_params", type(params).__name__, "SamplingParams")
+            if streamed:
+                _naming(i, prompts, check_streamable, params)
             request = _naming(i, prompts, self._intake.request, prompt, params)
-            requests.append((request, self._intake.answer(params)))
+            requests.append((request, self._intake.choices(params)))
         return requests
 
 
@@ -252,6 +328,19 @@ def _naming(index: int, prompts: Sequence[Any], make: Callable[..., Result], *ar
         if len(prompts) == 1:
             raise
         raise InvalidRequest(f"prompt {index} of {len(prompts)} (from 0): {error}") from error
+
+
+def _raise_first(results: list[Generation]) -> None:
+    """Raises the error of the first request that failed, with all results."""
+    failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
+    for i, error in failed[:1]:
+        error.results = results
+        if len(results) > 1:
+            error.add_note(
+                f"prompt {i} of {len(results)} (from 0); {len(failed)} of them failed, and the "
+                "answers to the others are in the error's `results`"
+            )
+        raise error
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -5,10 +5,12 @@ A new field of the proto is read or written here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InvalidRequest
 from ..protos.v1 import generation_pb2 as pb
+from ..sched.sampling_params import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
 from .intake import Labels, Prompt
 
@@ -23,6 +25,12 @@ _SCALARS = (
     "ignore_eos",
     "logprobs",
     "skip_special_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "prompt_logprobs",
+    "n",
+    "best_of",
 )
 
 _FINISH = {
@@ -53,7 +61,19 @@ def sampling_of(request: pb.GenerateRequest) -> dict[str, Any]:
         chosen["stop"] = tuple(given.stop)
     if given.stop_token_ids:
         chosen["stop_token_ids"] = tuple(given.stop_token_ids)
+    if given.logit_bias:
+        chosen["logit_bias"] = dict(given.logit_bias)
+    if given.HasField("allowed_token_ids"):
+        chosen["allowed_token_ids"] = tuple(given.allowed_token_ids.ids)
+    if given.bad_words:
+        chosen["bad_words"] = tuple(_bad_word(word) for word in given.bad_words)
     return chosen
+
+
+def _bad_word(word: pb.BadWord) -> str | tuple[int, ...]:
+    if word.WhichOneof("word") == "token_ids":
+        return tuple(word.token_ids.ids)
+    return word.text
 
 
 def labels_of(request: pb.GenerateRequest, deadline: float | None) -> Labels:
@@ -68,13 +88,19 @@ def labels_of(request: pb.GenerateRequest, deadline: float | None) -> Labels:
 
 
 def chunk_message(
-    chunk: Chunk, *, alternatives: int, request_id: str, usage: pb.Usage | None
+    chunk: Chunk,
+    sampling: SamplingParams,
+    *,
+    prompt: tuple[int, ...],
+    request_id: str,
+    usage: pb.Usage | None,
 ) -> pb.GenerateChunk:
     """One message of a stream.
 
     Args:
       chunk: what it says.
-      alternatives: how many log-probabilities the caller asked for beside the chosen token's.
+      sampling: of the request.
+      prompt: of the request.
       request_id: on the first message, else empty.
       usage: on the last message, else None.
     """
@@ -82,25 +108,50 @@ def chunk_message(
         request_id=request_id,
         text=chunk.text,
         token_ids=chunk.token_ids,
-        logprobs=_logprobs(chunk.logprobs, chunk.token_ids, alternatives),
+        logprobs=_logprobs(chunk.logprobs, chunk.token_ids, sampling.logprobs),
         finish_reason=_FINISH[chunk.finish_reason],
         stop_reason=_stop_reason(chunk.stop_reason),
         usage=usage,
+        index=chunk.index,
+        prompt_logprobs=_logprobs(chunk.prompt_logprobs, prompt, sampling.prompt_logprobs),
     )
 
 
 def response_message(
-    completion: Completion, *, alternatives: int, request_id: str, usage: pb.Usage
+    completions: Sequence[Completion],
+    sampling: SamplingParams,
+    *,
+    prompt: tuple[int, ...],
+    prompt_logprobs: Sequence[PositionLogprobs | None] | None,
+    request_id: str,
+    usage: pb.Usage,
 ) -> pb.GenerateResponse:
-    """The whole answer in one message; arguments as of `chunk_message`."""
+    """The whole answers in one message; arguments as of `chunk_message`."""
+    choices = [_choice(completion, sampling.logprobs) for completion in completions]
+    first = choices[0]
     return pb.GenerateResponse(
         request_id=request_id,
+        text=first.text,
+        token_ids=first.token_ids,
+        logprobs=first.logprobs,
+        finish_reason=first.finish_reason,
+        stop_reason=first.stop_reason if first.HasField("stop_reason") else None,
+        usage=usage,
+        choices=choices if len(choices) > 1 else (),
+        prompt_logprobs=_logprobs(prompt_logprobs, prompt, sampling.prompt_logprobs),
+        cumulative_logprob=completions[0].cumulative_logprob,
+    )
+
+
+def _choice(completion: Completion, alternatives: int | None) -> pb.Choice:
+    return pb.Choice(
+        index=completion.index,
         text=completion.text,
         token_ids=completion.token_ids,
         logprobs=_logprobs(completion.logprobs, completion.token_ids, alternatives),
         finish_reason=_FINISH[completion.finish_reason],
         stop_reason=_stop_reason(completion.stop_reason),
-        usage=usage,
+        cumulative_logprob=completion.cumulative_logprob,
     )
 
 
@@ -113,11 +164,16 @@ def _stop_reason(reason: str | int | None) -> pb.StopReason | None:
 
 
 def _logprobs(
-    positions: list[PositionLogprobs] | None, tokens: list[int], alternatives: int
+    positions: Sequence[PositionLogprobs | None] | None,
+    tokens: Sequence[int],
+    alternatives: int | None,
 ) -> list[pb.PositionLogprobs]:
     if positions is None:
         return []
-    return [_position(at, t, alternatives) for at, t in zip(positions, tokens, strict=True)]
+    return [
+        pb.PositionLogprobs() if at is None else _position(at, token, alternatives or 0)
+        for at, token in zip(positions, tokens, strict=True)
+    ]
 
 
 def _position(at: PositionLogprobs, chosen: int, alternatives: int) -> pb.PositionLogprobs:

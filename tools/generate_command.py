@@ -1,8 +1,9 @@
 """`quire generate MODEL (--prompt TEXT | --prompt-ids 1,2,3 | --prompts-file F) [--json]`.
 
-Answers go to stdout in the order of the prompts: the text alone for one prompt, with a line above
+Answers go to stdout in the order of the prompts: the text alone for one answer, with a line above
 each that says whose it is for several, or with --json one object a line (for one prompt, one).
-Without a tokenizer, token ids stand for the text.
+Without a tokenizer, token ids stand for the text. If a prompt fails on the way, the others' answers
+are printed and the command fails.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from .sampling_flags import add_sampling, sampling_from
 
 if TYPE_CHECKING:
     from ..serving.intake import Prompt
-    from ..serving.llm import Completion, Generation
+    from ..serving.llm import Completion, Generation, PositionLogprobs
 
 _SHOWN = 60  # characters of a prompt in the line above its answer
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a prompt, each on its line"
     )
-    add_sampling(parser)
+    add_sampling(parser, several=True)
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
@@ -62,11 +64,14 @@ def run(args: argparse.Namespace) -> None:
     reporter = Terminal()
     with LLM(reporter=reporter, **settings) as llm:
         sampling = [llm.default_sampling_params(prompt, **chosen) for prompt in prompts]
-        results = llm.generate(prompts, sampling, progress=reporter)
+        results = llm.generate(prompts, sampling, progress=reporter, return_errors=True)
     if args.json:
         _write_json(results)
     else:
         _write_text(results, has_text)
+    for result in results:
+        if result.error is not None:
+            raise result.error
 
 
 def _has_text(prompts: list[Prompt], settings: dict[str, Any]) -> bool:
@@ -102,11 +107,15 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
 
 
 def _write_text(results: list[Generation], has_text: bool) -> None:
-    for i, result in enumerate(results):
-        if len(results) > 1:
-            gap = "\n" if i else ""
-            sys.stdout.write(f"{gap}==> {i + 1} of {len(results)}: {_shown(result)} <==\n")
-        answer = result.outputs[0]
+    answers = [(i, result, a) for i, result in enumerate(results) for a in result.outputs]
+    for at, (i, result, answer) in enumerate(answers):
+        if len(answers) > 1:
+            gap = "\n" if at else ""
+            which = f"{i + 1} of {len(results)}"
+            if len(result.outputs) > 1:
+                which += f", answer {answer.index + 1} of {len(result.outputs)}"
+            failed = " (failed)" if result.error is not None else ""
+            sys.stdout.write(f"{gap}==> {which}: {_shown(result)} <=={failed}\n")
         said = answer.text if has_text else ",".join(map(str, answer.token_ids))
         sys.stdout.write(said + "\n")
 
@@ -127,37 +136,45 @@ def _write_json(results: list[Generation]) -> None:
 
 def as_json(result: Generation) -> dict[str, Any]:
     """One prompt's result, as `--json` prints it."""
-    answers = result.outputs
     return {
         "prompt_token_ids": result.prompt_token_ids,
-        "outputs": [_answer(a) for a in answers],
+        "prompt_logprobs": None
+        if result.prompt_logprobs is None
+        else _positions(result.prompt_token_ids, result.prompt_logprobs),
+        "outputs": [_answer(a) for a in result.outputs],
         "usage": {
             "prompt_tokens": len(result.prompt_token_ids),
-            "completion_tokens": sum(len(a.token_ids) for a in answers),
+            "completion_tokens": result.completion_tokens,
             "cached_tokens": result.cached_tokens,
         },
+        "error": None if result.error is None else str(result.error),
     }
 
 
 def _answer(answer: Completion) -> dict[str, Any]:
+    known = answer.logprobs
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
-        "logprobs": _logprobs(answer),
+        "cumulative_logprob": answer.cumulative_logprob,
+        "logprobs": None if known is None else _positions(answer.token_ids, known),
     }
 
 
-def _logprobs(answer: Completion) -> list[dict[str, Any]] | None:
+def _positions(
+    tokens: Sequence[int], positions: Sequence[PositionLogprobs | None]
+) -> list[dict[str, Any] | None]:
     """For each token its own log-probability, and that of each alternative asked for."""
-    if answer.logprobs is None:
-        return None
-    positions = []
-    for chosen, at in zip(answer.token_ids, answer.logprobs, strict=True):
+    shown: list[dict[str, Any] | None] = []
+    for chosen, at in zip(tokens, positions, strict=True):
+        if at is None:  # the first token of a prompt
+            shown.append(None)
+            continue
         entries = [
             {"token_id": t, "token": p.decoded_token, "logprob": p.logprob, "rank": p.rank}
             for t, p in at.items()
         ]
         own = next(entry for entry in entries if entry["token_id"] == chosen)
-        positions.append({**own, "alternatives": [e for e in entries if e is not own]})
-    return positions
+        shown.append({**own, "alternatives": [e for e in entries if e is not own]})
+    return shown

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n quire/protos/v1/generation.proto\x12\x08quire.v1\"\xca\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.quire.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.quire.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xb0\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x1a\n\x0estop_token_ids\x18\t \x03(\rB\x02\x10\x01\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x08\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\t\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"N\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.quire.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.quire.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"?\n\nStopReason\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x42\x08\n\x06reason\"\xf3\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12)\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x14.quire.v1.StopReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.quire.v1.Usage\"\xf0\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12)\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x14.quire.v1.StopReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.quire.v1.Usage*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9e\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x19.quire.v1.GenerateRequest\x1a\x1a.quire.v1.GenerateResponse\x12\x46\n\x0eStreamGenerate\x12\x19.quire.v1.GenerateRequest\x1a\x17.quire.v1.GenerateChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n quire/protos/v1/generation.proto\x12\x08quire.v1\"\xca\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.quire.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.quire.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"J\n\x07\x42\x61\x64Word\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.quire.v1.TokenIdsH\x00\x42\x06\n\x04word\"\x80\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x1a\n\x0estop_token_ids\x18\t \x03(\rB\x02\x10\x01\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x08\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x02H\x0b\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x02H\x0c\x88\x01\x01\x12;\n\nlogit_bias\x18\x10 \x03(\x0b\x32\'.quire.v1.SamplingParams.LogitBiasEntry\x12-\n\x11\x61llowed_token_ids\x18\x11 \x01(\x0b\x32\x12.quire.v1.TokenIds\x12$\n\tbad_words\x18\x12 \x03(\x0b\x32\x11.quire.v1.BadWord\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\r\x88\x01\x01\x12\x0e\n\x01n\x18\x14 \x01(\rH\x0e\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x15 \x01(\rH\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x12\n\x10_prompt_logprobsB\x04\n\x02_nB\n\n\x08_best_of\"N\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.quire.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.quire.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"?\n\nStopReason\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x42\x08\n\x06reason\"\xfc\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12)\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x14.quire.v1.StopReason\x12\x1f\n\x12\x63umulative_logprob\x18\x07 \x01(\x02H\x00\x88\x01\x01\x42\x15\n\x13_cumulative_logprob\"\x83\x03\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12)\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x14.quire.v1.StopReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.quire.v1.Usage\x12!\n\x07\x63hoices\x18\x08 \x03(\x0b\x32\x10.quire.v1.Choice\x12\x33\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12\x1f\n\x12\x63umulative_logprob\x18\n \x01(\x02H\x00\x88\x01\x01\x42\x15\n\x13_cumulative_logprob\"\xb4\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.quire.v1.FinishReason\x12)\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x14.quire.v1.StopReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.quire.v1.Usage\x12\r\n\x05index\x18\x08 \x01(\r\x12\x33\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1a.quire.v1.PositionLogprobs*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9e\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x19.quire.v1.GenerateRequest\x1a\x1a.quire.v1.GenerateResponse\x12\x46\n\x0eStreamGenerate\x12\x19.quire.v1.GenerateRequest\x1a\x17.quire.v1.GenerateChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._serialized_options = b'\020\001'
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS'].fields_by_name['stop_token_ids']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['stop_token_ids']._serialized_options = b'\020\001'
+  _globals['_CHOICE'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_CHOICE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_GENERATERESPONSE'].fields_by_name['token_ids']._loaded_options = None
   _globals['_GENERATERESPONSE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_GENERATECHUNK'].fields_by_name['token_ids']._loaded_options = None
   _globals['_GENERATECHUNK'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_FINISHREASON']._serialized_start=1528
-  _globals['_FINISHREASON']._serialized_end=1623
+  _globals['_FINISHREASON']._serialized_start=2535
+  _globals['_FINISHREASON']._serialized_end=2630
   _globals['_GENERATEREQUEST']._serialized_start=47
   _globals['_GENERATEREQUEST']._serialized_end=249
   _globals['_TOKENIDS']._serialized_start=251
   _globals['_TOKENIDS']._serialized_end=278
-  _globals['_SAMPLINGPARAMS']._serialized_start=281
-  _globals['_SAMPLINGPARAMS']._serialized_end=713
-  _globals['_TOKENLOGPROB']._serialized_start=715
-  _globals['_TOKENLOGPROB']._serialized_end=793
-  _globals['_POSITIONLOGPROBS']._serialized_start=795
-  _globals['_POSITIONLOGPROBS']._serialized_end=890
-  _globals['_USAGE']._serialized_start=892
-  _globals['_USAGE']._serialized_end=972
-  _globals['_STOPREASON']._serialized_start=974
-  _globals['_STOPREASON']._serialized_end=1037
-  _globals['_GENERATERESPONSE']._serialized_start=1040
-  _globals['_GENERATERESPONSE']._serialized_end=1283
-  _globals['_GENERATECHUNK']._serialized_start=1286
-  _globals['_GENERATECHUNK']._serialized_end=1526
-  _globals['_GENERATIONSERVICE']._serialized_start=1626
-  _globals['_GENERATIONSERVICE']._serialized_end=1784
+  _globals['_BADWORD']._serialized_start=280
+  _globals['_BADWORD']._serialized_end=354
+  _globals['_SAMPLINGPARAMS']._serialized_start=357
+  _globals['_SAMPLINGPARAMS']._serialized_end=1253
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=964
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1012
+  _globals['_TOKENLOGPROB']._serialized_start=1255
+  _globals['_TOKENLOGPROB']._serialized_end=1333
+  _globals['_POSITIONLOGPROBS']._serialized_start=1335
+  _globals['_POSITIONLOGPROBS']._serialized_end=1430
+  _globals['_USAGE']._serialized_start=1432
+  _globals['_USAGE']._serialized_end=1512
+  _globals['_STOPREASON']._serialized_start=1514
+  _globals['_STOPREASON']._serialized_end=1577
+  _globals['_CHOICE']._serialized_start=1580
+  _globals['_CHOICE']._serialized_end=1832
+  _globals['_GENERATERESPONSE']._serialized_start=1835
+  _globals['_GENERATERESPONSE']._serialized_end=2222
+  _globals['_GENERATECHUNK']._serialized_start=2225
+  _globals['_GENERATECHUNK']._serialized_end=2533
+  _globals['_GENERATIONSERVICE']._serialized_start=2633
+  _globals['_GENERATIONSERVICE']._serialized_end=2791
 # @@protoc_insertion_point(module_scope)

@@ -59,7 +59,8 @@ class GenerationServiceServicer(object):
 
     def StreamGenerate(self, request, context):
         """One prompt in, the answer in pieces. Joined, the pieces of text equal Generate's text. The last
-        message has finish_reason and usage. Cancelling the call ends the request and frees its pages.
+        message of an answer has its finish_reason, the last message of all has usage. Cancelling the
+        call ends the request and frees its pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

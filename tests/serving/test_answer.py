@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from quire.checkpoints.detokenize import StreamDecoder
-from quire.errors import Internal
 from quire.sched.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 from quire.serving.answer import Answer, Chunk, Completion, Logprob
 
@@ -74,14 +73,6 @@ def test_a_stop_id_has_no_text_and_is_the_reason_if_asked_for(
     assert last == Chunk("a!", [0, 2], finish_reason="stop", stop_reason=reason)
 
 
-def test_an_error_is_raised_once() -> None:
-    answer = make()
-    with pytest.raises(Internal, match="broken"):
-        answer.push(out(finish_reason=FinishReason.ERROR, error=Internal("broken")))
-    assert answer.finished
-    assert answer.push(out(1)) is None
-
-
 def test_log_probabilities_have_the_chosen_token_and_the_alternatives() -> None:
     answer = make(logprobs=2, stop="b")
     chunk = answer.push(out(0, 1, 2, logprobs=(entry(0, 5, 0), entry(1, 5, 6), entry(2, 2, 3))))
@@ -95,6 +86,21 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     answer = Answer(SamplingParams(), None, lambda token: "")
     last = answer.push(out(1, 2, finish_reason=FinishReason.LENGTH))
     assert last == Chunk("", [1, 2], finish_reason="length")
+
+
+def test_best_of_alone_gets_sums_and_no_positions() -> None:
+    chunk = make(best_of=2, stop="b").push(out(0, 1, 2, logprobs=(entry(0), entry(1), entry(2))))
+    assert chunk is not None and (chunk.logprobs, chunk.sum_logprob) == (None, -3.0)
+
+
+def test_prompt_log_probabilities_come_as_they_are() -> None:
+    scores = (None, entry(3, 4))
+    chunk = make(prompt_logprobs=1).push(out(0, choice=2, prompt_logprobs=scores))
+    assert chunk is not None and chunk.index == 2 and chunk.logprobs is None
+    assert chunk.prompt_logprobs == [
+        None,
+        {4: Logprob(0.0, 1, "<4>"), 3: Logprob(-1.5, 7, "<3>")},
+    ]
 
 
 def test_a_completion_sums_chunks_up() -> None:
@@ -112,19 +118,3 @@ def test_a_completion_sums_chunks_up() -> None:
     assert [list(at) for at in completion.logprobs] == [[0], [1], [2]]
     assert completion.cumulative_logprob == pytest.approx(-4.5)
     assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
-
-
-def test_the_engine_is_told_only_what_it_cannot_know() -> None:
-    left = make(stop="b")
-    left.push(out(0))
-    assert left.untold is FinishReason.ABORT
-    by_text = make(stop="b")
-    by_text.push(out(1))
-    assert by_text.untold is FinishReason.STOP
-    by_length = make()
-    by_length.push(out(0, finish_reason=FinishReason.LENGTH))
-    assert by_length.untold is None
-    failed = make()
-    with pytest.raises(Internal):
-        failed.push(out(finish_reason=FinishReason.ERROR, error=Internal("broken")))
-    assert failed.untold is None

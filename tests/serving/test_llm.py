@@ -139,9 +139,9 @@ def test_the_engine_hears_why_an_answer_ended(llm: LLM, monkeypatch: pytest.Monk
     heard: list[str] = []
     finish = llm.parts.engine.finish
 
-    def spy(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+    def spy(request_id: str, reason: FinishReason, choice: int | None) -> None:
         heard.append(reason.value)
-        finish(request_id, reason)
+        finish(request_id, reason, choice)
 
     monkeypatch.setattr(llm.parts.engine, "finish", spy)
     answer(llm, PROMPTS[0])

@@ -32,12 +32,25 @@ SET = {
     "ignore_eos": True,
     "logprobs": 4,
     "skip_special_tokens": False,
+    "repetition_penalty": 1.5,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {7: 2.5},
+    "allowed_token_ids": (7, 8),
+    "bad_words": ("no", (1, 2)),
+    "prompt_logprobs": 3,
+    "n": 2,
+    "best_of": 3,
+}
+MESSAGES = {
+    "allowed_token_ids": pb.TokenIds(ids=[7, 8]),
+    "bad_words": [pb.BadWord(text="no"), pb.BadWord(token_ids=pb.TokenIds(ids=[1, 2]))],
 }
 
 
 def test_every_field_of_sampling_is_read() -> None:
     assert set(SET) == {f.name for f in pb.SamplingParams.DESCRIPTOR.fields}
-    request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(**SET))
+    request = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(**{**SET, **MESSAGES}))
     assert sampling_of(request) == SET
     SamplingParams(**SET)  # the same names and meanings offline
 
@@ -47,7 +60,9 @@ def test_unset_is_the_models_default_and_an_explicit_zero_is_zero() -> None:
     assert sampling_of(pb.GenerateRequest(text="x", sampling=pb.SamplingParams())) == {}
     zeros: dict[str, Any] = {}
     for field in pb.SamplingParams.DESCRIPTOR.fields:
-        if not isinstance(SET[field.name], tuple):  # lists are unset when empty
+        if field.name == "allowed_token_ids":
+            assert field.has_presence
+        elif not isinstance(SET[field.name], tuple | dict):  # lists are unset when empty
             assert field.has_presence, f"{field.name} must tell unset from zero"
             zeros[field.name] = field.default_value
     assert sampling_of(pb.GenerateRequest(sampling=pb.SamplingParams(**zeros))) == zeros
@@ -73,6 +88,15 @@ def test_unset_is_the_models_default_and_an_explicit_zero_is_zero() -> None:
         ("stop", ["x"] * 17),
         ("stop_token_ids", [1] * 17),
         ("stop_token_ids", [2**32 - 1]),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", float("nan")),
+        ("allowed_token_ids", pb.TokenIds()),
+        ("bad_words", [pb.BadWord()]),
+        ("bad_words", [pb.BadWord(token_ids=pb.TokenIds())]),
+        ("prompt_logprobs", 21),
+        ("n", 0),
+        ("best_of", 129),
     ],
 )
 def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
@@ -111,35 +135,84 @@ def as_tuples(position: pb.PositionLogprobs) -> list[tuple[int, str, float, int]
     return [(e.token_id, e.token, e.logprob, e.rank) for e in entries]
 
 
+SAMPLING = SamplingParams(logprobs=2, prompt_logprobs=1)
+
+
 def test_a_response_has_every_field() -> None:
-    completion = Completion(0, "text", [7, 8], None, LOGPROBS, "stop", "\n")
-    message = response_message(completion, alternatives=2, request_id="r", usage=USAGE)
+    completions = [
+        Completion(0, "text", [7, 8], -1.5, LOGPROBS, "stop", "\n"),
+        Completion(1, "more", [7], None, None, "length", None),
+    ]
+    message = response_message(
+        completions,
+        SAMPLING,
+        prompt=(4, 7),
+        prompt_logprobs=[None, LOGPROBS[0]],
+        request_id="r",
+        usage=USAGE,
+    )
     assert {f.name for f, _ in message.ListFields()} == set(
         pb.GenerateResponse.DESCRIPTOR.fields_by_name
     )
     assert (message.request_id, message.text, list(message.token_ids)) == ("r", "text", [7, 8])
     assert message.finish_reason == pb.FINISH_REASON_STOP
     assert message.stop_reason == pb.StopReason(stop="\n")
-    assert message.usage == USAGE
+    assert (message.usage, message.cumulative_logprob) == (USAGE, -1.5)
     five, seven, eight = (5, "five", -0.5, 1), (7, "seven", -1.5, 2), (8, "eight", -2.5, 9)
     assert [e[0] for e in as_tuples(message.logprobs[0])] == [7, 5, 7]
     # A chosen token that is none of the alternatives is not among them.
     assert as_tuples(message.logprobs[1]) == [eight, five, seven]
+    nothing, second = message.prompt_logprobs
+    assert not nothing.HasField("chosen") and not nothing.top
+    assert [e[0] for e in as_tuples(second)] == [7, 5]
+    first, other = message.choices
+    assert {f.name for f, _ in first.ListFields()} | {"index"} == set(
+        pb.Choice.DESCRIPTOR.fields_by_name
+    )
+    assert (first.text, first.stop_reason, first.logprobs) == (
+        message.text,
+        message.stop_reason,
+        message.logprobs,
+    )
+    assert (other.index, other.text, list(other.token_ids)) == (1, "more", [7])
+    assert not other.HasField("stop_reason") and not other.HasField("cumulative_logprob")
+
+
+def test_a_response_of_one_answer_says_it_once() -> None:
+    message = response_message(
+        [Completion(0, "text", [7], None, None, "length")],
+        SamplingParams(),
+        prompt=(1,),
+        prompt_logprobs=None,
+        request_id="r",
+        usage=USAGE,
+    )
+    assert not message.choices and not message.HasField("stop_reason")
+    assert not message.HasField("cumulative_logprob")
+
+
+def chunk_of(chunk: Chunk, sampling: SamplingParams = SAMPLING, **more: Any) -> pb.GenerateChunk:
+    return chunk_message(
+        chunk, sampling, prompt=(4, 7), **{"request_id": "", "usage": None, **more}
+    )
 
 
 def test_a_chunk_has_every_field() -> None:
-    chunk = Chunk("text", [7, 8], LOGPROBS, "length", 8)
-    message = chunk_message(chunk, alternatives=2, request_id="r", usage=USAGE)
+    chunk = Chunk(
+        "text", [7, 8], LOGPROBS, "length", 8, index=1, prompt_logprobs=[None, LOGPROBS[0]]
+    )
+    message = chunk_of(chunk, request_id="r", usage=USAGE)
     assert {f.name for f, _ in message.ListFields()} == set(
         pb.GenerateChunk.DESCRIPTOR.fields_by_name
     )
-    assert message.finish_reason == pb.FINISH_REASON_LENGTH
+    assert message.finish_reason == pb.FINISH_REASON_LENGTH and message.index == 1
     assert message.stop_reason == pb.StopReason(stop_token_id=8)
     assert [len(p.top) for p in message.logprobs] == [2, 2]
+    assert [len(p.top) for p in message.prompt_logprobs] == [0, 1]
 
 
 def test_a_chunk_in_the_middle_is_small() -> None:
-    message = chunk_message(Chunk("t", [7]), alternatives=0, request_id="", usage=None)
+    message = chunk_of(Chunk("t", [7]))
     assert [f.name for f, _ in message.ListFields()] == ["text", "token_ids"]
     assert message.finish_reason == pb.FINISH_REASON_UNSPECIFIED
     assert not message.HasField("stop_reason")
@@ -147,5 +220,5 @@ def test_a_chunk_in_the_middle_is_small() -> None:
 
 def test_log_probabilities_of_the_chosen_token_alone() -> None:
     chunk = Chunk("t", [7], [{7: Logprob(-1.0, 3, "seven")}])
-    message = chunk_message(chunk, alternatives=0, request_id="", usage=None)
+    message = chunk_of(chunk, SamplingParams(logprobs=0))
     assert as_tuples(message.logprobs[0]) == [(7, "seven", -1.0, 3)]
