@@ -24,6 +24,7 @@ from quire.errors import Unavailable
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
+from quire.serving.choices import Choices
 from quire.serving.grpc_server import Mailbox, _joined
 from quire.serving.server import Server
 
@@ -98,6 +99,7 @@ def test_generate_is_the_joined_stream_is_the_offline_answer(
     streamed = joined(served.stub.StreamGenerate(request, timeout=60))
     for response in (whole, streamed):  # the second one finds the prompt cached
         response.usage.cached_tokens = 0
+        response.ClearField("cumulative_logprob")  # of a whole answer only
     assert whole == streamed
 
     given = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **sampling}
@@ -368,9 +370,9 @@ def test_the_engine_hears_why_a_call_ended(
     heard: list[str] = []
     finish = served.engine.finish
 
-    def spy(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+    def spy(request_id: str, reason: FinishReason, choice: int | None) -> None:
         heard.append(reason.value)
-        finish(request_id, reason)
+        finish(request_id, reason, choice)
 
     monkeypatch.setattr(served.engine, "finish", spy)
     served.stub.Generate(ask(), timeout=60)
@@ -385,10 +387,12 @@ def test_the_engine_hears_why_a_call_ended(
 
 
 def test_what_came_before_an_error_is_the_callers() -> None:
-    answer = Answer(SamplingParams(), None, str)
+    sampling = SamplingParams(n=2)
+    choices = Choices(sampling, lambda: Answer(sampling, None, str))
     ended = RequestOutput("r", finish_reason=FinishReason.ERROR, error=Unavailable("gone"))
-    chunk, error = _joined(answer, [RequestOutput("r", (1,)), RequestOutput("r", (2,)), ended])
-    assert chunk is not None and chunk.token_ids == [1, 2]
+    outputs = [RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)]
+    chunks, error = _joined(choices, [*outputs, ended])
+    assert [(chunk.index, chunk.token_ids) for chunk in chunks] == [(1, [1, 3]), (0, [2])]
     assert error is ended.error
 
 

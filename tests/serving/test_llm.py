@@ -412,7 +412,7 @@ def test_without_sampling_params_the_models_defaults_count(
 ) -> None:
     assert llm.default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=None)
     generation = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.8,
-                  "max_new_tokens": 6, "repetition_penalty": 1.1}  # fmt: skip
+                  "max_new_tokens": 6, "repetition_penalty": 1.1, "typical_p": 0.5}  # fmt: skip
     notes: list[str] = []
 
     class Notes(Silent):
@@ -421,14 +421,16 @@ def test_without_sampling_params_the_models_defaults_count(
 
     tiny_checkpoint.write(tmp_path, generation=generation)
     with LLM(tmp_path, reporter=Notes(), **SETTINGS) as own:
-        expected = SamplingParams(temperature=0.7, top_k=5, top_p=0.8, max_tokens=6)
+        expected = SamplingParams(
+            temperature=0.7, top_k=5, top_p=0.8, max_tokens=6, repetition_penalty=1.1
+        )
         assert own.default_sampling_params() == expected
         assert own.default_sampling_params(top_k=0, max_tokens=9).max_tokens == 9
         nearly_full = [1] * (tiny_checkpoint.CONTEXT - 4)
         assert own.default_sampling_params(nearly_full).max_tokens == 4
         results = own.generate([PROMPTS[0], nearly_full])
         assert [len(r.outputs[0].token_ids) <= n for r, n in zip(results, (6, 4), strict=True)]
-    assert any("repetition_penalty=1.1" in note for note in notes)
+    assert any("not honoured: typical_p=0.5" in note for note in notes)
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_token_ids(tmp_path: Path, llm: LLM) -> None:
