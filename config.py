@@ -133,6 +133,14 @@ class EngineConfig:
     )
     prefix_caching: bool = setting(True, "share the KV of equal prompt prefixes")
     overlap: bool = setting(True, "launch a step while the results of the last are collected")
+    decode_steps: int = setting(
+        1,
+        "tokens each answer may gain in one dispatch while no prompt waits; saves host time, but a "
+        "prompt that arrives waits until the dispatch ends: keep this times the time of a decode "
+        "step under 15 ms",
+        low=1,
+        high=16,
+    )
     max_queue: int = setting(1024, "requests that may wait before more are refused", low=1)
     warmup: bool = setting(
         True, "compile every step program before ready; off compiles each at its first use"

@@ -118,7 +118,8 @@ def settle(
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
     num_seqs = config.max_num_seqs or defaults.num_seqs
     tokens = config.max_batched_tokens or max(defaults.batched_tokens, 2 * num_seqs)
-    ladder = make_ladder(num_seqs, tokens, max_programs=defaults.programs)
+    k = config.decode_steps
+    ladder = make_ladder(num_seqs, tokens, max_programs=defaults.programs, max_k=k)
     longest = _longest(config, model)
 
     weights = weight_bytes(local_config(model, shards), dtype)
@@ -153,6 +154,7 @@ def settle(
         max_model_len=longest,
         vocab_size=model.vocab_size,
         ladder=ladder,
+        max_k=k,
     )
     return Sizes(
         dtype=dtype,
