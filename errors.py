@@ -16,7 +16,7 @@ class QuireError(Exception):
     Attributes:
       grpc_code: name of the gRPC status code this maps to.
       http_status: HTTP status this maps to.
-      results: where `LLM.generate` raises it: all results of the call, those of other prompts whole.
+      results: all results of the call, where `LLM.generate` raises it; others' are whole.
     """
 
     grpc_code = "INTERNAL"

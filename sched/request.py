@@ -78,8 +78,8 @@ class RequestOutput:
       logprobs: one entry a token where asked for, else None.
       prompt_logprobs: on the first output of choice 0 where asked for: one entry a prompt token,
         None for the first of them.
-      finish_reason: None while more will come. A choice has exactly one output with a reason, unless
-        its request ends with an error.
+      finish_reason: None while more will come. A choice has exactly one output with a reason,
+        unless its request ends with an error.
       ended: the request ends with this output; exactly one of its outputs says so. An error ends
         all choices at once.
       stop_token: the stop or end-of-sequence id that ended the choice, if one did.

@@ -38,9 +38,7 @@ def logprobs_of(
     arrays: LogprobArrays, row: int, tokens: list[int], alternatives: int
 ) -> tuple[TokenLogprobs, ...]:
     """The log-probabilities of a row's tokens, with as many alternatives as were asked for."""
-    return tuple(
-        _entry(arrays, (row, at), token, alternatives) for at, token in enumerate(tokens)
-    )
+    return tuple(_entry(arrays, (row, at), token, alternatives) for at, token in enumerate(tokens))
 
 
 def gather_scores(group: Group, start: int, targets: list[int], arrays: LogprobArrays) -> bool:

@@ -7,8 +7,8 @@ own past, so a step computes less than a page a beam.
 The search is transformers' (`generate(num_beams=...)`, no sampling): in each step the continuations
 of all beams are ranked by the sum of their tokens' log-probabilities. Those among the first
 `beam_width` that end (by an end-of-sequence id, or at max_tokens) become answers, scored by
-sum / length ** length_penalty; the best `beam_width` others live on. It ends when the best live beam,
-scored at its length, is no better than the worst of `beam_width` answers.
+sum / length ** length_penalty; the best `beam_width` others live on. It ends when the best live
+beam, scored at its length, is no better than the worst of `beam_width` answers.
 """
 
 from __future__ import annotations

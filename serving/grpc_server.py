@@ -157,7 +157,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         with self._name(message.request_id), mailbox.queue(request.id) as queue:
             engine.submit(request)
             try:
-                while not choices.finished:
+                while True:
                     outputs = [await queue.get()]
                     while not queue.empty():
                         outputs.append(queue.get_nowait())
@@ -169,6 +169,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                         yield request, chunk, choices.finished and chunk is chunks[-1]
                     if error is not None:
                         raise error
+                    if choices.finished:
+                        return
             finally:
                 # Nor of callers who went away.
                 for reason, choice in choices.news(leaving=True):
@@ -219,9 +221,9 @@ async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:
 def _joined(
     choices: Choices, outputs: list[RequestOutput]
 ) -> tuple[list[Chunk], QuireError | None]:
-    """The chunks of several outputs as one for each answer, so that a slow caller gets fewer, larger
-    messages; and the error that ended the request, to be raised when the caller has what came
-    before it."""
+    """The chunks of several outputs as one for each answer, so that a slow caller gets fewer and
+    larger messages; and the error that ended the request, to be raised when the caller has what
+    came before it."""
     pending: dict[int, list[Chunk]] = {}
     error = None
     for output in outputs:

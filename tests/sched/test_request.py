@@ -97,7 +97,9 @@ def test_controls_need_the_full_sampler(controls: Any) -> None:
 
 
 def test_parameters_can_be_hashed_and_remade() -> None:
-    params = SamplingParams(logit_bias={1: 2}, bad_words=["a", [1, 2], "a"], allowed_token_ids=[1, 1])
+    params = SamplingParams(
+        logit_bias={1: 2}, bad_words=["a", [1, 2], "a"], allowed_token_ids=[1, 1]
+    )
     assert replace(params) == params and hash(replace(params)) == hash(params)
     assert (params.bad_words, params.allowed_token_ids) == (("a", (1, 2)), (1,))
 

@@ -81,7 +81,7 @@ def test_what_is_refused(given: dict[str, Any], says: str) -> None:
 def test_prompts_are_checked_before_the_first_step(llm: LLM) -> None:
     params = BeamSearchParams(beam_width=2, max_tokens=4)
     steps = llm.stats().steps
-    with pytest.raises(InvalidRequest, match="prompt 1 of 2 .*max_tokens: got 4"):
+    with pytest.raises(InvalidRequest, match=r"prompt 1 of 2 .*max_tokens: got 4"):
         llm.beam_search([[1], [1] * (tiny_checkpoint.CONTEXT - 3)], params)
     with pytest.raises(InvalidRequest, match="params: got dict"):
         llm.beam_search([1], {"beam_width": 2})  # type: ignore[arg-type]
