@@ -16,6 +16,7 @@ import pytest
 import tiny_checkpoint
 
 from quire import LLM, SamplingParams
+from quire.errors import Internal
 from quire.tools import generate_command
 from quire.tools.cli import COMMANDS, main
 
@@ -100,11 +101,13 @@ def test_json_of_one_prompt_is_one_object(run: Run, folder: Path, expected: dict
     assert done.objects == [expected]
     tokens = tiny_checkpoint.make_tokenizer().encode(PROMPT).ids
     (answer,) = expected["outputs"]
-    assert list(expected) == ["prompt_token_ids", "outputs", "usage"]
-    assert list(answer) == ["text", "token_ids", "finish_reason", "logprobs"]
+    assert list(expected) == ["prompt_token_ids", "prompt_logprobs", "outputs", "usage", "error"]
+    fields = ["text", "token_ids", "finish_reason", "cumulative_logprob", "logprobs"]
+    assert list(answer) == fields
     assert expected["prompt_token_ids"] == tokens
     assert (len(answer["token_ids"]), answer["finish_reason"]) == (12, "length")
     assert answer["logprobs"] is None
+    assert expected["prompt_logprobs"] is expected["error"] is None
     usage = {"prompt_tokens": len(tokens), "completion_tokens": 12, "cached_tokens": 0}
     assert expected["usage"] == usage
 
@@ -146,6 +149,40 @@ def test_logprobs_in_json(run: Run, folder: Path) -> None:
         assert position["token_id"] not in [o["token_id"] for o in others]
 
 
+def test_several_answers_to_each_prompt(run: Run, folder: Path) -> None:
+    flags = ["--temperature=1", "--seed=5", "--max-tokens=6", "--ignore-eos", "--n=2", *SMALL]
+    flags += ["--prompt", PROMPT, "--prompt", "hello"]
+    objects = run("generate", folder, *flags, "--json", "--prompt-logprobs=1").objects
+    for found in objects:
+        first, *others = found["prompt_logprobs"]
+        assert first is None
+        assert [p["token_id"] for p in others] == found["prompt_token_ids"][1:]
+        assert found["usage"]["completion_tokens"] == 12
+    texts = [answer["text"] for found in objects for answer in found["outputs"]]
+    heads = [
+        f"{i} of 2, answer {a} of 2: {p}" for i, p in ((1, PROMPT), (2, "hello")) for a in (1, 2)
+    ]
+    parts = [f"==> {head} <==\n{text}\n" for head, text in zip(heads, texts, strict=True)]
+    assert run("generate", folder, *flags).out == "\n".join(parts)
+
+
+def test_what_failed_does_not_hide_the_others(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = LLM.generate
+
+    def spoil(self: LLM, *args: Any, **more: Any) -> Any:
+        results = generate(self, *args, **more)
+        results[0].error = Internal("its logits held an inf or NaN")
+        return results
+
+    monkeypatch.setattr(LLM, "generate", spoil)
+    given = ["--prompt", PROMPT, "--prompt", "hello", *GREEDY, *SMALL]
+    done = run("generate", folder, *given)
+    assert done.status == 1 and "its logits held an inf or NaN" in done.err
+    assert f"==> 1 of 2: {PROMPT} <== (failed)" in done.out and "==> 2 of 2: hello <==" in done.out
+
+
 def test_all_sampling_flags_arrive(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     generate = LLM.generate
@@ -158,6 +195,9 @@ def test_all_sampling_flags_arrive(run: Run, folder: Path, monkeypatch: pytest.M
     flags = ["--temperature=0.5", "--top-k=4", "--top-p=0.9", "--min-p=0.05", "--seed=7"]
     flags += ["--max-tokens=5", "--min-tokens=2", "--logprobs=1", "--stop=yes", "--stop=no"]
     flags += ["--stop-token-ids=5,6", "--ignore-eos", "--keep-special-tokens"]
+    flags += ["--repetition-penalty=1.5", "--presence-penalty=-1", "--frequency-penalty=0.5"]
+    flags += ["--logit-bias=70=2.5, 71=-100", "--allowed-token-ids=5,6,70,71,72"]
+    flags += ["--bad-word=no", "--bad-word=yes", "--prompt-logprobs=0", "--n=2", "--best-of=3"]
     assert run("generate", folder, "--prompt", PROMPT, *flags, *SMALL).status == 0
     assert seen == [
         SamplingParams(
@@ -173,6 +213,15 @@ def test_all_sampling_flags_arrive(run: Run, folder: Path, monkeypatch: pytest.M
             stop_token_ids=(5, 6),
             ignore_eos=True,
             skip_special_tokens=False,
+            repetition_penalty=1.5,
+            presence_penalty=-1,
+            frequency_penalty=0.5,
+            logit_bias={70: 2.5, 71: -100},
+            allowed_token_ids=(5, 6, 70, 71, 72),
+            bad_words=("no", "yes"),
+            prompt_logprobs=0,
+            n=2,
+            best_of=3,
         )
     ]
 
@@ -191,6 +240,7 @@ def test_all_sampling_flags_arrive(run: Run, folder: Path, monkeypatch: pytest.M
         (["FOLDER", "--prompt=x", "--temperature=-1"], "temperature: got -1.0, must be"),
         (["FOLDER", "--prompt=x", "--max-tokens=0"], "max_tokens: got 0, must be"),
         (["FOLDER", "--prompt=x", "--logprobs=21"], "logprobs: got 21, must be"),
+        (["FOLDER", "--prompt=x", "--n=3", "--best-of=2"], "best_of: got 2, must be at least n"),
         (["FOLDER", "--prompt=x", "--stop="], "stop: got '', must be"),
         (["FOLDER", "--prompt=x", "--max-num-seqs=0"], "max_num_seqs: got 0, must be at least 1"),
         (["FOLDER", "--prompt=x", "--page-size=24"], "page_size: got 24, must be a power of two"),
