@@ -336,3 +336,27 @@ def test_a_leak_found_while_idle_closes_the_engine(monkeypatch: pytest.MonkeyPat
     assert not engine.healthy
     with pytest.raises(Unavailable, match="pages lost"):
         engine.submit(make_request())
+
+
+def test_a_request_of_several_choices_is_live_until_the_last_has_ended(overlap: bool) -> None:
+    outputs: list[RequestOutput] = []
+    scheduler = Scheduler(SPEC, max_batched_tokens=32, prefill_chunk=32, max_queue=1)
+    engine = Engine(FakeRunner(SPEC), scheduler, overlap=overlap, on_outputs=outputs.extend)
+    engine.submit(request := make_request(n=6, max_tokens=8))  # more than slots
+    with pytest.raises(Overloaded, match="1 requests wait"):
+        engine.submit(make_request("b"))
+    for _ in range(4):
+        engine.step()
+    engine.finish("a", FinishReason.STOP, 0)
+    engine.step()
+    assert [o.choice for o in outputs if o.finish_reason] == [0]
+    with pytest.raises(InvalidRequest, match="id"):
+        engine.submit(request)
+    while engine.has_work:
+        engine.step()
+    assert sorted(o.choice for o in outputs if o.finish_reason) == list(range(6))
+    assert [o.ended for o in outputs] == [False] * (len(outputs) - 1) + [True]
+    engine.submit(request)
+    engine.stop(drain=False)
+    assert isinstance(outputs[-1].error, Unavailable) and outputs[-1].ended
+    assert sum(o.ended for o in outputs) == 2

@@ -200,3 +200,40 @@ def test_ids_of_other_kinds_are_made_plain(intake: Intake) -> None:
     for wrong in ([1, np.float32(2)], [np.bool_(True)]):
         with pytest.raises(InvalidRequest, match="prompt"):
             intake.tokens_of(wrong)
+
+
+def test_bad_words_become_tokens_with_and_without_a_space_before_them(intake: Intake) -> None:
+    encode = tiny_checkpoint.make_tokenizer().encode
+    plain, spaced = (tuple(encode(text).ids) for text in ("fox", " fox"))
+    assert plain != spaced
+    for words in (["fox"], [" fox"], ["fox", " fox", plain], "fox"):
+        sampling = intake.request((1,), SamplingParams(bad_words=words)).sampling
+        assert sampling.bad_words == (plain, spaced)
+    given = SamplingParams(bad_words=[[5, 6], "fox"])
+    assert intake.request((1,), given).sampling.bad_words == ((5, 6), plain, spaced)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["xyzxyzxyz"], r"bad_words: got 'xyzxyzxyz' \(9 tokens\), must be texts of 1 to 8 tokens"),
+        ([chr(33 + n) for n in range(40)], "bad_words: got 80 token sequences, must be at most 64"),
+        ([[300]], "bad_words: got 300, must be whole numbers from 0 to 299"),
+    ],
+)
+def test_bad_words_beyond_the_bounds_are_refused(intake: Intake, words: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        intake.request((1,), SamplingParams(bad_words=words))
+
+
+def test_bad_words_as_text_need_a_tokenizer(without_tokenizer: Intake) -> None:
+    without_tokenizer.request((1,), SamplingParams(bad_words=[[1, 2]]))
+    with pytest.raises(InvalidRequest, match=r"bad_words: got text.*no tokenizer\.json"):
+        without_tokenizer.request((1,), SamplingParams(bad_words=["fox"]))
+
+
+def test_the_models_repetition_penalty_counts_whether_it_samples_or_not(folder: Path) -> None:
+    for do_sample in (False, True):
+        own = intake_of(folder, do_sample=do_sample, repetition_penalty=1.1)
+        assert own.default_sampling().repetition_penalty == 1.1
+        assert own.default_sampling(repetition_penalty=1.0).repetition_penalty == 1.0
