@@ -37,10 +37,11 @@ class Group:
     sequences: list[Sequence] = field(init=False, default_factory=list)  # begun choices
     cached_tokens: int = -1  # prompt tokens found in the prefix index; -1 before admission
     scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of prompt[1:], so far
-    _scores_told: bool = False
+    scores_due: bool = field(init=False)  # they go out with the first choice's first token
 
     def __post_init__(self) -> None:
         self.id = self.request.id
+        self.scores_due = self.request.sampling.prompt_logprobs is not None
         self.open = set(range(self.request.sampling.choices))
 
     @property
@@ -72,14 +73,11 @@ class Group:
     @property
     def unscored(self) -> bool:
         """Log-probabilities of prompt tokens are wanted that are not known yet."""
-        wanted = self.request.sampling.prompt_logprobs is not None
-        return wanted and len(self.scores) < len(self.request.prompt) - 1
+        return self.scores_due and len(self.scores) < len(self.request.prompt) - 1
 
-    def take_scores(self) -> tuple[TokenLogprobs | None, ...] | None:
-        """One entry a prompt token where asked for, None for the first; given once."""
-        if self.request.sampling.prompt_logprobs is None or self._scores_told:
-            return None
-        self._scores_told = True
+    def take_scores(self) -> tuple[TokenLogprobs | None, ...]:
+        """One entry a prompt token, None for the first; given once, when they are due."""
+        self.scores_due = False
         return (None, *self.scores)
 
 

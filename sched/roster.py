@@ -83,9 +83,7 @@ class Roster:
         if seq is seq.group.sequences[-1]:  # ended before its prompt was scheduled
             self.begin_next(seq.group)
         tokens = output.tokens if output else ()
-        output = output or RequestOutput(
-            seq.id, cached_tokens=max(0, seq.group.cached_tokens), choice=seq.choice
-        )
+        output = output or RequestOutput(seq.id, cached_tokens=seq.cached_tokens, choice=seq.choice)
         output.finish_reason = reason
         if reason is FinishReason.STOP and tokens and tokens[-1] in seq.stop_ids:
             output.stop_token = tokens[-1]

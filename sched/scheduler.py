@@ -308,15 +308,13 @@ class Scheduler:
         # All but the last token are known to be part of the answer and have their KV.
         if len(seq.tokens) > seq.kv.index_at:
             self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
-        wanted = seq.request.sampling.alternatives
         output = RequestOutput(
-            seq.id,
-            tuple(tokens),
-            None if arrays is None or wanted is None else logprobs_of(arrays, row, tokens, wanted),
-            cached_tokens=max(0, seq.group.cached_tokens),
-            choice=seq.choice,
-            prompt_logprobs=None if seq.choice else seq.group.take_scores(),
+            seq.id, tuple(tokens), cached_tokens=seq.cached_tokens, choice=seq.choice
         )
+        if arrays is not None and seq.alternatives is not None:
+            output.logprobs = logprobs_of(arrays, row, tokens, seq.alternatives)
+        if seq.group.scores_due and not seq.choice:
+            output.prompt_logprobs = seq.group.take_scores()
         if reason is None:
             self._roster.outbox.append(output)
         else:
@@ -376,6 +374,7 @@ class Scheduler:
             group.cached_tokens = hit.tokens
             self._meters.enter(seq.prompt_len, hit.tokens)
             self._last_wait = self._clock() - group.submitted
+        seq.cached_tokens = group.cached_tokens
 
     def _observe_waste(self) -> None:
         """Full pages may be held by many; what is empty belongs to one alone."""

@@ -42,10 +42,12 @@ class Sequence:
     prompt_len: int = field(init=False)
     limit: int = field(init=False)  # positions that can ever be needed
     sampler: Sampler = field(init=False)
+    alternatives: int | None = field(init=False)  # reported a token; None: no log-probabilities
 
     # The prompt, then all output known so far. An array is hashed fast, and the garbage collector
     # does not walk it.
     tokens: array[int] = field(init=False)
+    cached_tokens: int = 0  # prompt tokens the request's first choice found in the prefix index
     recompute_until: int = 0  # positions that were computed before a preemption
     requeues: int = 0  # device failures survived
     ended: bool = False
@@ -66,6 +68,7 @@ class Sequence:
         self.prompt_len = len(request.prompt)
         self.limit = self.prompt_len + self.max_tokens - 1  # the last token's KV is never needed
         self.sampler = request.sampling.sampler
+        self.alternatives = request.sampling.alternatives
         self.tokens = array("i", request.prompt)
 
     @property
