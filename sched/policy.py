@@ -13,8 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import RunnerSpec
-from .group import Group
-from .sequence import Sequence
+from .sequence import Group, Sequence
 
 MAX_RECOMPUTE_RATIO = 0.1
 """Recomputed per useful token above which admission reserves the worst case."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..model.plan import LogprobArrays
-from .group import Group
 from .request import FinishReason, TokenLogprobs
-from .sequence import Sequence
+from .sequence import Group, Sequence
 
 
 def accept(seq: Sequence, sampled: list[int]) -> FinishReason | None:
@@ -47,7 +46,7 @@ def gather_scores(group: Group, start: int, targets: list[int], arrays: LogprobA
     Those that are known already (their rows ran again after a preemption) are passed over.
 
     Returns:
-      whether all of them are numbers.
+      whether all of them are finite.
     """
     alternatives = group.request.sampling.prompt_logprobs or 0
     known = len(group.scores) - start
@@ -55,7 +54,7 @@ def gather_scores(group: Group, start: int, targets: list[int], arrays: LogprobA
     group.scores.extend(
         _entry(arrays, (at, 0), targets[at], alternatives) for at in range(known, len(targets))
     )
-    return not bool(np.isnan(arrays.chosen).any())
+    return bool(np.isfinite(arrays.chosen).all())
 
 
 def _entry(

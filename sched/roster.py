@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from ..errors import QuireError, invalid
 from ..kv.cache import KVCache, PrefixHit
-from .group import Group
 from .policy import Ranked, by_deadline, by_rank
 from .request import FinishReason, RequestOutput
-from .sequence import Sequence
+from .sequence import Group, Sequence
 
 
 class Roster:

@@ -24,13 +24,12 @@ from ..errors import DeadlineExceeded, Internal, Overloaded, QuireError
 from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import LogprobArrays, RunnerSpec, StepOutputs, StepPlan
 from . import policy
-from .group import Group
 from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
 from .request import FinishReason, Request, RequestOutput
 from .results import accept, gather_scores, logprobs_of
 from .roster import Roster
-from .sequence import Sequence
+from .sequence import Group, Sequence
 from .stats import EngineStats, Meters
 
 MAX_RETRY_AFTER = 60.0

@@ -1,4 +1,11 @@
-"""What changes while one answer is made. Made and owned by the scheduler; nobody else writes it.
+"""What changes while a request is served: a Group a request, a Sequence for each of its answers
+(choices). Made and owned by the scheduler; nobody else writes them.
+
+A request of n choices becomes n sequences, one after another: the next one is queued when the
+prompt of the one before is scheduled. So the first computes the prompt, and the others find its
+full pages in the prefix index; of the last, partial page each computes the tokens itself, which is
+less than a page and needs no copy. It also means that a request waits in one place of the queue,
+however many answers it is to have.
 
 Two counts say how far a running sequence has come:
 
@@ -12,15 +19,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..kv.cache import Holding
 from ..kv.prefix import Chain
 from ..model.plan import IntArray, Sampler
-from .request import Request
-
-if TYPE_CHECKING:
-    from .group import Group
+from .request import Request, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +98,72 @@ class Sequence:
         return min(len(self.tokens) - 1 + self.unread, self.limit)
 
 
+@dataclass(slots=True, eq=False)
+class Group:
+    """A request that has not ended, while `open` has choices in it."""
+
+    request: Request
+    arrival: int  # of the first choice; the others have the numbers after it
+    submitted: float
+    max_tokens: int  # resolved: never None
+    chain: Chain  # the first choice's
+    is_private: bool = False  # nobody else may find its pages, and they go when it ends
+
+    id: str = field(init=False)
+    open: set[int] = field(init=False)  # choices that have not ended, begun or not
+    sequences: list[Sequence] = field(init=False, default_factory=list)  # begun choices
+    cached_tokens: int = -1  # prompt tokens found in the prefix index; -1 before admission
+    scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of prompt[1:], so far
+    scores_due: bool = field(init=False)  # they go out with the first choice's first token
+
+    def __post_init__(self) -> None:
+        self.id = self.request.id
+        self.scores_due = self.request.sampling.prompt_logprobs is not None
+        self.open = set(range(self.request.sampling.choices))
+
+    @property
+    def outputs(self) -> int:
+        """Output tokens known, of all choices."""
+        return sum(seq.outputs for seq in self.sequences)
+
+    def begin_next(self) -> Sequence | None:
+        """The next choice's sequence; None when all have begun."""
+        choice = len(self.sequences)
+        if choice == self.request.sampling.choices:
+            return None
+        first = self.sequences[0] if choice else None
+        seq = Sequence(
+            request=self.request,
+            arrival=self.arrival + choice,
+            max_tokens=self.max_tokens,
+            chain=self.chain.fork(len(self.request.prompt)) if first else self.chain,
+            choice=choice,
+            stop_ids=first.stop_ids if first else stop_ids(self.request),
+            allowed=first.allowed if first else _allowed(self.request),
+            group=self,
+        )
+        self.sequences.append(seq)
+        return seq
+
+    # ---- log-probabilities of the prompt, which the first choice's rows bring
+
+    @property
+    def unscored(self) -> bool:
+        """Log-probabilities of prompt tokens are wanted that are not known yet."""
+        return self.scores_due and len(self.scores) < len(self.request.prompt) - 1
+
+    def take_scores(self) -> tuple[TokenLogprobs | None, ...]:
+        """One entry a prompt token, None for the first; given once, when they are due."""
+        self.scores_due = False
+        return (None, *self.scores)
+
+
 def stop_ids(request: Request) -> frozenset[int]:
     """The token ids that end a request: its own, and the model's unless it ignores those."""
     own = frozenset(request.sampling.stop_token_ids)
     return own if request.sampling.ignore_eos else own | frozenset(request.eos_ids)
+
+
+def _allowed(request: Request) -> IntArray | None:
+    ids = request.sampling.allowed_token_ids
+    return None if ids is None else np.array(ids, np.int32)

@@ -51,7 +51,7 @@ def test_mypy_sees_the_whole_package_and_its_types(tmp_path: Path) -> None:
     revealed = [re.sub(r'.*Revealed type is "(.*)"', r"\1", x) for x in said if "Revealed" in x]
     assert len(revealed) == 5, done.stdout + done.stderr[-2000:]
     whole = "\n".join(revealed)
-    classes = ("serving.llm.LLM", "config.EngineConfig", "sched.request.SamplingParams")
+    classes = ("serving.llm.LLM", "config.EngineConfig", "sched.sampling_params.SamplingParams")
     for shown, name in zip(revealed, (*classes, "kv.pages.PageAllocator"), strict=False):
         assert shown.endswith(f"-> quire.{name}"), whole
     assert "Overload(" in revealed[4] and "Array" in revealed[4], whole

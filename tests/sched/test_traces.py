@@ -271,7 +271,7 @@ class Trace:
 
 
 @settings(
-    max_examples=2500,
+    max_examples=1700,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
