@@ -13,7 +13,8 @@ from jax.stages import Lowered
 from ...model.compile import compile_uncached
 
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0}  # autotuning needs the device
-_THUNKS = "*thunk_sequence_after_thunk_passes.txt"
+# The second where no pass had anything to do.
+_THUNKS = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
 _SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32"}
 
 
@@ -59,7 +60,7 @@ def compile_for(lowered: Lowered, platform: str) -> ProgramReport:
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             compiled = compile_uncached(lowered, _GPU_OPTIONS | {"xla_dump_to": folder})
-            (dump,) = Path(folder).glob(_THUNKS)
+            dump = next(path for name in _THUNKS for path in Path(folder).glob(name))
             thunks = re.findall(r"^\d+: k(\w+)", dump.read_text(), re.MULTILINE)
     else:
         compiled = compile_uncached(lowered, {})

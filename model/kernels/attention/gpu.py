@@ -21,17 +21,21 @@ from .gpu_prefill import PrefillShape, prefill
 
 
 def _decode_shape(heads: Heads) -> DecodeShape:
-    """What was fastest on an H200 (docs/performance.md)."""
-    return DecodeShape(num_stages=3 if heads.dims <= 128 else 2)
+    """What was fastest on an H200 (docs/measurements); other types need more registers."""
+    if heads.compute == jnp.float32:
+        return DecodeShape(num_warps=4, num_stages=3 if heads.dims <= 128 else 2)
+    if heads.dims > 128:
+        return DecodeShape(num_warps=4, num_stages=3)
+    return DecodeShape()
 
 
 def _prefill_shape(heads: Heads) -> PrefillShape:
     """What was fastest on an H200; in float32, which no tensor core multiplies in full, small."""
     if heads.compute == jnp.float32:
-        return PrefillShape(queries=32, block=32, num_warps=4, num_stages=2)
-    if heads.dims <= 128:
-        return PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
-    return PrefillShape(queries=64, block=32, num_warps=4, num_stages=2)
+        return PrefillShape(queries=16, block=32, num_warps=4, num_stages=2)
+    if heads.dims > 128:
+        return PrefillShape(queries=64, block=32, num_warps=4, num_stages=2)
+    return PrefillShape(queries=64, block=64, num_warps=4, num_stages=3)
 
 
 def _attend(
@@ -64,6 +68,7 @@ def _attend(
         soft_cap=options.soft_cap,
         window=options.window,
         compute=_compute_dtype(q.dtype, slab.dtype),
+        interpret=interpret,
     )
     queries = q.reshape(num_tokens, kv_heads, heads.group, head_dim)
     tokens = slab.reshape(-1, 2 * kv_heads, head_dim)
@@ -71,12 +76,12 @@ def _attend(
     first_page = jnp.full((1,), options.first_page, jnp.int32)
     out = decode(
         queries, tokens, first_page, batch, extras, heads, decode_shape or _decode_shape(heads),
-        alone=options.decode_only, interpret=interpret,
+        alone=options.decode_only,
     )  # fmt: skip
     if not options.decode_only:
         out = prefill(
             queries, tokens, first_page, batch, extras, heads,
-            prefill_shape or _prefill_shape(heads), out, interpret=interpret,
+            prefill_shape or _prefill_shape(heads), out,
         )  # fmt: skip
     o, lse = out
     return o.reshape(q.shape), lse.reshape(q.shape[:2])

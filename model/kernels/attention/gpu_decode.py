@@ -52,8 +52,8 @@ class DecodeShape:
     """
 
     block: int = 32
-    num_warps: int = 4
-    num_stages: int = 3
+    num_warps: int = 2
+    num_stages: int = 4
     programs: int = 4 * 132  # four on each multiprocessor of an H200
     least_blocks: int = 4
 
@@ -126,7 +126,6 @@ def decode(
     shape: DecodeShape,
     *,
     alone: bool,
-    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Rows 0 to num_decode, one query each.
 
@@ -146,7 +145,6 @@ def decode(
     num_items = work.items.shape[0]
     splits = can_split(heads, shape)
     extra = [x for x in extras if x is not None]
-    launch = Launch(interpret, shape.num_warps, shape.num_stages)
     out = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
@@ -179,10 +177,11 @@ def decode(
             def turn(block: jax.Array, carry: Any) -> Any:
                 here, *state = carry
                 k, v = load_kv(slab_ref, here, head, block, shape.block, heads, (low, high))
-                s = heads.logits(dot(queries, k, b_transposed=True), scale)
+                x, c = heads.logits(dot(queries, k, b_transposed=True), scale)
                 position = block * shape.block + jnp.arange(shape.block)
                 seen = (position >= low) & (position < high)
-                state = softmax_step(jnp.where(seen[None, :], s, -jnp.inf), v, *state)
+                x = jnp.where(seen[None, :], x, -jnp.inf)
+                state = softmax_step(x, c, v, tuple(state), interpret=heads.interpret)
                 return pages(block + 1), *state
 
             block = div(low, shape.block)
@@ -217,7 +216,7 @@ def decode(
 
     results = call(
         attend_item,
-        launch,
+        Launch(heads.interpret, shape.num_warps, shape.num_stages),
         name="attention_decode",
         grid=(kv_heads, num_items),
         out=out + (partial_sums if splits else []),
@@ -226,7 +225,7 @@ def decode(
     if not splits:
         return tuple(results)
     o, lse, *sums = results
-    return _merge(o, lse, sums, work.parts, extras, launch)
+    return _merge(o, lse, sums, work.parts, extras, Launch(heads.interpret, 4, 1))
 
 
 def _merge(

@@ -34,7 +34,7 @@ class Launch:
     """How a kernel is run.
 
     Attributes:
-      interpret: evaluate it as plain JAX, on any device; for tests.
+      interpret: see Heads.
       num_warps: of 32 threads, for each program of the grid.
       num_stages: depth of the pipeline of loads.
     """
@@ -68,9 +68,12 @@ def call(
     )(*args)
 
 
-def load(ref: Any, index: tuple[Any, ...], mask: jax.Array) -> jax.Array:
-    """ref[index], 0 where the mask is false; nothing is read there."""
-    return triton.load(ref.at[index], mask=mask, other=0)
+def load(ref: Any, index: tuple[Any, ...], mask: jax.Array, dtype: Any = None) -> jax.Array:
+    """ref[index] as `dtype`, 0 where the mask is false; nothing is read there."""
+    dtype = ref.dtype if dtype is None else dtype
+    if ref.dtype.itemsize == 1:  # Triton knows no constant of such a type
+        return jnp.where(mask, triton.load(ref.at[index], mask=mask).astype(dtype), 0)
+    return triton.load(ref.at[index], mask=mask, other=0).astype(dtype)
 
 
 def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: jax.Array) -> None:
@@ -119,30 +122,51 @@ class Heads:
     soft_cap: float | None
     window: int | None
     compute: Any  # dtype of the factors of both products
+    interpret: bool  # evaluate the kernels as plain JAX, on any device; for tests
 
     @property
     def dims(self) -> int:
         """head_dim as a power of two, which is what blocks must be; the rest is masked."""
         return power_of_2(self.head_dim, 16)
 
-    def logits(self, s: jax.Array, k_scale: jax.Array | float) -> jax.Array:
-        """q · k as a logit in base 2."""
+    def logits(self, s: jax.Array, k_scale: Any) -> tuple[jax.Array, Any]:
+        """(x, c) such that the logit of the product s = q · k in base 2 is x · c, c > 0."""
         if self.soft_cap is None:
-            return s * (k_scale * (self.scale * LOG2_E))
-        s = s * (k_scale * (self.scale / self.soft_cap))
-        return jnp.tanh(s) * (self.soft_cap * LOG2_E)
+            return s, k_scale * (self.scale * LOG2_E)
+        return jnp.tanh(s * (k_scale * (self.scale / self.soft_cap))), self.soft_cap * LOG2_E
 
 
 def softmax_step(
-    s: jax.Array, v: jax.Array, m: jax.Array, l: jax.Array, acc: jax.Array  # noqa: E741
+    x: jax.Array,
+    c: Any,
+    v: jax.Array,
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Takes logits s [Q, B] (base 2, -inf where unseen) and values v [B, D] into the running
-    softmax (m [Q], l [Q], acc [Q, D])."""
-    top = jnp.maximum(m, jnp.max(s, axis=1))
-    p = jnp.exp2(s - top[:, None])
+    """Takes logits x · c [Q, B] (base 2, x is -inf where unseen) and values v [B, D] into a running
+    softmax: m [Q], l [Q], acc [Q, D]."""
+    m, l, acc = state  # noqa: E741
+    top = jnp.maximum(m, jnp.max(x, axis=1) * c)
+    p = _exp2_of(x, c, top, interpret)
     decay = jnp.exp2(m - top)
     acc = acc * decay[:, None] + dot(p.astype(v.dtype), v)
     return top, l * decay + jnp.sum(p, axis=1), acc
+
+
+def _exp2_of(x: jax.Array, c: Any, top: jax.Array, interpret: bool) -> jax.Array:
+    """exp2(x · c - top), x [Q, B], top [Q]: two instructions, where Triton makes six."""
+    if interpret:
+        return jnp.exp2(x * c - top[:, None])
+    args = [x, jnp.full(x.shape, c, jnp.float32), jnp.broadcast_to(-top[:, None], x.shape)]
+    [p] = triton.elementwise_inline_asm(
+        "{ .reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }",
+        args=args,
+        constraints="=r,r,r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return p
 
 
 def finish(
@@ -213,8 +237,9 @@ def load_kv(
 
     def read(index: jax.Array) -> jax.Array:
         at = (token[:, None], index, d[None, :])
-        values = slab[at] if mask is None else load(slab, at, mask)
-        return values.astype(heads.compute)
+        if mask is None:
+            return slab[at].astype(heads.compute)
+        return load(slab, at, mask, heads.compute)
 
     return read(2 * head), read(2 * head + 1)
 

@@ -101,8 +101,6 @@ def prefill(
     heads: Heads,
     shape: PrefillShape,
     out: tuple[jax.Array, jax.Array],
-    *,
-    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Fills in the tokens of rows from num_decode on, and zeros for those of no row, in place.
 
@@ -147,14 +145,15 @@ def prefill(
                     held, *state = carry
                     seen = (kv_first, kv_end) if masked else None
                     k, v = load_kv(slab_ref, held, head, i, block, heads, seen)
-                    s = heads.logits(dot(queries, k, b_transposed=True), scale)
+                    x, c = heads.logits(dot(queries, k, b_transposed=True), scale)
                     if masked:
                         key = (i * block + jnp.arange(block))[None, :]
                         sees = key <= position
                         if heads.window is not None:
                             sees &= key > position - heads.window
-                        s = jnp.where(sees, s, -jnp.inf)
-                    return pages(i + 1), *softmax_step(s, v, *state)
+                        x = jnp.where(sees, x, -jnp.inf)
+                    state = softmax_step(x, c, v, tuple(state), interpret=heads.interpret)
+                    return pages(i + 1), *state
 
                 return body
 
@@ -189,7 +188,7 @@ def prefill(
     return tuple(
         call(
             attend_tile,
-            Launch(interpret, shape.num_warps, shape.num_stages),
+            Launch(heads.interpret, shape.num_warps, shape.num_stages),
             name="attention_prefill",
             grid=(kv_heads, work.shape[0]),
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
