@@ -64,11 +64,12 @@ def compile_for(lowered: Lowered, platform: str) -> ProgramReport:
             thunks = re.findall(r"^\d+: k(\w+)", dump.read_text(), re.MULTILINE)
     else:
         compiled = compile_uncached(lowered, {})
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None  # both platforms tell
     return ProgramReport(
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
-        hlo=compiled.as_text(),
+        hlo=hlo,
         thunks=thunks,
     )

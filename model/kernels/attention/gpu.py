@@ -35,7 +35,7 @@ def _prefill_shape(heads: Heads) -> PrefillShape:
         return PrefillShape(queries=16, block=32, num_warps=4, num_stages=2)
     if heads.dims > 128:
         return PrefillShape(queries=64, block=32, num_warps=4, num_stages=2)
-    return PrefillShape(queries=64, block=64, num_warps=4, num_stages=3)
+    return PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
 
 
 def _attend(

@@ -65,7 +65,9 @@ class DecodePlan(NamedTuple):
     parts: jax.Array  # [R, 2] first item, number of items
 
 
-def plan(batch: RaggedBatch, heads: Heads, shape: DecodeShape, rows: int, alone: bool) -> DecodePlan:
+def plan(
+    batch: RaggedBatch, heads: Heads, shape: DecodeShape, rows: int, alone: bool
+) -> DecodePlan:
     """Cuts rows 0 to num_decode into items.
 
     Cutting B blocks in all into shares of at least B / budget gives at most rows + budget items:
@@ -163,7 +165,7 @@ def decode(
         row, low, high, kind = (items[item, c] for c in range(4))
 
         @when(kind != _UNUSED)
-        def _() -> None:
+        def work_off() -> None:
             g, d = jnp.arange(power_of_2(group, 16)), jnp.arange(heads.dims)
             real = (g < group)[:, None] & (d < head_dim)[None, :]
             at = (head, g[:, None], d[None, :])
@@ -198,14 +200,14 @@ def decode(
             if splits:
 
                 @when(kind == _PART)
-                def _() -> None:
+                def write_part() -> None:
                     acc_ref, m_ref, l_ref = parts
                     store(acc_ref, (item, *at), acc, real)
                     store(m_ref, (item, head, g), m, g < group)
                     store(l_ref, (item, head, g), l, g < group)
 
             @when(kind != _PART)
-            def _() -> None:
+            def write_result() -> None:
                 sink = None
                 if sinks is not None:
                     sink = load(sinks, (head * group + g,), g < group)
@@ -250,7 +252,7 @@ def _merge(
         first, count = parts_ref[row, 0], parts_ref[row, 1]
 
         @when(count > 1)
-        def _() -> None:
+        def merge() -> None:
             g, d = jnp.arange(groups), jnp.arange(dims)
             lane = jnp.arange(width)
 
@@ -258,11 +260,13 @@ def _merge(
                 m, l, acc = state  # noqa: E741
                 item = first + i * width + lane
                 there = (i * width + lane < count)[:, None] & (g < group)[None, :]
-                at = (item[:, None], head, g[None, :])
-                part_m = jnp.where(there, load(m_ref, at, there), LOWEST)
-                part_l = load(l_ref, at, there)
+                of_item = (item[:, None], head, g[None, :])
+                part_m = jnp.where(there, load(m_ref, of_item, there), LOWEST)
+                part_l = load(l_ref, of_item, there)
                 wide = there[:, :, None] & (d < head_dim)[None, None, :]
-                part = load(acc_ref, (item[:, None, None], head, g[None, :, None], d[None, None, :]), wide)
+                part = load(
+                    acc_ref, (item[:, None, None], head, g[None, :, None], d[None, None, :]), wide
+                )
                 top = jnp.maximum(m, jnp.max(part_m, axis=0))
                 weight = jnp.exp2(part_m - top[None, :])
                 decay = jnp.exp2(m - top)

@@ -126,7 +126,7 @@ def prefill(
         kind, row, low, high, offset, kv_first, kv_end = (items[item, c] for c in range(7))
 
         @when(kind != _UNUSED)
-        def _() -> None:
+        def work_off() -> None:
             lane, d = jnp.arange(size), jnp.arange(heads.dims)
             token, g = low + div(lane, groups), rem(lane, groups)
             real = (token < high) & (g < group)
@@ -180,7 +180,8 @@ def prefill(
             if sinks is not None:
                 sink = load(sinks, (head * group + g,), g < group)
                 sink = jnp.where(kind == _REAL, sink, -jnp.inf)
-            o, lse = finish(*state[1:], sink, 1.0 if v_scale is None else v_scale[head])
+            _, m, l, acc = state  # noqa: E741
+            o, lse = finish(m, l, acc, sink, 1.0 if v_scale is None else v_scale[head])
             store(o_ref, at, o, here)
             store(lse_ref, (token, head, g), lse, real)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+# Lets the tests import `described_engines`; at the end, so that it can shadow nothing.
+sys.path.append(str(Path(__file__).parent))
 # Read by libtpu when it is loaded: no metadata server is waited for.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
