@@ -13,14 +13,19 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from . import blockwise, reference
+from . import blockwise, gpu, reference
 from .contract import Attend, Extras, Options, RaggedBatch
 
 log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Attend] = {"reference": reference.attend, "blockwise": blockwise.attend}
+BACKENDS: dict[str, Attend] = {
+    "reference": reference.attend,
+    "blockwise": blockwise.attend,
+    "gpu": gpu.attend,
+    "gpu_interpret": gpu.attend_interpreted,  # for tests: slow, on any device
+}
 
-_BY_PLATFORM = {"cpu": "blockwise"}  # platforms with a backend of their own
+_BY_PLATFORM = {"cpu": "blockwise", "gpu": "gpu"}  # platforms with a backend of their own
 _FALLBACK = "blockwise"
 
 

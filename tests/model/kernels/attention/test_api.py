@@ -69,8 +69,8 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
 def test_says_once_when_a_platform_has_no_kernel(caplog: pytest.LogCaptureFixture) -> None:
     api.default_backend.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [api.default_backend(p) for p in ("cpu", "gpu", "gpu")] == ["blockwise"] * 3
-    assert len(caplog.messages) == 1 and "gpu" in caplog.messages[0]
+        assert [api.default_backend(p) for p in ("cpu", "rocm", "rocm")] == ["blockwise"] * 3
+    assert len(caplog.messages) == 1 and "rocm" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("decode_only", [True, False])

@@ -1,0 +1,96 @@
+"""Ragged paged attention on GPUs, by Quire's own Pallas kernels (through Triton).
+
+Decode rows go through gpu_decode.py, prompt rows through gpu_prefill.py, which fills its tokens
+into the array that the first has begun; gpu_pallas.py holds what they share. Page counts and
+lengths are data: one program serves any of them.
+
+`attend` needs a GPU; `attend_interpreted` is the same evaluated as plain JAX, for tests.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from .contract import Extras, Options, RaggedBatch
+from .gpu_decode import DecodeShape, decode
+from .gpu_pallas import Heads
+from .gpu_prefill import PrefillShape, prefill
+
+
+def _decode_shape(heads: Heads) -> DecodeShape:
+    """What was fastest on an H200 (docs/measurements); other types need more registers."""
+    if heads.compute == jnp.float32:
+        return DecodeShape(num_warps=4, num_stages=3 if heads.dims <= 128 else 2)
+    if heads.dims > 128:
+        return DecodeShape(num_warps=4, num_stages=3)
+    return DecodeShape()
+
+
+def _prefill_shape(heads: Heads) -> PrefillShape:
+    """What was fastest on an H200; in float32, which no tensor core multiplies in full, small."""
+    if heads.compute == jnp.float32:
+        return PrefillShape(queries=16, block=32, num_warps=4, num_stages=2)
+    if heads.dims > 128:
+        return PrefillShape(queries=64, block=32, num_warps=4, num_stages=2)
+    return PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
+
+
+def _attend(
+    q: jax.Array,
+    slab: jax.Array,
+    batch: RaggedBatch,
+    extras: Extras,
+    options: Options,
+    *,
+    interpret: bool,
+    decode_shape: DecodeShape | None = None,
+    prefill_shape: PrefillShape | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See api.py. The shapes are for tuning; None takes the defaults."""
+    num_tokens, num_heads, head_dim = q.shape
+    page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
+    if slab.size >= 2**31 > slab.size * slab.dtype.itemsize // 2:
+        # Pallas counts elements in 32 bits up to 4 GiB, which only one-byte types outgrow.
+        raise NotImplementedError(
+            f"slab: {slab.dtype} of {slab.size} elements, on GPUs must be below {2**31} or above "
+            f"{2**32}"
+        )
+    heads = Heads(
+        num_kv_heads=kv_heads,
+        group=num_heads // kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        max_pages=batch.page_table.shape[1],
+        scale=options.scale,
+        soft_cap=options.soft_cap,
+        window=options.window,
+        compute=_compute_dtype(q.dtype, slab.dtype),
+        interpret=interpret,
+    )
+    queries = q.reshape(num_tokens, kv_heads, heads.group, head_dim)
+    tokens = slab.reshape(-1, 2 * kv_heads, head_dim)
+    # An argument and not part of the kernel: one kernel then serves all layers.
+    first_page = jnp.full((1,), options.first_page, jnp.int32)
+    out = decode(
+        queries, tokens, first_page, batch, extras, heads, decode_shape or _decode_shape(heads),
+        alone=options.decode_only,
+    )  # fmt: skip
+    if not options.decode_only:
+        out = prefill(
+            queries, tokens, first_page, batch, extras, heads,
+            prefill_shape or _prefill_shape(heads), out,
+        )  # fmt: skip
+    o, lse = out
+    return o.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def _compute_dtype(q: jnp.dtype, slab: jnp.dtype) -> jnp.dtype:
+    """What both products multiply in: the type of the queries if it holds the cache's values."""
+    return q if slab == q or slab.itemsize == 1 else jnp.dtype(jnp.float32)
+
+
+attend = partial(_attend, interpret=False)
+attend_interpreted = partial(_attend, interpret=True)

@@ -1,0 +1,118 @@
+"""Whole step programs compiled for an H200 that is not there: memory, copies, launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import pytest
+from described_engines import config_of, engine
+
+from quire.model.config import ModelConfig
+from quire.model.inputs import ADMIT_ROOM
+from quire.model.kernels.attention.gpu_decode import DecodeShape
+from quire.model.plan import Bucket, RunnerSpec, Sampler
+from quire.model.programs import ADMIT, Programs
+from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
+
+PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
+DECODE, MIXED = Bucket(ROWS, ROWS, Sampler.GREEDY), Bucket(TOKENS, ROWS, Sampler.GREEDY)
+pytestmark = pytest.mark.xdist_group("compile for gpu")  # programs are compiled once a process
+SLACK = 4 << 20
+"""For what is small and many: the page table of a step, the plan of the attention, rotations."""
+
+
+def small() -> ModelConfig:
+    """Two layers, one of them with a window, a head dim that is no power of two, group 4."""
+    return replace(
+        config_of("llama-3.1-8b"), vocab_size=4000, hidden_size=640, intermediate_size=1024,
+        num_layers=2, num_heads=8, num_kv_heads=2, head_dim=80, windows=(None, 100),
+    )  # fmt: skip
+
+
+CONFIGS = {"small": small, "llama-3.1-8b": lambda: config_of("llama-3.1-8b")}
+
+
+@pytest.fixture(autouse=True)
+def compiler(needs_compiler: Callable[[str], None]) -> None:
+    needs_compiler("gpu")
+
+
+@cache
+def programs(model: str) -> tuple[Programs, RunnerSpec, ModelConfig]:
+    config = CONFIGS[model]()
+    made = engine(config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS)
+    return *made, config
+
+
+@cache
+def report(model: str, key: Any) -> ProgramReport:
+    return compile_for(programs(model)[0].lower(key), "gpu")
+
+
+def nbytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def temp_bound(config: ModelConfig, bucket: Bucket) -> int:
+    """Either the logits of all rows in float32, or what one layer holds of all tokens in bfloat16;
+    and the attention's partial sums: (rows + split budget) × heads × (D values, m and l)."""
+    logits = bucket.rows * config.vocab_size * 4
+    of_a_token = 3 * config.intermediate_size + 4 * config.hidden_size
+    of_a_token += 2 * config.q_size + 2 * config.kv_size
+    items = bucket.rows + DecodeShape().programs // config.num_kv_heads
+    partial_sums = items * config.num_heads * (config.head_dim + 2) * 4
+    return max(logits, bucket.tokens * of_a_token * 2) + partial_sums + SLACK
+
+
+KEYS = {"decode": DECODE, "mixed": MIXED, "admit": ADMIT}
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("model", CONFIGS)
+def test_state_is_updated_in_place(model: str, key: str) -> None:
+    """No instruction copies or transposes a slab, and all donated state is written where it lay."""
+    state = programs(model)[0].abstract_state()
+    got = report(model, KEYS[key])
+    assert got.copies_of(state[0]["kv"]) == []
+    assert got.alias_bytes >= nbytes(state)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_temporary_memory_has_a_bound(model: str, bucket: Bucket) -> None:
+    assert report(model, bucket).temp_bytes <= temp_bound(programs(model)[2], bucket)
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_copying_pages_needs_one_copy_of_them(model: str) -> None:
+    """`admit` copies ADMIT_ROOM's pages through a buffer of their own, and nothing else."""
+    state = programs(model)[0].abstract_state()[0]["kv"]
+    page = math.prod(state.shape[1:]) * 2 * programs(model)[2].num_layers
+    assert report(model, ADMIT).temp_bytes <= ADMIT_ROOM.copies * page + SLACK
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
+    """The whole step is one command buffer (CUDA graph), Pallas kernels included."""
+    assert report(model, bucket).thunks == ["CommandBuffer"]
+
+
+def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
+    """Each bisection for a threshold is a loop that the host runs (XLA captures no `while`)."""
+    thunks = report("small", replace(DECODE, sampler=Sampler.SAMPLE)).thunks
+    assert thunks is not None and thunks[0] == "CommandBuffer"
+    assert thunks.count("While") <= 2
+
+
+def test_own_kernels_are_used() -> None:
+    layers = programs("llama-3.1-8b")[2].num_layers
+    decode, mixed = report("llama-3.1-8b", DECODE), report("llama-3.1-8b", MIXED)
+    assert decode.kernels("attention_decode") == mixed.kernels("attention_decode") == layers
+    assert decode.kernels("attention_prefill") == 0
+    assert mixed.kernels("attention_prefill") == layers
