@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
@@ -95,3 +96,26 @@ def compile_all(
         # After an error or an interrupt, those still queued are not worth waiting for.
         pool.shutdown(wait=False, cancel_futures=True)
     return done
+
+
+def described_devices(platform: str, name: str, **options: Any) -> list[jax.Device]:
+    """Devices that are not there, to lower and compile for.
+
+    Args:
+      platform: "cuda" or "tpu".
+      name: of the topology; of a GPU any name.
+      options: for "cuda" `topology` ("1x1xN") and `target_config` (XLA's text of the device).
+    """
+    return list(topologies.get_topology_desc(name, platform, **options).devices)
+
+
+def compile_uncached(lowered: Lowered, options: dict[str, Any]) -> Compiled:
+    """Compiles with XLA options, past the cache: it would not see those that dump."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is decided once otherwise
+    try:
+        return lowered.compile(compiler_options=options)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

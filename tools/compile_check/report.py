@@ -1,0 +1,73 @@
+"""What a compiled program does with memory and with the device's queue."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.stages import Lowered
+
+from ...model.compile import compile_uncached
+
+_GPU_OPTIONS = {"xla_gpu_autotune_level": 0}  # autotuning needs the device
+_THUNKS = "*thunk_sequence_after_thunk_passes.txt"
+_SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32"}
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """Read off one compiled program.
+
+    Attributes:
+      temp_bytes: device memory besides arguments and results.
+      alias_bytes: bytes of results that lie where a donated argument lay.
+      argument_bytes: bytes of all arguments.
+      hlo: the program after all of XLA's passes.
+      thunks: kinds of what the host hands to a GPU one after the other in each run, such as
+        ["CommandBuffer"] or ["CommandBuffer", "While", "CommandBuffer"]; None for other platforms.
+    """
+
+    temp_bytes: int
+    alias_bytes: int
+    argument_bytes: int
+    hlo: str
+    thunks: list[str] | None
+
+    def copies_of(self, array: jax.ShapeDtypeStruct) -> list[str]:
+        """Instructions that write a new array of this shape and dtype, whatever the order of its
+        dimensions in memory: copies and transposes, also those inside fusions."""
+        shape = f"{_SHORT_NAMES[str(array.dtype)]}[{','.join(map(str, array.shape))}]"
+        made = rf"= \(?{re.escape(shape)}[^=]*? (?:copy|copy-start|transpose)\("
+        return [line.strip() for line in self.hlo.splitlines() if re.search(made, line)]
+
+    def kernels(self, name: str) -> int:
+        """How many custom calls (Pallas kernels) carry this name."""
+        return len(re.findall(rf'custom-call\(.*op_name="[^"]*{re.escape(name)}', self.hlo))
+
+
+def compile_for(lowered: Lowered, platform: str) -> ProgramReport:
+    """Compiles a lowered program (model/programs.py) and reads the result.
+
+    Args:
+      lowered: for devices of this platform.
+      platform: "gpu" or "tpu".
+    """
+    thunks = None
+    if platform == "gpu":
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = compile_uncached(lowered, _GPU_OPTIONS | {"xla_dump_to": folder})
+            (dump,) = Path(folder).glob(_THUNKS)
+            thunks = re.findall(r"^\d+: k(\w+)", dump.read_text(), re.MULTILINE)
+    else:
+        compiled = compile_uncached(lowered, {})
+    memory = compiled.memory_analysis()
+    return ProgramReport(
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        hlo=compiled.as_text(),
+        thunks=thunks,
+    )
