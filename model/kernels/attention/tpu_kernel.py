@@ -65,7 +65,7 @@ def attend(
     options: Options,
     *,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """See api.py. `interpret` is what pl.pallas_call takes."""
     num_tokens, num_heads, head_dim = q.shape
     num_rows = batch.page_table.shape[0]
@@ -86,17 +86,19 @@ def attend(
     exists = decoding[:width]
     if not options.decode_only:
         pad = num_tokens - width
-        out, lse = jnp.pad(out, ((0, pad), (0, 0), (0, 0))), jnp.pad(lse, ((0, pad), (0, 0)))
         tile = prompt_tile(num_tokens, num_heads, head_dim)
         prompting = (rows >= batch.num_decode) & (rows < batch.num_seqs)
         begins = jnp.where(prompting, batch.cu_q_lens[:-1], 0)
         ends = jnp.where(prompting, batch.cu_q_lens[1:], 0)
         prompt_out, prompt_lse = call(q, decode._replace(tile=tile), begins=begins, ends=ends)
-        is_decode = token < batch.num_decode
-        out = jnp.where(is_decode[:, None, None], out, prompt_out)
-        lse = jnp.where(is_decode[:, None], lse, prompt_lse)
+        is_decode = (token < batch.num_decode)[:, None, None]
+        out = jnp.where(is_decode, jnp.pad(out, ((0, pad), (0, 0), (0, 0))), prompt_out)
+        if lse is not None:
+            lse = jnp.where(is_decode[..., 0], jnp.pad(lse, ((0, pad), (0, 0))), prompt_lse)
         exists, position = token_positions(batch, num_tokens)
-    return blank_unseen(out, lse, exists, position, extras.sinks)
+    if lse is not None:
+        lse = _blank_lse(lse, exists, position, extras.sinks)
+    return blank_unseen(out, exists, position), lse
 
 
 def prompt_tile(num_tokens: int, num_heads: int, head_dim: int) -> int:
@@ -119,19 +121,19 @@ def token_positions(batch: RaggedBatch, num_tokens: int) -> tuple[jax.Array, jax
     return jnp.any(owns, axis=1), token + shift
 
 
-def blank_unseen(
-    out: jax.Array,
-    lse: jax.Array,
-    exists: jax.Array,
-    position: jax.Array,
-    sinks: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Zeros, and -inf or the sink alone, where a token sees nothing: kernels leave those as is."""
-    sees = (exists & (position >= 0))[:, None]
+def blank_unseen(out: jax.Array, exists: jax.Array, position: jax.Array) -> jax.Array:
+    """Zeros where a token sees nothing; kernels leave those as memory was."""
+    return jnp.where((exists & (position >= 0))[:, None, None], out, 0)
+
+
+def _blank_lse(
+    lse: jax.Array, exists: jax.Array, position: jax.Array, sinks: jax.Array | None
+) -> jax.Array:
+    """-inf, in a row that exists the sink alone, where a token sees nothing."""
     nothing = jnp.full_like(lse, -jnp.inf)
     if sinks is not None:
         nothing = jnp.where(exists[:, None], sinks, nothing)
-    return jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, nothing)
+    return jnp.where((exists & (position >= 0))[:, None], lse, nothing)
 
 
 def _items(
@@ -174,10 +176,10 @@ def _call(
     begins: jax.Array,
     ends: jax.Array,
     interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """One kernel over the queries that rows have between `begins` and `ends`.
 
-    Returns o [T, H, D] and lse [T, H]; what no item owns is left as memory was.
+    Returns o [T, H, D] and, if asked for, lse [T, H]; what no item owns is left as memory was.
     """
     s = shape
     num_tokens, num_heads, head_dim = q.shape
@@ -220,19 +222,19 @@ def _call(
         inputs.append(jnp.broadcast_to(per_query[..., None], (s.kv_heads, s.queries, LANES)))
         in_specs.append(pl.BlockSpec((s.kv_heads, s.queries, LANES), lambda i, items: (0, 0, 0)))
     state = (s.kv_heads, s.queries)
-    out, lse = pl.pallas_call(
-        functools.partial(
-            _kernel, shape=s, options=options, has_sinks=extras.sinks is not None
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((*q.shape[:3], LANES), jnp.float32),
-        ),
+    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out_specs = [of_tile(head_dim)]
+    if options.return_lse:
+        out_shape.append(jax.ShapeDtypeStruct((*q.shape[:3], LANES), jnp.float32))
+        out_specs.append(of_tile(LANES))
+    results = pl.pallas_call(
+        functools.partial(_kernel, shape=s, options=options, has_sinks=extras.sinks is not None),
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count,),
             in_specs=in_specs,
-            out_specs=(of_tile(head_dim), of_tile(LANES)),
+            out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((2, s.pages, s.page, 2 * s.kv_heads, head_dim), slab.dtype),
                 _flat_scratch(s, slab.dtype),
@@ -254,7 +256,8 @@ def _call(
         x = x.reshape(blocks, s.kv_heads, s.group, s.tile, -1).transpose(0, 3, 1, 2, 4)
         return x.reshape(blocks * s.tile, num_heads, -1)[:num_tokens]
 
-    return back(out), back(lse[..., :1])[..., 0]
+    lse = back(results[1][..., :1])[..., 0] if options.return_lse else None
+    return back(results[0]), lse
 
 
 def _kernel(
@@ -270,8 +273,9 @@ def _kernel(
     has_sinks: bool,
 ) -> None:
     s = shape
-    sinks, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
-    o_ref, lse_ref, buffers, flat, m_ref, l_ref, acc_ref, turn, arrived = refs
+    *outer, buffers, flat, m_ref, l_ref, acc_ref, turn, arrived = refs
+    sinks = outer.pop(0) if has_sinks else None
+    o_ref, lse_ref = outer if options.return_lse else (*outer, None)
     item = pl.program_id(0)
     low, high = items[_LOW, item], items[_HIGH, item]
     end = items[_END, item]
@@ -343,14 +347,13 @@ def _kernel(
 
     for head in range(s.kv_heads):
         l = l_ref[head]  # noqa: E741
-        lse = m_ref[head] + jnp.log(l)
         out = acc_ref[head] / jnp.where(l == 0, 1.0, l)[:, :1] * factors[1, head]
         out = out.astype(o_ref.dtype)
         if s.tile > 1:  # the tile's other rows keep what they have
             out = jnp.where(own, out, o_ref[head])
-            lse = jnp.where(own, lse, lse_ref[head])
         o_ref[head] = out
-        lse_ref[head] = lse
+        if lse_ref is not None:
+            lse_ref[head] = jnp.where(own, m_ref[head] + jnp.log(l), lse_ref[head])
 
 
 # Heads lie side by side in a tile of the vector memory, and only a load of 32-bit words can skip over
