@@ -19,6 +19,7 @@ from .abstract import AbstractDecoder
 from .cache import abstract_slabs, cache_groups
 from .inputs import ADMIT_ROOM, InputLayout
 from .kernels.attention.api import default_backend
+from .kernels.kv_write import default_writer
 from .mesh import Mesh
 from .plan import Bucket, RunnerSpec
 from .slots import abstract_slots
@@ -36,6 +37,7 @@ class Programs:
       spec: sizes and ladder.
       mesh: the devices, present or described by a topology.
       attention: a backend of kernels/attention; None is the platform's own.
+      writer: one of kernels/kv_write, likewise.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class Programs:
         mesh: Mesh,
         *,
         attention: str | None = None,
+        writer: str | None = None,
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
-        self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards)
+        self._writer = writer or default_writer(mesh.platform)
+        self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
@@ -84,7 +88,7 @@ class Programs:
     def _lower_step(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
-        step = make_step(self._decoder, self.groups, layout, self._attention)
+        step = make_step(self._decoder, self.groups, layout, self._attention, self._writer)
         return self._lowered(step, args, donated=(1, 2), fresh=(self._mesh.everywhere,))
 
     def _lower_admit(self) -> Lowered:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .abstract import AbstractDecoder
-from .cache import CacheGroup, Slabs
+from .cache import CacheGroup, Slabs, fit, unfit
 from .inputs import (
     ADMIT_ROOM,
     InputLayout,
@@ -61,11 +61,15 @@ class _Placed:
 
 
 def make_step(
-    decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: InputLayout, attention: str
+    decoder: AbstractDecoder,
+    groups: tuple[CacheGroup, ...],
+    layout: InputLayout,
+    attention: str,
+    writer: str = "scatter",
 ) -> Step:
     """The step program of one bucket, to be jitted with slabs and slots donated.
 
-    `attention` is a backend of kernels/attention.
+    `attention` is a backend of kernels/attention, `writer` one of kernels/kv_write.
     """
     config = decoder.config
     bucket = layout.bucket
@@ -85,9 +89,11 @@ def make_step(
             nonlocal slab
             first_page = layer * num_pages
             page = jnp.where(placed.pages >= 0, placed.pages + first_page, _NO_PAGE)
-            slab = write_kv(slab, k, v, page, placed.offsets)
-            return ragged_paged_attention(
-                q,
+            heads = k.shape[1]
+            q_fit, k, v = (fit(x, heads, slab) for x in (q, k, v))
+            slab = write_kv(slab, k, v, page, placed.offsets, writer=writer)
+            out = ragged_paged_attention(
+                q_fit,
                 slab,
                 jnp.where(placed.live, placed.rows.position + inputs.counts, 0),
                 placed.page_table,
@@ -100,6 +106,7 @@ def make_step(
                 decode_only=bucket.decode_only,
                 backend=attention,
             )
+            return unfit(out, heads, q)
 
         model = decoder.bind(params)
         hidden = model(placed.tokens, placed.positions, attend)

@@ -4,7 +4,7 @@ JAX's is proven on real chips, and only compiles there: it runs under no interpr
 `why_not_jax` and what is fed to the kernel are tested on their own, and Quire's kernel is tested
 interpreted (`attend_interpreted`), race detection and all.
 
-Slabs must suit how a TPU lays out memory (CacheSpec in model/cache.py sees to it): a head dim of
+Slabs must suit how a TPU lays out memory (`tiled`; model/cache.py makes them so): a head dim of
 whole 128-lane registers and KV heads that fill tiles. A slab that does not would be copied whole by
 XLA in front of every kernel, so it is refused.
 """
@@ -42,10 +42,10 @@ def attend(
         if dtype == jnp.float16:
             raise ValueError(f"{name}: got float16, must be bfloat16 or float32 on TPU")
     kv_heads, head_dim = slab.shape[2] // 2, slab.shape[3]
-    if head_dim % LANES or not fills_tiles(kv_heads):
+    if (fitting := tiled(kv_heads, head_dim)) != (kv_heads, head_dim):
         raise ValueError(
-            f"slab: got {kv_heads} KV heads of {head_dim}, must on TPU be 1, 2 or a multiple of 4, "
-            f"of a multiple of {LANES} (model/cache.py pads them)"
+            f"slab: got {kv_heads} KV heads of {head_dim}, must on TPU be padded to {fitting[0]} "
+            f"of {fitting[1]}"
         )
     if why_not_jax(q, slab, batch, extras, options) is None:
         return _jax_kernel(q, slab, batch, options), None
@@ -61,9 +61,13 @@ def attend_interpreted(
     return tpu_kernel.attend(q, slab, batch, extras, options, interpret=interpret)
 
 
-def fills_tiles(kv_heads: int) -> bool:
-    """Whether XLA lays out 2·KH rows of a page without padding, as the kernels expect them."""
-    return kv_heads in (1, 2) or kv_heads % 4 == 0
+def tiled(kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """(KV heads, head dim) that a slab must have for its pages to fill whole tiles of memory.
+
+    XLA rounds up to tiles in memory anyway, so padding to them costs none.
+    """
+    heads = kv_heads if kv_heads <= 2 else -(-kv_heads // 4) * 4
+    return heads, -(-head_dim // LANES) * LANES
 
 
 def why_not_jax(
