@@ -91,8 +91,8 @@ def write(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(places),
             grid=((num_runs + hang) // batch,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * 2,
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[pltpu.SemaphoreType.DMA],
         ),
         input_output_aliases={len(places) + 1: 0},

@@ -215,7 +215,7 @@ def _call(
         of_row(0),
         of_row(1),
         of_tile(head_dim),
-        pl.BlockSpec(memory_space=pl.ANY),
+        pl.BlockSpec(memory_space=pltpu.HBM),
     ]
     if extras.sinks is not None:
         per_query = jnp.repeat(extras.sinks.reshape(s.kv_heads, s.group), s.tile, axis=1)
