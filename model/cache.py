@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .config import DTYPE_BYTES, ModelConfig
+from .kernels.attention.tpu import tiled
 from .mesh import Mesh
 from .weights import Axes
 
@@ -26,7 +27,7 @@ SLAB_AXES: Axes = (None, None, "kv_heads", None)
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """What a layer keeps of one token: K and V of `kv_heads` heads."""
+    """What a layer keeps of one token: K and V of `kv_heads` heads, padding included."""
 
     kv_heads: int
     head_dim: int
@@ -55,13 +56,42 @@ class CacheGroup:
         return (len(self.layers) * num_pages, page_size, 2 * s.kv_heads, s.head_dim)
 
 
-def cache_groups(config: ModelConfig, dtype: str, shards: int = 1) -> tuple[CacheGroup, ...]:
+def cache_groups(
+    config: ModelConfig, dtype: str, shards: int = 1, platform: str = "cpu"
+) -> tuple[CacheGroup, ...]:
     """The groups of a model. Windowed layers keep all their pages for now, so one group does.
 
-    Over more devices than KV heads each device still has one, a copy of its neighbour's.
+    Over more devices than KV heads each device still has one, a copy of its neighbour's. On TPU
+    heads are padded to what fills tiles (`fit` and `unfit` go there and back).
     """
-    spec = CacheSpec(max(config.num_kv_heads, shards), config.head_dim, dtype)
+    heads, head_dim = max(config.num_kv_heads, shards) // shards, config.head_dim
+    if platform == "tpu":
+        heads, head_dim = tiled(heads, head_dim)
+    spec = CacheSpec(heads * shards, head_dim, dtype)
     return (CacheGroup("kv", spec, tuple(range(config.num_layers))),)
+
+
+def fit(x: jax.Array, kv_heads: int, slab: jax.Array) -> jax.Array:
+    """Queries, keys or values [T, n · KH, D] as the slab's heads are: zeros where it has more.
+
+    Zeros add nothing to a product; heads that share a KV head stay together.
+    """
+    tokens, heads, dim = x.shape
+    stored_heads, stored_dim = slab.shape[2] // 2, slab.shape[3]
+    if (kv_heads, dim) == (stored_heads, stored_dim):
+        return x
+    x = x.reshape(tokens, kv_heads, heads // kv_heads, dim)
+    x = jnp.pad(x, ((0, 0), (0, stored_heads - kv_heads), (0, 0), (0, stored_dim - dim)))
+    return x.reshape(tokens, -1, stored_dim)
+
+
+def unfit(x: jax.Array, kv_heads: int, like: jax.Array) -> jax.Array:
+    """Takes from `fit` queries' output what belongs to the real heads; the shape of `like`."""
+    if x.shape == like.shape:
+        return x
+    tokens, heads, dim = like.shape
+    x = x.reshape(tokens, -1, heads // kv_heads, x.shape[2])
+    return x[:, :kv_heads, :, :dim].reshape(like.shape)
 
 
 def token_bytes(groups: tuple[CacheGroup, ...]) -> int:

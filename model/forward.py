@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .abstract import AbstractDecoder
-from .cache import CacheGroup, Slabs
+from .cache import CacheGroup, Slabs, fit, unfit
 from .inputs import InputLayout, StepInputs
 from .kernels.attention.api import ragged_paged_attention
 from .kernels.kv_write import write_kv
@@ -51,11 +51,15 @@ Forward = Callable[[Params, Slabs, Slots, StepInputs], tuple[Slabs, Placed, Pass
 
 
 def make_forward(
-    decoder: AbstractDecoder, groups: tuple[CacheGroup, ...], layout: InputLayout, attention: str
+    decoder: AbstractDecoder,
+    groups: tuple[CacheGroup, ...],
+    layout: InputLayout,
+    attention: str,
+    writer: str,
 ) -> Forward:
     """The pass of one bucket, to be called while tracing.
 
-    `attention` is a backend of kernels/attention.
+    `attention` is a backend of kernels/attention, `writer` one of kernels/kv_write.
     """
     config = decoder.config
     bucket = layout.bucket
@@ -73,9 +77,11 @@ def make_forward(
             nonlocal slab
             first_page = layer * num_pages
             page = jnp.where(placed.pages >= 0, placed.pages + first_page, _NO_PAGE)
-            slab = write_kv(slab, k, v, page, placed.offsets)
-            return ragged_paged_attention(
-                q,
+            heads = k.shape[1]
+            q_fit, k, v = (fit(x, heads, slab) for x in (q, k, v))
+            slab = write_kv(slab, k, v, page, placed.offsets, writer=writer)
+            out = ragged_paged_attention(
+                q_fit,
                 slab,
                 jnp.where(placed.live, placed.rows.position + inputs.counts, 0),
                 placed.page_table,
@@ -88,6 +94,7 @@ def make_forward(
                 decode_only=bucket.decode_only,
                 backend=attention,
             )
+            return unfit(out, heads, q)
 
         model = decoder.bind(params)
         hidden = model(placed.tokens, placed.positions, attend)

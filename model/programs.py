@@ -20,6 +20,7 @@ from .cache import abstract_slabs, cache_groups
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
 from .kernels.attention.api import default_backend
+from .kernels.kv_write import default_writer
 from .mesh import Mesh
 from .plan import Bucket, RunnerSpec, Sampler
 from .sampling.control_inputs import BUFFER_WORDS, make_fill
@@ -57,6 +58,7 @@ class Programs:
       spec: sizes and ladder.
       mesh: the devices, present or described by a topology.
       attention: a backend of kernels/attention; None is the platform's own.
+      writer: one of kernels/kv_write, likewise.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Programs:
         mesh: Mesh,
         *,
         attention: str | None = None,
+        writer: str | None = None,
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
-        self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards)
+        self._writer = writer or default_writer(mesh.platform)
+        self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
@@ -155,7 +159,7 @@ class Programs:
         return self._lowered(make_admit(self.groups), args, donated=(0, 1))
 
     def _forward(self, layout: InputLayout) -> Forward:
-        return make_forward(self._decoder, self.groups, layout, self._attention)
+        return make_forward(self._decoder, self.groups, layout, self._attention, self._writer)
 
     @property
     def _hidden_rows(self) -> int:

@@ -56,7 +56,7 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
 def settle_sizes(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Sizes:
     """The engine's sizes on these devices; reads no weights."""
     dtype = serving_dtype(config, checkpoint.config, mesh.platform)
-    groups = cache_groups(checkpoint.config, dtype, mesh.shards)
+    groups = cache_groups(checkpoint.config, dtype, mesh.shards, mesh.platform)
     return settle(
         config,
         checkpoint.config,

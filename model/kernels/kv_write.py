@@ -1,17 +1,55 @@
 """Writes a step's keys and values into the slab, in place. Called once per layer, before attention.
 
 The slab is [layers × pages, page, 2·KH, D] with K head h at index 2h and V head h at 2h + 1, so
-one token is one contiguous run of memory and one scatter writes both.
+one token is one contiguous run of memory and one scatter writes both. Where XLA's scatter is slow,
+a kernel takes its place.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from . import kv_write_tpu
+
+
+def _scatter(slab: jax.Array, kv: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+    # Two equal indices would break the promise of unique ones even where both are dropped: each
+    # dropped token gets a page of its own.
+    dropped = slab.shape[0] + jnp.arange(pages.size, dtype=jnp.int32)
+    pages = jnp.where(pages < 0, dropped, pages)
+    return slab.at[pages, offsets].set(kv, mode="drop", unique_indices=True)
+
+
+WRITERS: dict[str, Callable[..., jax.Array]] = {
+    "scatter": _scatter,
+    "tpu": kv_write_tpu.write,
+    # For tests, on CPU: races are found, what is uninitialised is NaN, what is out of bounds raises.
+    "tpu_interpret": functools.partial(
+        kv_write_tpu.write,
+        interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
+    ),
+}
+"""Ways to write kv [T, 2·KH, D] at (pages, offsets); a token whose page is -1 is dropped."""
+
+
+def default_writer(platform: str) -> str:
+    """A key of WRITERS for "cpu", "gpu" or "tpu"."""
+    return "tpu" if platform == "tpu" else "scatter"
 
 
 def write_kv(
-    slab: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, offsets: jax.Array
+    slab: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    offsets: jax.Array,
+    *,
+    writer: str = "scatter",
 ) -> jax.Array:
     """The slab with each token's K and V at (pages[t], offsets[t]).
 
@@ -25,6 +63,7 @@ def write_kv(
       k, v: [T, KH, D], cast to the slab's type.
       pages: [T] int32, layer × pages already added.
       offsets: [T] int32, position within the page.
+      writer: a key of WRITERS.
 
     Raises:
       ValueError: shapes or types that contradict the above.
@@ -44,12 +83,13 @@ def write_kv(
                 f"{name}: got {index.dtype}{index.shape}, must be int32 [{num_tokens}]"
             )
 
+    if writer not in WRITERS:
+        raise ValueError(f"writer: got {writer!r}, must be one of {', '.join(WRITERS)}")
+
     with jax.named_scope("write_kv"):
         num_pages, page_size = slab.shape[:2]
         kv = jnp.stack([k, v], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)
-        # A negative index would count from the end, and two equal ones would break the promise of
-        # unique indices even where both are dropped: give each dropped token a page of its own.
         inside = (pages >= 0) & (pages < num_pages) & (offsets >= 0) & (offsets < page_size)
-        pages = jnp.where(inside, pages, num_pages + jnp.arange(num_tokens, dtype=jnp.int32))
+        pages = jnp.where(inside, pages, -1)
         offsets = jnp.where(inside, offsets, 0)
-        return slab.at[pages, offsets].set(kv.astype(slab.dtype), mode="drop", unique_indices=True)
+        return WRITERS[writer](slab, kv.astype(slab.dtype), pages, offsets)

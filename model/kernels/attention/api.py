@@ -13,7 +13,7 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from . import blockwise, gpu, reference
+from . import blockwise, gpu, reference, tpu
 from .contract import Attend, Extras, Options, RaggedBatch
 
 log = logging.getLogger(__name__)
@@ -23,9 +23,12 @@ BACKENDS: dict[str, Attend] = {
     "blockwise": blockwise.attend,
     "gpu": gpu.attend,
     "gpu_interpret": gpu.attend_interpreted,  # for tests: slow, on any device
+    "tpu": tpu.attend,
+    "tpu_interpret": tpu.attend_interpreted,  # for tests, on CPU
 }
 
-_BY_PLATFORM = {"cpu": "blockwise", "gpu": "gpu"}  # platforms with a backend of their own
+# platforms with a backend of their own
+_BY_PLATFORM = {"cpu": "blockwise", "gpu": "gpu", "tpu": "tpu"}
 _FALLBACK = "blockwise"
 
 
@@ -134,7 +137,7 @@ def ragged_paged_attention(
       ValueError: shapes, types or static options that contradict the above.
     """
     batch = RaggedBatch(kv_lens, page_table, cu_q_lens, num_seqs, num_decode)
-    options = Options(float(scale), first_page, window, soft_cap, decode_only)
+    options = Options(float(scale), first_page, window, soft_cap, decode_only, return_lse)
     _check(q, slab, batch, sinks, options)
     num_heads, num_kv_heads = q.shape[1], slab.shape[2] // 2
     k_scale, v_scale = (None, None) if kv_scales is None else kv_scales
@@ -148,7 +151,10 @@ def ragged_paged_attention(
         raise ValueError(f"backend: got {name!r}, must be one of {', '.join(BACKENDS)}")
     with jax.named_scope("attention"):
         out, lse = BACKENDS[name](q, slab, batch, extras, options)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 @functools.cache

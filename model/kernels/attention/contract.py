@@ -40,11 +40,13 @@ class Options:
     window: int | None
     soft_cap: float | None
     decode_only: bool
+    return_lse: bool
 
 
 class Attend(Protocol):
-    """A backend. Returns o [T, H, D] in q.dtype and lse [T, H] float32."""
+    """A backend. Returns o [T, H, D] in q.dtype and lse [T, H] float32; without
+    `options.return_lse` nobody looks at the latter, and None does."""
 
     def __call__(
         self, q: jax.Array, slab: jax.Array, batch: RaggedBatch, extras: Extras, options: Options
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array, jax.Array | None]: ...

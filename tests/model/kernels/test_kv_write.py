@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quire.model.kernels.kv_write import write_kv
+from quire.model.kernels.kv_write import WRITERS, default_writer, write_kv
 
+# Each says in its own words what runs where: "tpu" itself runs on a TPU alone.
+RUN_HERE = [name for name in WRITERS if name != "tpu"]
 PAGES, PAGE, HEADS, DIM = 6, 4, 2, 8
 
 
@@ -24,14 +27,19 @@ def ints(*values: int) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
 
+def test_every_platform_has_a_writer() -> None:
+    assert {default_writer(p) for p in ("cpu", "gpu", "tpu")} == {"scatter", "tpu"}
+
+
+@pytest.mark.parametrize("writer", RUN_HERE)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_heads_interleave_and_tokens_out_of_range_are_dropped(dtype: Any) -> None:
+def test_heads_interleave_and_tokens_out_of_range_are_dropped(dtype: Any, writer: str) -> None:
     slab = jnp.full((PAGES, PAGE, 2 * HEADS, DIM), 7, dtype)
     k, v = tokens(8)
     # Kept: 0, 1 and 7. Every other token is out of range on one side of one index.
     pages = ints(5, 0, PAGES, PAGES, PAGES + 99, -1, 2, 2)
     offsets = ints(3, 0, 0, 0, 1, 0, PAGE, 1)
-    got = jax.jit(write_kv)(slab, k, v, pages, offsets)
+    got = jax.jit(partial(write_kv, writer=writer))(slab, k, v, pages, offsets)
     want = np.full(slab.shape, 7, np.float32)
     for t in (0, 1, 7):
         for head in range(HEADS):
@@ -41,10 +49,32 @@ def test_heads_interleave_and_tokens_out_of_range_are_dropped(dtype: Any) -> Non
     np.testing.assert_array_equal(got, jnp.asarray(want).astype(dtype))
 
 
-def test_a_negative_offset_is_dropped() -> None:
+@pytest.mark.parametrize("writer", RUN_HERE)
+def test_a_negative_offset_is_dropped(writer: str) -> None:
     slab = jnp.zeros((PAGES, PAGE, 2 * HEADS, DIM))
     k, v = tokens(1)
-    assert not np.any(write_kv(slab, k, v, ints(1), ints(-1)))
+    assert not np.any(write_kv(slab, k, v, ints(1), ints(-1), writer=writer))
+
+
+@pytest.mark.parametrize("writer", RUN_HERE)
+def test_prompt_tokens_in_runs_of_every_kind(writer: str) -> None:
+    """Runs within a page, over its end, over the end of the tokens, with padding among them."""
+    n, page = 150, 32
+    where = np.full((n, 2), -1, np.int32)
+    for begin, first, length in ((0, 0, 64), (64, 5, 40), (112, 64, 38)):
+        positions = first + np.arange(length)
+        table = np.array([7, 3, 9, 1]) if begin != 64 else np.array([2, 8])
+        where[begin : begin + length] = np.stack([table[positions // page], positions % page], 1)
+    where[30] = (-1, 0)  # a hole in a run
+    where[104:107] = [(4, 30), (4, 31), (5, 0)]  # what follows is padding
+    k, v = tokens(n)
+    slab = jnp.full((10, page, 2 * HEADS, DIM), 7.0)
+    got = jax.jit(partial(write_kv, writer=writer))(slab, k, v, *(jnp.asarray(x) for x in where.T))
+    want = np.full(slab.shape, 7, np.float32)
+    for t, (p, o) in enumerate(where):
+        if p >= 0:
+            want[p, o, 0::2], want[p, o, 1::2] = k[t], v[t]
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_donated_slab_is_updated_in_place() -> None:
@@ -71,6 +101,7 @@ def test_a_donated_slab_is_updated_in_place() -> None:
         ({"slab": jnp.zeros((PAGES, PAGE, 2 * HEADS, DIM), jnp.int8)}, "slab: got int8"),
         ({"pages": ints(0)}, "pages: got"),
         ({"offsets": jnp.zeros(3)}, "offsets: got float32"),
+        ({"writer": "magic"}, "writer: got 'magic'"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:

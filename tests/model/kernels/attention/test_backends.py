@@ -2,8 +2,9 @@
 
 A backend joins by standing in api.BACKENDS; those of another platform are left out, and on an
 accelerator the ones that interpret a kernel. The cases cover every pair of option values; each is
-drawn with NaN wherever no token may look, so a result that is finite has not looked there. The
-largest error of each backend and dtype is printed at the end (`-s` shows it).
+drawn with NaN wherever no token may look, so a result that is finite has not looked there.
+Interpreted TPU kernels are dear to compile, so they get fewer cases, of the values they treat
+apart. The largest error of each backend and dtype is printed at the end (`-s` shows it).
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ HERE = [
     or (name.endswith("_interpret") and PLATFORM == "cpu")
 ]
 
-# Largest error, absolute and relative. float32 is the sum of rounding along 2,000 positions; the
-# others are twice the rounding of the output: once for the output, and once for the weights, which
-# a tensor core takes in the same type as V. All sums are float32.
+# Largest error, absolute (for values of about 1, as drawn) and relative. float32 is the sum of
+# rounding along 2,000 positions. The others are twice one rounding: the output's, and that of the
+# weights, which kernels give to a matrix unit in the narrow type; all sums are float32.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-10}
 LSE_BOUND = 1e-5
 
@@ -96,6 +97,16 @@ def pairwise_cover(factors: dict[str, tuple[Any, ...]]) -> list[Case]:
 
 
 CASES = pairwise_cover(FACTORS)
+
+# On TPU a slab's head dim is a multiple of 128.
+TPU_FACTORS = FACTORS | {
+    "head_dim": (128, 256),
+    "group": (1, 4, 7),
+    "window": (None, 17),
+    "page_size": (16, 128),
+    "dtype": ("float32", "bfloat16"),
+}
+CASES_OF = {"tpu_interpret": pairwise_cover(TPU_FACTORS)}
 
 
 class Batch(NamedTuple):
@@ -244,12 +255,16 @@ def compiler_options(backend: str) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0} if backend == "gpu_interpret" else None
 
 
-def run(backend: str, problem: Problem, **kwargs: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    fn = jax.jit(
+def program(backend: str, problem: Problem, **kwargs: Any) -> Any:
+    """The jitted operation on any batch of the problem's shapes and options."""
+    return jax.jit(
         lambda *args: ragged_paged_attention(*args, backend=backend, **problem.options, **kwargs),
         compiler_options=compiler_options(backend),
     )
-    got = fn(*problem.batch)
+
+
+def run(backend: str, problem: Problem, **kwargs: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    got = program(backend, problem, **kwargs)(*problem.batch)
     out, lse = got if kwargs.get("return_lse") else (got, None)
     assert out.dtype == problem.batch.q.dtype
     return np.asarray(out, np.float64), None if lse is None else np.asarray(lse)
@@ -259,11 +274,13 @@ def check(backend: str, problem: Problem, *, decode_only: bool, return_lse: bool
     out, lse = run(backend, problem, decode_only=decode_only, return_lse=return_lse)
     want, want_lse = numpy_attention(problem)
     bound = BOUNDS[str(problem.batch.q.dtype)]
+    scales = problem.options["kv_scales"]
+    values = 1.0 if scales is None else max(1.0, float(np.max(scales[1])))
     # As a part of what is allowed beside a value of this size.
     errors[backend, str(problem.batch.q.dtype)].append(
-        float(np.max(np.abs(out - want) / (1 + np.abs(want)), initial=0))
+        float(np.max(np.abs(out - want) / (values + np.abs(want)), initial=0))
     )
-    np.testing.assert_allclose(out, want, atol=bound, rtol=bound)
+    np.testing.assert_allclose(out, want, atol=bound * values, rtol=bound)
     if return_lse:
         assert lse is not None and lse.dtype == np.float32
         np.testing.assert_allclose(lse, want_lse, atol=LSE_BOUND, rtol=LSE_BOUND)
@@ -273,10 +290,13 @@ def name_of(case: Case) -> str:
     return "-".join(str(v) for v in case.values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [(b, case) for b in HERE for case in CASES_OF.get(b, CASES)],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
 def test_covered_options(backend: str, case: Case) -> None:
-    problem = make_problem(case, seed=CASES.index(case))
+    problem = make_problem(case, seed=CASES_OF.get(backend, CASES).index(case))
     check(backend, problem, decode_only=case["mode"] == "decode", return_lse=case["return_lse"])
 
 
@@ -327,15 +347,7 @@ def test_a_prompt_of_2000_tokens(backend: str) -> None:
 def test_one_program_serves_every_batch_of_its_shape(backend: str) -> None:
     """Lengths, counts and tables are data: nothing recompiles, and degenerate batches are legal."""
     problem = make_problem(PLAIN | {"lengths": "edge"}, seed=3)
-    compiled = (
-        jax.jit(
-            lambda *args: ragged_paged_attention(
-                *args, backend=backend, return_lse=True, **problem.options
-            )
-        )
-        .lower(*problem.batch)
-        .compile(compiler_options(backend))
-    )
+    compiled = program(backend, problem, return_lse=True).lower(*problem.batch).compile()
     b = problem.batch
     q_lens = np.diff(b.cu_q_lens)[: b.num_seqs]
     variants = {
@@ -378,17 +390,14 @@ def test_more_rows_than_tokens_is_legal() -> None:
 @pytest.mark.parametrize("backend", HERE)
 def test_a_row_whose_cache_is_not_finite_keeps_it_to_itself(backend: str, mode: str) -> None:
     problem = make_problem(PLAIN | {"mode": mode}, seed=6)
-    clean, _ = run(backend, problem, decode_only=mode == "decode")
     batch = problem.batch
+    attend = program(backend, problem, decode_only=mode == "decode")
+    clean = np.asarray(attend(*batch))
     for sick in range(int(batch.num_seqs)):
         slab = batch.slab.copy()
         used = -(-batch.kv_lens[sick] // PLAIN["page_size"])
         slab[FIRST_PAGE + batch.page_table[sick, :used]] = np.nan
-        out, _ = run(
-            backend,
-            Problem(batch._replace(slab=slab), problem.options),
-            decode_only=mode == "decode",
-        )
+        out = np.asarray(attend(*batch._replace(slab=slab)))
         mine = slice(batch.cu_q_lens[sick], batch.cu_q_lens[sick + 1])
         assert np.isnan(out[mine]).any()
         np.testing.assert_array_equal(np.delete(out, mine, 0), np.delete(clean, mine, 0))
