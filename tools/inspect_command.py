@@ -96,7 +96,7 @@ def memory(sizes: Sizes, platform: str) -> dict[str, Any]:
         "tokens_in_pages": (spec.num_pages - 1) * spec.page_size,
         "requests_at_once": spec.num_slots,
         "longest_sequence": spec.max_model_len,
-        "step_programs": len(spec.ladder),
+        "step_programs": spec.ladder.num_programs,
         "worst_decode_padding": spec.ladder.padding_bound(),
     }
 
