@@ -121,10 +121,17 @@ class EngineConfig:
         None, "tokens of one prompt in one step at most (default: max-batched-tokens)", low=1
     )
     page_size: int = setting(32, "token positions in a KV page, a power of two", low=1, high=1024)
+    memory: int | None = setting(
+        None,
+        "bytes of each device for everything, like 6GiB: weights, KV pages, state, programs "
+        "(default: 90 % of an accelerator's; on CPU the weights and half of what they leave)",
+        low=1,
+        is_size=True,
+    )
     kv_memory: int | None = setting(
         None,
-        "bytes for KV pages, like 512MiB (default: what every slot needs at full length, at most "
-        "half of the memory that is free)",
+        "bytes of that for KV pages, like 512MiB (default: what every slot needs at full length, "
+        "at most what is left)",
         low=1,
         is_size=True,
     )
@@ -146,10 +153,20 @@ class EngineConfig:
         True, "compile every step program before ready; off compiles each at its first use"
     )
     compile_threads: int | None = setting(
-        None, "step programs compiled at once (default: cores, at most 8)", low=1
+        None,
+        "step programs compiled at once (default: cores, at most 8, and a quarter of the host's "
+        "memory)",
+        low=1,
     )
     cache_dir: str | None = setting(
         None, "folder for compiled programs (default: ~/.cache/quire; an empty string for none)"
+    )
+    cache_limit: int = setting(
+        "4GiB",
+        "bytes that folder may grow to; what was used least recently goes first",
+        low=2**24,
+        high=2**44,
+        is_size=True,
     )
     ignore_config_fields: tuple[str, ...] = setting(
         (), "fields of config.json to ignore although Quire does not know them (comma-separated)"
@@ -191,6 +208,28 @@ def check_names(config: type, given: Iterable[str]) -> None:
     for name in given:
         if name not in names:
             raise InvalidConfig(f"{name}: no such setting, must be one of {', '.join(names)}")
+
+
+_COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")
+
+
+def compiler_environment() -> dict[str, str]:
+    """The variables that change what XLA makes of a program."""
+    return {name: os.environ[name] for name in _COMPILER_VARIABLES if name in os.environ}
+
+
+_POOL_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def pool_share() -> tuple[str, float] | None:
+    """The share of a GPU that the user told JAX itself to take, and the variable that says so."""
+    for name in _POOL_VARIABLES:
+        if text := os.environ.get(name):
+            try:
+                return name, float(text)
+            except ValueError:
+                raise InvalidConfig(f"{name}: got {text!r}, must be a share of 1") from None
+    return None
 
 
 def default_cache_dir() -> Path:

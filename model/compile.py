@@ -1,24 +1,40 @@
-"""Compiling: ahead of time, in a pool, cached, and counted. Every experimental JAX API lives here.
+"""Compiling: ahead of time, in a pool, stored, and counted. Every experimental JAX API lives here.
 
 After ready nothing may compile: each compilation stalls every running request. `CompileCounter`
-counts them, those of eager operations included, by JAX's own event.
+counts them, those of eager operations included, by JAX's own event. Before ready, what an earlier
+start compiled is loaded from the program store (model/program_store.py) without being traced.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import threading
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
-from jax.experimental import topologies
+from jax._src import xla_bridge
+from jax.experimental import serialize_executable, topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
+from .program_store import Facts, ProgramStore
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """Recorded once for every executable XLA builds or reads from the cache, eager ones too."""
+
+_MAX_THREADS = 8
+_POOL_SHARE = 0.25
+"""Of the host's memory, which compilations may take together."""
+
+_COMPILE_BYTES, _COMPILE_BYTES_PER_LAYER = 192 * 2**20, 12 * 2**20
+"""Host memory of one compilation; 0.55 GB at 32 layers, measured for a GPU."""
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[int, int], None]
@@ -53,10 +69,28 @@ class CompileCounter:
         return CompileCounter._total - self._start
 
 
+def jax_has_started() -> bool:
+    """Whether JAX holds its devices already; how much memory it takes is then settled."""
+    return xla_bridge.backends_are_initialized()
+
+
+def set_pool(share: float, *, at_once: bool) -> None:
+    """Tells JAX, which must not have started, what share of each GPU its pool may take.
+
+    Args:
+      share: of the device's memory.
+      at_once: the pool takes all of it at its start, and so cannot be cut up; else as it needs.
+    """
+    given = jax.config.jax_pjrt_client_create_options  # type: ignore[attr-defined]
+    options = {"memory_fraction": share, "preallocate": at_once, **(given or {})}
+    jax.config.update("jax_pjrt_client_create_options", options)
+
+
 def use_cache(folder: Path | None) -> None:
     """Keeps compiled programs in `folder` between processes, however small or quick they are.
 
-    None keeps none. Of the whole process: what the last caller said holds.
+    This is JAX's own cache, which a program must be traced for; XLA's autotuning results are kept
+    with it. None keeps none. Of the whole process: what the last caller said holds.
     """
     chosen = None if folder is None else str(folder)
     if chosen != cache_folder():
@@ -72,30 +106,159 @@ def cache_folder() -> str | None:
     return folder
 
 
+@contextmanager
+def _no_jax_cache(off: bool) -> Iterator[None]:
+    """Has XLA compile what JAX's own cache may hold, for what is to be written down: an executable
+    that was read from there cannot be (on CPU it loses its code on the way, without a word).
+
+    Of the whole process.
+    """
+    if not off:
+        yield
+        return
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else what was decided at the first compilation holds
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def compile_threads(layers: int, host_bytes: int) -> int:
+    """Programs of so many layers to compile at once: by the cores, and by the host's memory."""
+    each = _COMPILE_BYTES + layers * _COMPILE_BYTES_PER_LAYER
+    return max(1, min(os.cpu_count() or 1, _MAX_THREADS, int(host_bytes * _POOL_SHARE) // each))
+
+
+@dataclass(frozen=True, slots=True)
+class Compilation(Generic[Key]):
+    """Programs ready to run.
+
+    Attributes:
+      programs: by their names.
+      figures: of each; see `figures_of`.
+      loaded: how many came from the store.
+      lowering_seconds: this thread's, for the others.
+    """
+
+    programs: dict[Key, Compiled]
+    figures: dict[Key, dict[str, int]]
+    loaded: int
+    lowering_seconds: float
+
+
 def compile_all(
-    programs: Mapping[Key, Callable[[], Lowered]], *, threads: int, progress: Progress | None = None
-) -> dict[Key, Compiled]:
-    """Compiles every program, in the order given (largest first keeps the pool full).
+    programs: Mapping[Key, Callable[[], Lowered]],
+    *,
+    threads: int,
+    store: ProgramStore | None = None,
+    facts: Callable[[Key], Facts] | None = None,
+    devices: tuple[jax.Device, ...] = (),
+    before_compiling: Callable[[], object] | None = None,
+    progress: Progress | None = None,
+) -> Compilation[Key]:
+    """Loads or compiles every program, in the order given (largest first keeps the pool full).
 
     Lowering traces Python and holds the interpreter, so it stays on this thread; XLA releases it.
 
     Args:
       programs: name to a function that traces and lowers it.
       threads: programs compiled at once.
+      store: where programs are found and kept; none without it.
+      facts: what a program is found by; needed with `store`.
+      devices: where programs run; needed with `store`.
+      before_compiling: called unless all programs are stored.
       progress: called with (done, total) as programs finish.
     """
     done: dict[Key, Compiled] = {}
+    figures: dict[Key, dict[str, int]] = {}
+    lowering = 0.0
+
+    def finish(futures: Mapping[Future[Any], Key]) -> None:
+        for future in as_completed(futures):
+            if (result := future.result()) is not None:
+                key = futures[future]
+                done[key], figures[key] = result
+                if progress is not None:
+                    progress(len(done), len(programs))
+
+    def compiled(lowered: Lowered, key: Key) -> tuple[Compiled, dict[str, int]]:
+        program = lowered.compile(compiler_options=options)
+        found = figures_of(program)
+        if store is not None and facts is not None:
+            _keep(store, facts(key), program, found)
+        return program, found
+
+    options: dict[str, str | bool] = {}
+    if store is not None and devices[0].platform == "gpu":
+        # Kernels that XLA timed for one program are known to the next, and to the next start.
+        options["xla_gpu_per_fusion_autotune_cache_dir"] = str(store.tuning)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
     try:
-        futures = {pool.submit(lower().compile): key for key, lower in programs.items()}
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            if progress is not None:
-                progress(len(done), len(programs))
+        if store is not None and facts is not None:
+            finish({pool.submit(_load, store, facts(key), devices): key for key in programs})
+        loaded, futures = len(done), {}
+        missing = [key for key in programs if key not in done]
+        if missing and before_compiling is not None:
+            before_compiling()
+        with _no_jax_cache(bool(missing) and store is not None):
+            for key in missing:
+                begin = time.monotonic()
+                lowered = programs[key]()
+                lowering += time.monotonic() - begin
+                futures[pool.submit(compiled, lowered, key)] = key
+            finish(futures)
     finally:
         # After an error or an interrupt, those still queued are not worth waiting for.
         pool.shutdown(wait=False, cancel_futures=True)
-    return done
+    ordered = {key: done[key] for key in programs}
+    return Compilation(ordered, figures, loaded, lowering)
+
+
+def figures_of(program: Compiled) -> dict[str, int]:
+    """Bytes that a program takes on each device beside its arguments: its temporaries, results that
+    take no donated argument's place, and code."""
+    stats = program.memory_analysis()
+    if stats is None:  # a backend that does not say
+        return {"temp": 0, "outputs": 0, "code": 0}
+    return {
+        "temp": stats.temp_size_in_bytes,
+        "outputs": max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
+        "code": stats.generated_code_size_in_bytes,
+    }
+
+
+def _keep(store: ProgramStore, facts: Facts, program: Compiled, figures: dict[str, int]) -> None:
+    """Stores a program, where its backend can write programs down."""
+    try:
+        code, in_tree, out_tree = serialize_executable.serialize(program)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        store.problems.append(f"a compiled program was not stored: {error}")
+        return
+    # Tree definitions do not pickle; trees of Quire's own classes do.
+    trees = [jax.tree.unflatten(t, range(t.num_leaves)) for t in (in_tree, out_tree)]
+    store.put(facts, pickle.dumps((code, *trees)), figures)
+
+
+def _load(
+    store: ProgramStore, facts: Facts, devices: tuple[jax.Device, ...]
+) -> tuple[Compiled, dict[str, int]] | None:
+    """A stored program, or None: there is none, or it cannot be used."""
+    entry = store.get(facts)
+    if entry is None:
+        return None
+    try:
+        code, *trees = pickle.loads(entry.body)
+        in_tree, out_tree = (jax.tree.structure(tree) for tree in trees)
+        program = serialize_executable.deserialize_and_load(
+            code, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+        )
+    except Exception as error:  # whatever it is, compiling anew is the cure
+        store.discard(facts, f"it cannot be loaded: {error}")
+        return None
+    return program, entry.figures
 
 
 def described_devices(platform: str, name: str, **options: Any) -> list[jax.Device]:
@@ -111,11 +274,5 @@ def described_devices(platform: str, name: str, **options: Any) -> list[jax.Devi
 
 def compile_uncached(lowered: Lowered, options: dict[str, Any]) -> Compiled:
     """Compiles with XLA options, past the cache: it would not see those that dump."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether it is used is decided once otherwise
-    try:
+    with _no_jax_cache(True):
         return lowered.compile(compiler_options=options)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()

@@ -6,8 +6,9 @@ checks (tools/compile_check) for devices that are not there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from .kernels.attention.api import default_backend
 from .kernels.kv_write import default_writer
 from .mesh import Mesh
 from .plan import Bucket, RunnerSpec, Sampler
+from .program_store import environment
 from .sampling.control_inputs import BUFFER_WORDS, make_fill
 from .sampling.controls import Controls, abstract_controls
 from .score import SCORE_WORDS, make_score
@@ -45,6 +47,9 @@ CONTROLS = "controls"
 
 SCORE = "score"
 """Names the program of prompt log-probabilities (model/score.py)."""
+
+STATE = "state"
+"""Names the program that makes slabs, slots and controls anew."""
 
 Key = Bucket | SampleKey | str
 """A program's name. A GREEDY or SAMPLE bucket is a whole step, a FULL one its forward."""
@@ -74,6 +79,7 @@ class Programs:
         self._attention = attention or default_backend(mesh.platform)
         self._writer = writer or default_writer(mesh.platform)
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
+        self._facts: dict[str, str] | None = None
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
@@ -103,7 +109,40 @@ class Programs:
         ladder = self._spec.ladder
         buckets = sorted(ladder.buckets, key=lambda b: (-b.tokens, -b.sampler, -b.k))
         samples = [SampleKey(rows) for rows in reversed(ladder.sample_rows)]
-        return [*buckets, SCORE, *samples, CONTROLS, ADMIT]
+        return [*buckets, SCORE, *samples, CONTROLS, ADMIT, STATE]
+
+    @property
+    def demanding(self) -> list[Key]:
+        """The programs among which those are that work in most memory."""
+        ladder = self._spec.ladder
+        most = [b for b in ladder.buckets if b.tokens == ladder.max_tokens]
+        steps = [b for b in most if b.sampler != Sampler.GREEDY]
+        return [*steps, SCORE, SampleKey(max(ladder.sample_rows)), ADMIT]
+
+    def input_bytes(self, key: Key) -> int:
+        """Bytes of the buffer that a program, but STATE, gets from the host."""
+        match key:
+            case Bucket():
+                return 4 * self.layout(key).size
+            case SampleKey(rows):
+                return 4 * 2 * rows
+        return 4 * {SCORE: SCORE_WORDS, CONTROLS: BUFFER_WORDS, ADMIT: ADMIT_ROOM.words}[key]
+
+    def facts(self, key: Key | str) -> dict[str, str]:
+        """What a stored program is found by, traced or not: whatever `lower` looks at is here."""
+        if self._facts is None:
+            sizes = asdict(self._spec)
+            # Each program is one rung; of the others only the largest matters to it.
+            sizes["ladder"] = self._spec.ladder.max_tokens
+            self._facts = {
+                **environment(self._mesh),
+                "model": json.dumps(asdict(self._decoder.config), sort_keys=True),
+                "dtype": self._decoder.dtype,
+                "sizes": json.dumps(sizes, sort_keys=True),
+                "attention": self._attention,
+                "writer": self._writer,
+            }
+        return {**self._facts, "program": str(key)}
 
     def lowerings(self) -> dict[Key, Callable[[], Lowered]]:
         """Every program, the costliest first."""
@@ -124,6 +163,8 @@ class Programs:
                 return self._lower_controls()
             case "admit":
                 return self._lower_admit()
+            case "state":
+                return self._lower_state()
         raise KeyError(f"no program {key!r}")
 
     def _lower_step(self, bucket: Bucket) -> Lowered:
@@ -158,6 +199,15 @@ class Programs:
         args = (*self.abstract_state(), self._buffer(ADMIT_ROOM.words))
         return self._lowered(make_admit(self.groups), args, donated=(0, 1))
 
+    def _lower_state(self) -> Lowered:
+        abstract = (*self.abstract_state(), self.abstract_controls())
+        # Zeroed, not just allocated: a NaN left in unused V would survive a masked p·V.
+        make = jax.jit(
+            lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
+            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
+        )
+        return self._for_platform(make)
+
     def _forward(self, layout: InputLayout) -> Forward:
         return make_forward(self._decoder, self.groups, layout, self._attention, self._writer)
 
@@ -180,7 +230,7 @@ class Programs:
         donated: tuple[int, ...] = (),
         fresh: int = 0,
     ) -> Lowered:
-        """Traced and lowered for the mesh's platform, which need not be this process's.
+        """Traced and lowered, cut over the mesh's devices.
 
         Args:
           program: returns its donated arguments first, then `fresh` results; a lone one bare.
@@ -193,5 +243,9 @@ class Programs:
         results = results if len(results) > 1 else results[0]
         split = self._mesh.split(program, placed, results)
         jitted = jax.jit(split, donate_argnums=donated, out_shardings=results)
+        return self._for_platform(jitted, *args)
+
+    def _for_platform(self, jitted: Any, *args: Any) -> Lowered:
+        """Lowered for the mesh's platform, which need not be this process's."""
         with jax.sharding.use_abstract_mesh(self._mesh.abstract):
             return jitted.trace(*args).lower(lowering_platforms=self._mesh.lowering_platforms)

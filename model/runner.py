@@ -7,28 +7,26 @@ packs a plan, hands it over and returns; `collect` waits for the copies that `la
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
 
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
-from .compile import CompileCounter, Progress, compile_all
+from .compile import CompileCounter, Progress
 from .inputs import ADMIT_ROOM, InputLayout, pack, pack_sample, pack_updates
 from .mesh import Mesh
 from .outputs import unpack_outputs
 from .plan import Bucket, Emit, RunnerSpec, Sampler, ScoredRow, StepOutputs, StepPlan
-from .programs import ADMIT, CONTROLS, SCORE, Key, Programs, SampleKey
+from .programs import ADMIT, CONTROLS, SCORE, STATE, Key, Programs, SampleKey
 from .sampling.control_inputs import control_buffers, empty_buffer
 from .sampling.controls import Controls
 from .score import score_buffers, unpack_scores
-from .slots import Slots
 from .weights import Params
 
 _GPU_WARMUP_RUNS = 3  # the first run warms up, the second captures the CUDA graph, the third checks
@@ -51,18 +49,25 @@ class ModelRunner:
       params: every parameter of `decoder.specs`, placed on the mesh.
       spec: sizes and ladder.
       mesh: the devices.
+      compiled: programs that are there already (model/startup.py). Slabs are made here, so compile
+        before: tuning on the device needs room.
     """
 
     def __init__(
-        self, decoder: AbstractDecoder, params: Params, spec: RunnerSpec, mesh: Mesh
+        self,
+        decoder: AbstractDecoder,
+        params: Params,
+        spec: RunnerSpec,
+        mesh: Mesh,
+        *,
+        compiled: Mapping[Any, Compiled] = MappingProxyType({}),
     ) -> None:
         self._params, self._mesh = params, mesh
         self._spec = spec
         self._programs = Programs(decoder, spec, mesh)
-        self._compiled: dict[Key, Compiled] = {}
-        self._ready_counter = CompileCounter()  # without `warmup`, ready is now
-        self._make_state = self._state_maker()
+        self._compiled: dict[Key, Compiled] = dict(compiled)
         self.reset()
+        self._ready_counter = CompileCounter()  # without `warmup`, ready is now
 
     @property
     def spec(self) -> RunnerSpec:
@@ -92,16 +97,7 @@ class ModelRunner:
         """Fresh slabs and slots; all KV is lost."""
         self._slabs: Slabs = {}  # frees the old ones first: both together may not fit
         self._controls: Controls | None = None
-        self._slabs, self._slots, self._controls = self._make_state()
-
-    def _state_maker(self) -> Callable[[], tuple[Slabs, Slots, Controls]]:
-        """Kept for the runner's life, so that a reset compiles nothing."""
-        abstract = (*self._programs.abstract_state(), self._programs.abstract_controls())
-        # Zeroed, not just allocated: a NaN left in unused V would survive a masked p·V.
-        return jax.jit(
-            lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
-            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
-        )
+        self._slabs, self._slots, self._controls = self._program(STATE)()
 
     # Programs
 
@@ -110,20 +106,20 @@ class ModelRunner:
             self._compiled[key] = self._programs.lower(key).compile()
         return self._compiled[key]
 
-    def warmup(self, *, threads: int, progress: Progress | None = None) -> float:
-        """Compiles the whole ladder, runs each program on nothing, and arms the compile guard.
+    def warmup(self, progress: Progress | None = None) -> None:
+        """Compiles what is not compiled, runs each program on nothing, and arms the compile guard.
 
-        Returns:
-          Seconds it took.
+        Args:
+          progress: called with (done, total) as programs have run.
         """
-        begin = time.monotonic()
-        self._compiled = compile_all(self._programs.lowerings(), threads=threads, progress=progress)
         runs = _GPU_WARMUP_RUNS if self._mesh.platform == "gpu" else 1
-        for key in self._compiled:
+        keys = [key for key in self._programs.lowerings() if key != STATE]
+        for done, key in enumerate(keys):
             for _ in range(runs):
                 self._run_idle(key)
+            if progress is not None:
+                progress(done + 1, len(keys))
         self._ready_counter = CompileCounter()
-        return time.monotonic() - begin
 
     def _run_idle(self, key: Key) -> None:
         """Runs a program with no rows: it changes nothing, as padding must not."""

@@ -1,24 +1,30 @@
 """How large an engine is: slots, tokens a step, pages, and the memory they take. Pure.
 
-The page count follows from the configuration and the device's capacity, never from what happens to
-be free at the moment, so the same command makes the same programs every time.
+The page count follows from the configuration, the device's capacity and what the programs need to
+work, never from what happens to be free at the moment: the same command makes the same programs
+every time, and finds them stored. What programs need does not depend on the page count, so sizes
+are settled twice: without it, to compile the largest program, and with it (model/startup.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig
 from .config import DTYPE_BYTES, ModelConfig
-from .ladder import MAX_PROGRAMS, make_ladder
+from .ladder import MAX_PROGRAMS, Ladder, make_ladder
+from .memory import CAPACITY_GRAIN, PLATFORMS, MemoryTable, coarse
 from .parallel import local_config
 from .plan import RunnerSpec
+from .sampling.controls import controls_bytes
 from .slots import SLOT_WORDS
 
-_KV_SHARE = 0.5
-"""Share of the memory left beside the weights that KV pages take unless told otherwise."""
+_CPU_SHARE = 0.5
+"""Of the host memory beside the weights, what an engine takes on CPU unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +48,29 @@ class Sizes:
       dtype: of weights, activations and KV.
       spec: what the scheduler must stay within.
       prefill_chunk: most tokens of one prompt in one step.
-      weight_bytes, kv_bytes, slot_bytes: device memory, in bytes.
       token_bytes: KV of one token over all layers.
-      capacity: the device's memory, in bytes.
+      memory: where the bytes of a device go.
       notes: what was decided in the user's stead, a sentence each.
     """
 
     dtype: str
     spec: RunnerSpec
     prefill_chunk: int
-    weight_bytes: int
-    kv_bytes: int
-    slot_bytes: int
     token_bytes: int
-    capacity: int
+    memory: MemoryTable
     notes: tuple[str, ...]
 
 
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def host_memory() -> int:
-    """Physical memory of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of this machine in bytes, or what the container we run in may use of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            found.append(int(Path(name).read_text()))
+    return min(found)
 
 
 def serving_dtype(config: EngineConfig, model: ModelConfig, platform: str) -> str:
@@ -89,6 +98,12 @@ def count_parameters(model: ModelConfig) -> int:
     return m.num_layers * layer + tables + m.hidden_size
 
 
+def largest_parameter_bytes(model: ModelConfig, dtype: str) -> int:
+    """Bytes of the largest parameter as it is loaded: the embedding, or the MLP's fused matrix."""
+    rows = max(model.vocab_size, 2 * model.intermediate_size, model.q_size + 2 * model.kv_size)
+    return rows * model.hidden_size * DTYPE_BYTES[dtype]
+
+
 def settle(
     config: EngineConfig,
     model: ModelConfig,
@@ -97,6 +112,9 @@ def settle(
     capacity: int,
     kv_token_bytes: int,
     shards: int = 1,
+    pool: int | None = None,
+    temp_bytes: int = 0,
+    staging_bytes: int = 0,
 ) -> Sizes:
     """Turns settings and their defaults into sizes.
 
@@ -107,66 +125,123 @@ def settle(
       capacity: memory of one device in bytes.
       kv_token_bytes: KV bytes of one token over all layers on one device, in the serving dtype.
       shards: devices the model is cut over; all figures are of one of them.
+      pool: bytes that JAX may take of the device, where that is settled already.
+      temp_bytes, staging_bytes: what the most demanding program needs beside its arguments, and the
+        steps in flight; 0 while not known.
 
     Raises:
       InvalidConfig: settings that contradict each other, the model or the memory.
     """
     notes: list[str] = []
-    defaults = _DEFAULTS.get(platform, _ACCELERATOR)
     dtype = serving_dtype(config, model, platform)
     if dtype != model.dtype:
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
-    num_seqs = config.max_num_seqs or defaults.num_seqs
-    tokens = config.max_batched_tokens or max(defaults.batched_tokens, 2 * num_seqs)
-    k = config.decode_steps
-    ladder = make_ladder(num_seqs, tokens, max_programs=defaults.programs, max_k=k)
+    num_seqs = config.max_num_seqs or _DEFAULTS.get(platform, _ACCELERATOR).num_seqs
+    ladder = _ladder(config, platform, num_seqs)
     longest = _longest(config, model)
 
     weights = weight_bytes(local_config(model, shards), dtype)
-    if weights >= capacity:
-        raise InvalidConfig(
-            f"model: its weights take {weights:,} bytes in {dtype}, the device has {capacity:,}; "
-            "choose a smaller dtype or a larger device"
-        )
+    table = MemoryTable(
+        capacity=capacity - capacity % CAPACITY_GRAIN,
+        budget=0,
+        weights=weights,
+        kv=0,
+        slots=_slot_bytes(num_seqs, longest, config.page_size),
+        controls=controls_bytes(num_seqs, model.vocab_size),
+        temp=temp_bytes,
+        staging=staging_bytes,
+        reserve=PLATFORMS[platform].outside + PLATFORMS[platform].inside,
+        pages=0,
+        page_size=config.page_size,
+        host_mapped=weight_bytes(model, model.dtype),
+        host_staging=2 * largest_parameter_bytes(model, dtype),
+    )
+    table = replace(table, budget=_budget(config, table, platform, dtype, pool))
     page_bytes = kv_token_bytes * config.page_size
-    if config.kv_memory is not None and weights + config.kv_memory > capacity:
-        raise InvalidConfig(
-            f"kv_memory: got {config.kv_memory:,} bytes, must be at most {capacity - weights:,}: "
-            f"what the weights ({weights:,}) leave of the device's {capacity:,}"
-        )
-    pages = _pages(config, capacity - weights, page_bytes, num_seqs, longest)
+    pages = _pages(config, table, page_bytes, num_seqs, longest)
     if (pages - 1) * config.page_size < longest:
         fits = (pages - 1) * config.page_size
         if config.max_model_len is not None or fits < 2:
             raise InvalidConfig(
                 f"max_model_len: got {longest}, but {pages * page_bytes:,} bytes of KV memory hold "
-                f"{max(fits, 0)} tokens; lower max_model_len or raise kv_memory"
+                f"{max(fits, 0)} tokens; lower max_model_len or raise {_kv_setting(config)}"
             )
         notes.append(f"max_model_len is {fits}: what KV memory holds (the model allows {longest})")
         longest = fits
 
-    per_seq = -(-longest // config.page_size)
+    table = replace(
+        table,
+        kv=pages * page_bytes,
+        pages=pages,
+        slots=_slot_bytes(num_seqs, longest, config.page_size),
+    )
     spec = RunnerSpec(
         num_slots=num_seqs,
         num_pages=pages,
         page_size=config.page_size,
-        max_pages_per_seq=per_seq,
+        max_pages_per_seq=-(-longest // config.page_size),
         max_model_len=longest,
         vocab_size=model.vocab_size,
         ladder=ladder,
-        max_k=k,
+        max_k=config.decode_steps,
     )
     return Sizes(
         dtype=dtype,
         spec=spec,
-        prefill_chunk=min(config.prefill_chunk or tokens, tokens),
-        weight_bytes=weights,
-        kv_bytes=pages * page_bytes,
-        slot_bytes=num_seqs * 4 * (SLOT_WORDS + per_seq),
+        prefill_chunk=min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens),
         token_bytes=kv_token_bytes,
-        capacity=capacity,
+        memory=table,
         notes=tuple(notes),
     )
+
+
+def _ladder(config: EngineConfig, platform: str, num_seqs: int) -> Ladder:
+    defaults = _DEFAULTS.get(platform, _ACCELERATOR)
+    tokens = config.max_batched_tokens or max(defaults.batched_tokens, 2 * num_seqs)
+    k = config.decode_steps
+    return make_ladder(num_seqs, tokens, max_programs=defaults.programs, max_k=k)
+
+
+def _slot_bytes(num_seqs: int, longest: int, page_size: int) -> int:
+    return num_seqs * 4 * (SLOT_WORDS + -(-longest // page_size))
+
+
+def _budget(
+    config: EngineConfig, table: MemoryTable, platform: str, dtype: str, pool: int | None
+) -> int:
+    """Bytes of the device for everything, which hold at least what is there before KV pages."""
+    kind, least = PLATFORMS[platform], table.total
+    needs = (
+        f"{least:,} bytes without any KV: its weights take {table.weights:,} bytes in {dtype}, "
+        f"programs and state {least - table.weights - table.reserve:,}, the reserve "
+        f"{table.reserve:,}"
+    )
+    # JAX may have started with a pool of its own; what is beside it is ours all the same.
+    most = table.capacity if pool is None else min(table.capacity, pool + kind.outside)
+    if config.memory is not None:
+        # The pool we asked for is a share of what the backend counts, a little off what we do.
+        if config.memory > table.capacity or config.memory > 1.01 * most:
+            raise InvalidConfig(
+                f"memory: got {config.memory:,} bytes, must be at most {most:,}: what "
+                + ("the device has" if most == table.capacity else "JAX was started with")
+            )
+        if min(config.memory, most) <= least:
+            raise InvalidConfig(f"memory: got {config.memory:,} bytes, but the model takes {needs}")
+        return min(config.memory, most)
+    if least >= most:
+        raise InvalidConfig(
+            f"model: takes {needs}; the device has {most:,}; choose a smaller dtype or a larger "
+            "device"
+        )
+    if platform == "cpu":
+        # With kv_memory the user has said what there is to say.
+        share = 1.0 if config.kv_memory is not None else _CPU_SHARE
+        return least + int((most - least) * share)
+    return min(most, int(table.capacity * kind.share))
+
+
+def _kv_setting(config: EngineConfig) -> str:
+    return "kv_memory" if config.kv_memory is not None or config.memory is None else "memory"
 
 
 def _longest(config: EngineConfig, model: ModelConfig) -> int:
@@ -187,10 +262,17 @@ def _longest(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _pages(
-    config: EngineConfig, beside_weights: int, page_bytes: int, num_seqs: int, longest: int
+    config: EngineConfig, table: MemoryTable, page_bytes: int, num_seqs: int, longest: int
 ) -> int:
     """Pages in the slab, page 0 included."""
+    left = max(table.budget - table.total, 0)
     if config.kv_memory is not None:
+        if config.kv_memory > left:
+            of = "memory allows" if config.memory is not None else "there are"
+            raise InvalidConfig(
+                f"kv_memory: got {config.kv_memory:,} bytes, must be at most {left:,}: what the "
+                f"weights ({table.weights:,}), programs, state and reserve "
+                f"({table.total - table.weights:,}) leave of the {table.budget:,} bytes that {of}"
+            )
         return config.kv_memory // page_bytes
-    wanted = 1 + num_seqs * -(-longest // config.page_size)
-    return min(wanted, int(max(beside_weights, 0) * _KV_SHARE) // page_bytes)
+    return min(1 + num_seqs * -(-longest // config.page_size), coarse(left // page_bytes))

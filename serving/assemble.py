@@ -5,45 +5,59 @@ The one place where all floors meet; both faces start here. Each phase is report
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.shipped import resolve
-from ..config import EngineConfig, default_cache_dir
+from ..config import EngineConfig
 from ..errors import InvalidConfig
 from ..model.abstract import AbstractDecoder
 from ..model.cache import cache_groups, token_bytes
-from ..model.compile import cache_folder, use_cache
+from ..model.compile import CompileCounter, compile_threads
+from ..model.devices import device_memory, gpu_memory, hold_gpu
+from ..model.memory import MemoryTable, human_bytes
 from ..model.mesh import Mesh, default_mesh
 from ..model.runner import ModelRunner
 from ..model.sizing import Sizes, host_memory, serving_dtype, settle
+from ..model.startup import Startup
 from ..model.weights import Params
 from ..sched.engine import Engine
 from ..sched.request import RequestOutput
 from ..sched.scheduler import Scheduler
+from .caches import open_caches
 from .intake import Intake
+from .phases import Phases
 from .progress import Reporter, Silent
-
-_MAX_COMPILE_THREADS = 8
 
 Deliver = Callable[[list[RequestOutput]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """A running engine and what was settled on the way."""
+    """A running engine and what was settled on the way.
+
+    Attributes:
+      phases: seconds by phase of the start: "imports" (where it is a command's), "checkpoint",
+        "devices", "loading" and "programs" (at the same time), "lowering" (a part of "programs"),
+        "warmup", and "ready" for the whole.
+      compiles: programs XLA compiled, or found in JAX's own cache, during all that.
+      programs_stored: programs that came from the store.
+    """
 
     engine: Engine
     intake: Intake
     runner: ModelRunner
     sizes: Sizes
     checkpoint: Checkpoint
+    phases: dict[str, float]
+    compiles: int
+    programs_stored: int
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
@@ -53,18 +67,28 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     return Checkpoint.open(resolve(config.model), ignore_fields=config.ignore_config_fields)
 
 
-def settle_sizes(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Sizes:
-    """The engine's sizes on these devices; reads no weights."""
-    dtype = serving_dtype(config, checkpoint.config, mesh.platform)
-    groups = cache_groups(checkpoint.config, dtype, mesh.shards, mesh.platform)
-    return settle(
-        config,
-        checkpoint.config,
-        platform=mesh.platform,
-        capacity=_capacity(mesh),
-        kv_token_bytes=token_bytes(groups) // mesh.shards,
-        shards=mesh.shards,
-    )
+def start_devices(config: EngineConfig, checkpoint: Checkpoint) -> Mesh:
+    """Starts JAX, held to the memory it may take where it has not started yet."""
+    if (total := gpu_memory()) is not None:
+        shards = config.tensor_parallel
+        dtype = serving_dtype(config, checkpoint.config, "gpu")
+        groups = cache_groups(checkpoint.config, dtype, shards, "gpu")
+        sizes = settle(
+            config,
+            checkpoint.config,
+            platform="gpu",
+            capacity=total,
+            kv_token_bytes=token_bytes(groups) // shards,
+            shards=shards,
+        )
+        hold_gpu(config, total, sizes.memory.arrays)
+    return default_mesh(config.tensor_parallel)
+
+
+def make_startup(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Startup:
+    """What settles the sizes on these devices, with the caches that the settings name."""
+    store, problems = open_caches(config, mesh)
+    return Startup(config, checkpoint.config, mesh, device_memory(mesh), store, problems)
 
 
 def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None = None) -> Assembled:
@@ -80,21 +104,24 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
       InvalidConfig: settings contradict each other, the model or the device.
     """
     reporter = reporter or Silent()
-    checkpoint = open_checkpoint(config)
-    mesh = default_mesh(config.tensor_parallel)
-    sizes = settle_sizes(config, checkpoint, mesh)
-    _announce(checkpoint, mesh, sizes, reporter)
-    intake = Intake(checkpoint, sizes.spec)
-    _use_cache(config)
+    phases, counter = Phases(reporter.began), CompileCounter()
+    with phases("checkpoint"):
+        checkpoint = open_checkpoint(config)
+    with phases("devices"):
+        mesh = start_devices(config, checkpoint)
+        starting = make_startup(config, checkpoint, mesh)
+    decoder, sizes = starting.decoder, starting.sizes()
+    _announce(checkpoint, mesh, reporter)
 
-    decoder = AbstractDecoder(checkpoint.config, sizes.dtype, mesh.shards)
-    with reporter.phase("loading") as update:
-        params = load(checkpoint, decoder, mesh, update)
-    runner = ModelRunner(decoder, params, sizes.spec, mesh)
-    if config.warmup:
-        threads = config.compile_threads or min(os.cpu_count() or 1, _MAX_COMPILE_THREADS)
-        with reporter.phase("compiling") as update:
-            runner.warmup(threads=threads, progress=update)
+    with _Loading(checkpoint, decoder, mesh, reporter, phases) as loading:
+        if config.warmup:
+            runner, sizes, stored = _warm_runner(config, starting, loading, mesh, reporter, phases)
+        else:
+            runner, stored = ModelRunner(decoder, loading.params(), sizes.spec, mesh), 0
+    starting.tidy()
+    for note in (*starting.problems, *sizes.notes):
+        reporter.note(note)
+    _show_memory(sizes.memory, reporter)
     scheduler = Scheduler(
         sizes.spec,
         max_batched_tokens=sizes.spec.ladder.max_tokens,
@@ -102,9 +129,82 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
         prefix_caching=config.prefix_caching,
         max_queue=config.max_queue,
     )
+    intake = Intake(checkpoint, sizes.spec)
     engine = Engine(runner, scheduler, overlap=config.overlap, on_outputs=deliver)
     engine.start()
-    return Assembled(engine, intake, runner, sizes, checkpoint)
+    done = phases.done()
+    if config.warmup:
+        reporter.note(_summary(done, stored, counter.count))
+    return Assembled(engine, intake, runner, sizes, checkpoint, done, counter.count, stored)
+
+
+def _warm_runner(
+    config: EngineConfig,
+    starting: Startup,
+    loading: _Loading,
+    mesh: Mesh,
+    reporter: Reporter,
+    phases: Phases,
+) -> tuple[ModelRunner, Sizes, int]:
+    """A runner whose programs have all run, its sizes, and how many programs were stored."""
+    threads = config.compile_threads or compile_threads(starting.layers, host_memory())
+    # XLA tries kernels on a GPU to choose among them, and must not be disturbed.
+    before = loading.params if mesh.platform == "gpu" else None
+    while True:
+        with phases("programs"), reporter.phase("programs") as update:
+            sizes, got = starting.prepare(threads=threads, before_compiling=before, progress=update)
+        phases.add("lowering", got.lowering_seconds)
+        params = loading.params()
+        try:
+            with phases("warmup"), reporter.phase("warming up") as update:
+                runner = ModelRunner(
+                    starting.decoder, params, sizes.spec, mesh, compiled=got.programs
+                )
+                runner.warmup(update)
+            return runner, sizes, got.loaded
+        except jax.errors.JaxRuntimeError as error:
+            if not got.loaded:
+                raise
+            # They were loaded and do not run: whatever the reason, programs made here may.
+            starting.forget(sizes, f"it does not run: {error}")
+
+
+class _Loading:
+    """Weights on their way to the devices, on a thread of its own, until the block ends."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        decoder: AbstractDecoder,
+        mesh: Mesh,
+        reporter: Reporter,
+        phases: Phases,
+    ) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._given_up = threading.Event()
+
+        def work() -> Params:
+            with phases("loading"), reporter.phase("loading") as update:
+
+                def progress(done: int, total: int) -> None:
+                    if self._given_up.is_set():
+                        raise CancelledError
+                    update(done, total)
+
+                return load(checkpoint, decoder, mesh, progress)
+
+        self._future = self._pool.submit(work)
+
+    def params(self) -> Params:
+        """Waits for the weights; raises what went wrong."""
+        return self._future.result()
+
+    def __enter__(self) -> _Loading:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._given_up.set()
+        self._pool.shutdown(wait=False)
 
 
 def load(
@@ -130,30 +230,25 @@ def load(
     return params
 
 
-def _capacity(mesh: Mesh) -> int:
-    if mesh.platform == "cpu":
-        return host_memory() // mesh.shards
-    stats = mesh.devices[0].memory_stats()
-    return int(stats["bytes_limit"])
-
-
-def _use_cache(config: EngineConfig) -> None:
-    """Compiled programs go where the user said, else where JAX was told, else to our own place."""
-    if config.cache_dir is not None:
-        use_cache(Path(config.cache_dir) / "xla" if config.cache_dir else None)
-    elif (told := cache_folder()) is not None:
-        use_cache(Path(told))
-    else:
-        use_cache(default_cache_dir() / "xla")
-
-
-def _announce(checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Reporter) -> None:
+def _announce(checkpoint: Checkpoint, mesh: Mesh, reporter: Reporter) -> None:
     device = mesh.devices[0]
     reporter.note(f"{checkpoint.folder.name} on {device.platform} ({device.device_kind})")
-    for note in sizes.notes:
-        reporter.note(note)
     left_out = checkpoint.generation.not_honoured
     if left_out:
         reporter.note(f"generation_config.json: not honoured: {', '.join(left_out)}")
     if not checkpoint.has_tokenizer:
         reporter.note("no tokenizer.json: serves token ids, not text")
+
+
+def _show_memory(table: MemoryTable, reporter: Reporter) -> None:
+    for name, size, remark in table.rows():
+        reporter.note(f"  {name:<13}{human_bytes(size):>10}  {remark}".rstrip())
+
+
+def _summary(phases: dict[str, float], stored: int, compiles: int) -> str:
+    """The start in a line: `ready in 3.2 s: imports 1.1, …; 12 programs were stored, …`."""
+    parts = ", ".join(f"{name} {s:.1f}" for name, s in phases.items() if name != "ready")
+    return (
+        f"ready in {phases['ready']:.1f} s: {parts}; {stored} programs were stored, "
+        f"{compiles} compiled"
+    )

@@ -6,6 +6,7 @@ stdout belongs to results.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,12 +15,19 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from .phases import process_began
+
 LINE_EVERY = 10.0
 """Seconds between lines about one phase where there is no terminal to draw on."""
 
 
 class Reporter(Protocol):
-    """Where an engine says what it is doing."""
+    """Where an engine says what it is doing. Phases may overlap, on threads of their own."""
+
+    @property
+    def began(self) -> float | None:
+        """When the user began to wait, on the clock of time.monotonic; None: when asked."""
+        ...
 
     def phase(self, name: str) -> AbstractContextManager[Update]:
         """A named stretch of work: `with reporter.phase("compiling") as update: update(3, 9)`."""
@@ -39,6 +47,8 @@ class Update(Protocol):
 class Silent:
     """Says nothing."""
 
+    began: float | None = None
+
     @contextmanager
     def phase(self, name: str) -> Iterator[Update]:
         yield lambda done, total: None
@@ -49,9 +59,14 @@ class Silent:
 
 class Terminal:
     """A bar per phase on a terminal; in a pipe or file, a line when a phase ends, and every
-    `LINE_EVERY` seconds while it lasts."""
+    `LINE_EVERY` seconds while it lasts. Of a command: its user waits from the process's first line.
+    """
 
     def __init__(self) -> None:
+        self.began = process_began()
+        self._bars: Progress | None = None
+        self._open = 0
+        self._lock = threading.Lock()
         # Where the shell closed stderr the file is None; then rich must not take stdout for it.
         self._console = Console(file=sys.stderr, stderr=True, highlight=False)
 
@@ -72,17 +87,36 @@ class Terminal:
 
     @contextmanager
     def _bar(self, name: str) -> Iterator[Update]:
-        bar = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-        )
-        with bar:
-            task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        bars = self._enter()
+        task = bars.add_task(name, total=None)
+        try:
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+        finally:
+            bars.remove_task(task)
+            self._leave()
+
+    def _enter(self) -> Progress:
+        """The bars on the screen, of which there is one set at a time."""
+        with self._lock:
+            if self._bars is None:
+                self._bars = Progress(
+                    TextColumn("{task.description:<12}"),
+                    BarColumn(),
+                    TaskProgressColumn(),
+                    TimeElapsedColumn(),
+                    console=self._console,
+                    transient=True,
+                )
+                self._bars.start()
+            self._open += 1
+            return self._bars
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open and self._bars is not None:
+                self._bars.stop()
+                self._bars = None
 
     @contextmanager
     def _lines(self, name: str) -> Iterator[Update]:

@@ -1,4 +1,7 @@
-"""`quire inspect MODEL`: what a checkpoint is, and the memory plan here. Reads no weights."""
+"""`quire inspect MODEL`: what a checkpoint is, and the memory plan here. Reads no weights.
+
+What programs need is only known of a compiled one, so the largest is compiled, or found stored.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     standard_streams.stdout()
     config = EngineConfig(**settings_from(args, EngineConfig))
-    from ..model.mesh import default_mesh
-    from ..serving.assemble import open_checkpoint, settle_sizes
+    from ..serving.assemble import make_startup, open_checkpoint, start_devices
 
     checkpoint = open_checkpoint(config)
-    mesh = default_mesh(config.tensor_parallel)
-    sizes = settle_sizes(config, checkpoint, mesh)
+    mesh = start_devices(config, checkpoint)
+    starting = make_startup(config, checkpoint, mesh)
+    sizes = starting.measured_sizes()
     not_honoured = [
         f"generation_config.json: not honoured: {setting}"
         for setting in checkpoint.generation.not_honoured
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         "model": str(checkpoint.folder),
         "architecture": architecture(checkpoint.config),
         "memory": memory(sizes, mesh.platform),
-        "notes": [*sizes.notes, *not_honoured],
+        "notes": [*starting.problems, *sizes.notes, *not_honoured],
     }
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -86,14 +89,11 @@ def memory(sizes: Sizes, platform: str) -> dict[str, Any]:
     return {
         "device": platform,
         "dtype": sizes.dtype,
-        "device_bytes": sizes.capacity,
-        "weight_bytes": sizes.weight_bytes,
-        "kv_bytes": sizes.kv_bytes,
-        "slot_bytes": sizes.slot_bytes,
+        **{f"{name}_bytes": size for name, size in sizes.memory.as_dict().items()},
         "kv_bytes_per_token": sizes.token_bytes,
         "page_size": spec.page_size,
         "pages": spec.num_pages,
-        "tokens_in_pages": (spec.num_pages - 1) * spec.page_size,
+        "tokens_in_pages": sizes.memory.tokens,
         "requests_at_once": spec.num_slots,
         "longest_sequence": spec.max_model_len,
         "step_programs": spec.ladder.num_programs,
@@ -117,26 +117,27 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-_BYTES = {"device_bytes": "device memory", "slot_bytes": "slot state"}
+_BYTES = {
+    "capacity_bytes": "device memory",
+    "budget_bytes": "allowed",
+    "slots_bytes": "slot state",
+    "temp_bytes": "program temp",
+    "pool_bytes": "total of arrays",
+    "total_bytes": "total with reserve",
+    "host_mapped_bytes": "host, mapped while loading",
+    "host_staging_bytes": "host, beside that",
+}
 """Names of rows that would say too little without "bytes"."""
 
 
 def _row(name: str, value: Any) -> tuple[str, str]:
     """A line of the table: `weight_bytes` 2048 -> "weight", "2 KiB"."""
     if "bytes" in name:
+        from ..model.memory import human_bytes
+
         return _BYTES.get(name, name.replace("_bytes", "").replace("_", " ")), human_bytes(value)
     if isinstance(value, float):
         value = f"{value:.0%}"
     if isinstance(value, list):
         value = ", ".join(value) or "none"
     return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
-
-
-def human_bytes(count: int) -> str:
-    """1536 -> "1.5 KiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"

@@ -203,7 +203,7 @@ def test_one_rows_not_finite_logits_leave_its_neighbours_alone(fresh):
 def test_warmup_compiles_everything_and_arms_the_guard():
     runner = make_runner(dataclasses.replace(SPEC, num_pages=40))
     seen = []
-    runner.warmup(threads=2, progress=lambda done, total: seen.append((done, total)))
+    runner.warmup(lambda done, total: seen.append((done, total)))
     assert seen[-1] == (LADDER.num_programs, LADDER.num_programs)
     init = SlotInit(slot=0, position=0, remaining=9, controlled=True)
     rules = SlotControls(0, ints(1, 2), ints(3), allowed=ints(*range(50)), bad_words=((3, 4),))

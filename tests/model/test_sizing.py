@@ -10,7 +10,9 @@ from quire.config import EngineConfig
 from quire.errors import InvalidConfig
 from quire.model.abstract import AbstractDecoder
 from quire.model.cache import cache_groups, token_bytes
+from quire.model.compile import compile_threads
 from quire.model.config import ModelConfig, RopeConfig
+from quire.model.memory import coarse
 from quire.model.sizing import count_parameters, settle, weight_bytes
 
 GIB = 2**30
@@ -31,11 +33,26 @@ LLAMA_8B = ModelConfig(
 )
 
 
-def sizes(model=LLAMA_8B, *, platform="gpu", capacity=140 * GIB, **settings):
+QWEN_1_5B = dataclasses.replace(
+    LLAMA_8B, family="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+    num_layers=28, num_heads=12, num_kv_heads=2, tied_embeddings=True, qkv_bias=True,
+    rope=RopeConfig(), windows=(None,) * 28, max_positions=32768,
+)  # fmt: skip
+
+
+def sizes(model=LLAMA_8B, *, platform="gpu", capacity=140 * GIB, pool=None, temp=0, **settings):
     config = EngineConfig(model="x", **settings)
     dtype = config.dtype if config.dtype != "auto" else "bfloat16"
     kv = token_bytes(cache_groups(model, dtype))
-    return settle(config, model, platform=platform, capacity=capacity, kv_token_bytes=kv)
+    return settle(
+        config,
+        model,
+        platform=platform,
+        capacity=capacity,
+        kv_token_bytes=kv,
+        pool=pool,
+        temp_bytes=temp,
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,8 +76,12 @@ def test_llama_8b_by_the_numbers():
     got = sizes()
     assert count_parameters(LLAMA_8B) == 8_030_261_248
     assert got.token_bytes == 131072  # 2 · 8 heads · 128 · 2 bytes · 32 layers
-    assert got.kv_bytes == got.spec.num_pages * 32 * 131072
-    assert got.kv_bytes <= (got.capacity - got.weight_bytes) // 2
+    table = got.memory
+    assert table.kv == got.spec.num_pages * 32 * 131072
+    assert table.weights == 16_060_522_496
+    assert table.budget == 126 * GIB  # 90 % of the device
+    # All of the budget is used, but for what keeps the count the same from start to start.
+    assert 0 <= table.budget - table.total < 0.01 * table.kv
     assert got.spec.num_slots == 256 and got.spec.ladder.max_tokens == 2048
     assert got.spec.max_model_len == 131072
 
@@ -75,7 +96,7 @@ def test_small_models_take_no_more_than_every_slot_can_use():
 def test_kv_memory_is_honoured_in_full():
     got = sizes(kv_memory=6 * GIB)
     page = 32 * got.token_bytes
-    assert 6 * GIB - page < got.kv_bytes <= 6 * GIB
+    assert 6 * GIB - page < got.memory.kv <= 6 * GIB
 
 
 def test_a_default_length_shrinks_to_what_fits_and_says_so():
@@ -102,8 +123,8 @@ def test_dynamic_rope_is_refused_beyond_its_original_length():
 def test_no_room_for_weights_is_an_error_before_anything_loads():
     with pytest.raises(InvalidConfig, match="weights take 16,060,522,496 bytes in bfloat16"):
         sizes(capacity=14 * GIB)
-    with pytest.raises(InvalidConfig, match="kv_memory"):  # beside them, not even a page
-        sizes(capacity=16_060_522_497)
+    with pytest.raises(InvalidConfig, match=r"max_model_len: got 131072, but .* hold 0 tokens"):
+        sizes(capacity=17_750_000_000)  # beside them, not even a page
 
 
 def test_cpu_serves_in_float32_and_says_so():
@@ -124,3 +145,71 @@ def test_kv_memory_beyond_the_device_is_refused_before_anything_loads():
         InvalidConfig, match="kv_memory: got 966,367,641,600 bytes, must be at most"
     ):
         sizes(kv_memory="900GiB")
+
+
+def test_memory_bounds_everything():
+    temp = GIB // 2
+    got = sizes(QWEN_1_5B, memory="6GiB", temp=temp)
+    table = got.memory
+    assert table.budget == 6 * GIB and table.temp == temp and table.reserve > 0
+    parts = (table.weights, table.kv, table.slots, table.controls, table.temp, table.staging)
+    assert table.total == sum(parts) + table.reserve <= 6 * GIB
+    assert 6 * GIB - table.total < 0.01 * table.kv + 32 * got.token_bytes
+    assert table.kv > GIB  # there is room for tens of thousands of tokens
+
+
+def test_what_programs_need_comes_out_of_the_pages():
+    without, table = (sizes(temp=temp).memory for temp in (0, 4 * GIB))
+    assert 3.5 * GIB < without.kv - table.kv < 5.5 * GIB
+
+
+def test_the_page_count_is_the_same_from_start_to_start():
+    """Neither a driver's few MiB nor a few MiB of temp make other programs."""
+    counts = {sizes(capacity=140 * GIB + more * 2**20).spec.num_pages for more in (3, 90, 250)}
+    assert len(counts) == 1
+    assert all(coarse(n) <= n < 1.01 * coarse(n) + 1 for n in range(1, 40000, 7))
+    assert len({coarse(n) for n in range(2**19, 2**20)}) <= 128
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"memory": "200GiB"}, "memory: got .* must be at most 150,323,855,360: what the device"),
+        (
+            {"memory": "12GiB"},
+            "memory: got 12,884,901,888 bytes, but the model takes 17,",
+        ),
+        (
+            {"memory": "20GiB", "kv_memory": "8GiB"},
+            "kv_memory: got 8,589,934,592 bytes, must be at most .* bytes that memory allows",
+        ),
+        ({"memory": "20GiB", "max_model_len": 131072}, "max_model_len: .* or raise memory"),
+        ({"memory": "20GiB", "pool": 10 * GIB}, "memory: got .* what JAX was started with"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_errors(settings, says):
+    with pytest.raises(InvalidConfig, match=says):
+        sizes(**settings)
+
+
+def test_a_pool_that_jax_was_started_with_is_the_limit():
+    table = sizes(pool=100 * GIB).memory
+    assert 99 * GIB < table.total <= 101 * GIB
+
+
+def test_on_cpu_half_of_what_weights_leave_and_memory_in_full():
+    model = dataclasses.replace(LLAMA_8B, num_layers=1, windows=(None,))
+    table = sizes(model, platform="cpu", capacity=16 * GIB).memory
+    assert table.total <= table.weights + (16 * GIB - table.weights) // 2
+    for budget in (6, 10):
+        table = sizes(model, platform="cpu", capacity=16 * GIB, memory=budget * GIB).memory
+        assert 0.98 * budget * GIB < table.total <= budget * GIB
+
+
+def test_the_compile_pool_is_bounded_by_memory_as_well_as_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert compile_threads(32, 1000 * GIB) == 8
+    assert compile_threads(32, 8 * GIB) == 3  # of about 0.55 GB, in a quarter of it
+    assert compile_threads(32, GIB) == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert compile_threads(2, 64 * GIB) == 2

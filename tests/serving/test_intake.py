@@ -17,7 +17,7 @@ from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.generation_config import GenerationConfig
 from quire.errors import CheckpointError, InvalidRequest
 from quire.model.mesh import default_mesh
-from quire.serving.assemble import settle_sizes
+from quire.serving.assemble import make_startup
 from quire.serving.intake import Intake, Labels
 
 CONTEXT = tiny_checkpoint.CONTEXT
@@ -27,7 +27,8 @@ def intake_of(folder: Path, **generation: Any) -> Intake:
     checkpoint = Checkpoint.open(folder)
     if generation:
         checkpoint = dataclasses.replace(checkpoint, generation=GenerationConfig(**generation))
-    sizes = settle_sizes(EngineConfig(model=str(folder), **SETTINGS), checkpoint, default_mesh())
+    config = EngineConfig(model=str(folder), **SETTINGS)
+    sizes = make_startup(config, checkpoint, default_mesh()).sizes()
     return Intake(checkpoint, sizes.spec)
 
 

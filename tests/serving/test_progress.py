@@ -50,3 +50,17 @@ def test_notes_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     text = "[bold]/path[0]/:smile: " + "x" * 200
     Terminal().note(text)
     assert capsys.readouterr().err == text + "\n"
+
+
+def test_phases_may_overlap_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    with terminal.phase("loading") as first:
+        with terminal.phase("programs") as second:
+            first(1, 2)
+            second(1, 2)
+        assert terminal._bars is not None
+    assert terminal._bars is None
+    assert all(name in screen.getvalue() for name in ("loading", "programs"))

@@ -399,7 +399,7 @@ def test_inspect_as_json(run: Run, folder: Path) -> None:
     assert architecture["context"] == tiny_checkpoint.CONTEXT
     weights = (folder / "model.safetensors").stat().st_size
     assert weights - 4096 < 4 * architecture["parameters"] < weights
-    assert memory["weight_bytes"] == 4 * architecture["parameters"]
+    assert memory["weights_bytes"] == 4 * architecture["parameters"]
     # Keys and values of two layers with one head of 16 in float32.
     assert memory["kv_bytes_per_token"] == 2 * 2 * 16 * 4
     assert memory["kv_bytes"] == 2**20

@@ -21,6 +21,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "max_batched_tokens": (["--max-batched-tokens=64"], 64),
     "prefill_chunk": (["--prefill-chunk=32"], 32),
     "page_size": (["--page-size=64"], 64),
+    "memory": (["--memory=6GiB"], 6 * 2**30),
     "kv_memory": (["--kv-memory=1.5GiB"], 3 * 2**29),
     "tensor_parallel": (["--tensor-parallel=2"], 2),
     "prefix_caching": (["--no-prefix-caching"], False),
@@ -30,6 +31,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "warmup": (["--no-warmup"], False),
     "compile_threads": (["--compile-threads=2"], 2),
     "cache_dir": (["--cache-dir="], ""),
+    "cache_limit": (["--cache-limit=1GiB"], 2**30),
     "ignore_config_fields": (["--ignore-config-fields=a, b"], ("a", "b")),
 }
 SERVER: dict[str, tuple[list[str], Any]] = {
@@ -76,6 +78,8 @@ def test_every_setting_is_a_flag(config: type, table: dict[str, tuple[list[str],
         ({"model": 3}, "model: got 3, must be text"),
         ({"kv_memory": "much"}, "kv_memory: size: got 'much', must be like 512MiB"),
         ({"kv_memory": 0}, "kv_memory: got 0, must be at least 1"),
+        ({"cache_limit": "1KiB"}, "cache_limit: got 1024, must be at least 16777216"),
+        ({"cache_limit": 2**60}, "cache_limit: got 1152921504606846976, must be at most"),
         ({"ignore_config_fields": "a"}, "ignore_config_fields: got 'a', must be a list of names"),
         (
             {"prefill_chunk": 64, "max_batched_tokens": 32},

@@ -1,0 +1,209 @@
+"""From settings to sizes and programs: the page count settled, every program loaded or compiled.
+
+Called by serving/assemble.py and `quire inspect`. KV pages get what programs leave, and programs
+say what they need only once they are compiled, for some page count. Their need does not depend on
+that count, so the first start compiles the largest program, settles the count and compiles the
+rest; it writes the need down beside the programs, and later starts know the count at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import EngineConfig
+from .abstract import AbstractDecoder
+from .cache import cache_groups, token_bytes
+from .compile import Compilation, Progress, compile_all
+from .config import ModelConfig
+from .devices import DeviceMemory
+from .memory import STEPS_IN_FLIGHT, MemoryTable
+from .mesh import Mesh
+from .plan import RunnerSpec
+from .program_store import ProgramStore
+from .programs import STATE, Programs
+from .sizing import Sizes, serving_dtype, settle
+
+_NEED = "need"
+"""Stands for a program in the facts under which the need of all of them is kept."""
+
+_TIGHT = 0.25
+"""Where less than this share of the budget is spare, the largest program is compiled alone first:
+the page count may change, and all others would have to be compiled again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes programs take beside what lives as long as the engine.
+
+    Attributes:
+      temp: working memory of the program that needs most.
+      staging: inputs and results of the steps in flight.
+    """
+
+    temp: int = 0
+    staging: int = 0
+
+    def at_least(self, table: MemoryTable) -> Need:
+        return Need(max(self.temp, table.temp), max(self.staging, table.staging))
+
+
+class Startup:
+    """Prepares one engine.
+
+    Args:
+      config: the user's settings.
+      model: the checkpoint's numbers.
+      mesh: the devices.
+      device: what each of them has.
+      store: where programs are kept; None keeps none.
+      problems: what a user should know of that.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        device: DeviceMemory,
+        store: ProgramStore | None,
+        problems: Sequence[str] = (),
+    ) -> None:
+        self._config, self._model, self._mesh = config, model, mesh
+        self._device, self._store = device, store
+        self._problems = tuple(problems)
+        self.dtype = serving_dtype(config, model, mesh.platform)
+        self.decoder = AbstractDecoder(model, self.dtype, mesh.shards)
+        self._first = self._settle(Need()).spec
+
+    def sizes(self) -> Sizes:
+        """The sizes as far as they are known: all, or all but the programs' need."""
+        return self._settle(self._remembered() or Need())
+
+    def measured_sizes(self) -> Sizes:
+        """The sizes with the programs' need, for which the largest program may be compiled."""
+        need = self._remembered()
+        if need is None:
+            programs = self._programs(self._first)
+            need = _need(programs, self._compile(programs, programs.demanding, threads=1))
+        return self._settle(need)
+
+    def prepare(
+        self,
+        *,
+        threads: int,
+        before_compiling: Callable[[], object] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Sizes, Compilation[Any]]:
+        """Every program, ready to run, and the sizes they were made for.
+
+        Args:
+          threads: programs compiled at once.
+          before_compiling: called unless everything is stored.
+          progress: called with (done, total) as programs are there.
+        """
+        need = self._remembered()
+        sizes = self._settle(need or Need())
+        spare = sizes.memory.budget - sizes.memory.total
+        if need is None and spare < _TIGHT * sizes.memory.budget:
+            if before_compiling is not None:
+                before_compiling()
+            sizes = self.measured_sizes()
+        while True:
+            programs = self._programs(sizes.spec)
+            got = self._compile(
+                programs, list(programs.lowerings()), threads, before_compiling, progress
+            )
+            # What is written down is what these sizes were settled with, if that was enough: the
+            # next start must come to the same sizes, or it would find nothing.
+            need = _need(programs, got).at_least(sizes.memory)
+            last, sizes = sizes, self._settle(need)
+            if replace(sizes.spec, ladder=last.spec.ladder) == last.spec:
+                if need != self._remembered():
+                    self._remember(need)
+                return sizes, got
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What a user should know of stored programs: why there are none, or not all."""
+        return (*self._problems, *(self._store.problems if self._store is not None else ()))
+
+    def tidy(self) -> None:
+        """Keeps the store within its limit."""
+        if self._store is not None:
+            self._store.prune()
+
+    def forget(self, sizes: Sizes, why: str) -> None:
+        """Removes the stored programs of these sizes."""
+        programs = self._programs(sizes.spec)
+        if self._store is not None:
+            for key in programs.lowerings():
+                self._store.discard(programs.facts(key), why)
+
+    @property
+    def layers(self) -> int:
+        return self._model.num_layers
+
+    def _settle(self, need: Need) -> Sizes:
+        mesh = self._mesh
+        groups = cache_groups(self._model, self.dtype, mesh.shards, mesh.platform)
+        return settle(
+            self._config,
+            self._model,
+            platform=self._mesh.platform,
+            capacity=self._device.capacity,
+            pool=self._device.pool,
+            kv_token_bytes=token_bytes(groups) // self._mesh.shards,
+            shards=self._mesh.shards,
+            temp_bytes=need.temp,
+            staging_bytes=need.staging,
+        )
+
+    def _programs(self, spec: RunnerSpec) -> Programs:
+        return Programs(self.decoder, spec, self._mesh)
+
+    def _compile(
+        self,
+        programs: Programs,
+        keys: list[Any],
+        threads: int,
+        before_compiling: Callable[[], object] | None = None,
+        progress: Progress | None = None,
+    ) -> Compilation[Any]:
+        lowerings = programs.lowerings()
+        return compile_all(
+            {key: lowerings[key] for key in keys},
+            threads=threads,
+            store=self._store,
+            facts=programs.facts,
+            devices=self._mesh.devices,
+            before_compiling=before_compiling,
+            progress=progress,
+        )
+
+    # The need is kept under the sizes of a start that does not know it.
+
+    def _remembered(self) -> Need | None:
+        if self._store is None:
+            return None
+        entry = self._store.get(self._need_facts())
+        return None if entry is None else Need(**entry.figures)
+
+    def _remember(self, need: Need) -> None:
+        if self._store is not None:
+            figures = {"temp": need.temp, "staging": need.staging}
+            self._store.put(self._need_facts(), b"", figures)
+
+    def _need_facts(self) -> dict[str, str]:
+        ladder = ", ".join(map(str, self._first.ladder.buckets))
+        return {**self._programs(self._first).facts(_NEED), "ladder": ladder}
+
+
+def _need(programs: Programs, compiled: Compilation[Any]) -> Need:
+    found = {key: figures for key, figures in compiled.figures.items() if key != STATE}
+    return Need(
+        temp=max(f["temp"] for f in found.values()),
+        staging=STEPS_IN_FLIGHT
+        * max(f["outputs"] + programs.input_bytes(key) for key, f in found.items()),
+    )

@@ -1,0 +1,195 @@
+"""Starting twice: the second time nothing is traced or compiled, the answers and the page count are
+the same, and the memory table is what the device holds."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from quire.config import EngineConfig
+from quire.model import programs, startup
+from quire.model.compile import CompileCounter
+from quire.model.config import ModelConfig, RopeConfig
+from quire.model.devices import DeviceMemory, compared, measured
+from quire.model.mesh import default_mesh
+from quire.model.plan import Emit, SlotInit, StepPlan
+from quire.model.program_store import ProgramStore, make_private
+from quire.model.programs import ADMIT, STATE
+from quire.model.runner import ModelRunner
+from quire.model.startup import Startup
+
+pytestmark = pytest.mark.xdist_group("startup")
+
+BUDGET = 48 * 2**20
+"""Less than the one slot could use at full length."""
+
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=4096,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    norm_eps=1e-6,
+    rope=RopeConfig(),
+    windows=(None,),
+    max_positions=1 << 20,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "programs"
+    make_private(folder)
+    return folder
+
+
+def start(folder: Path | None, **settings: Any) -> Startup:
+    settings = {"max_num_seqs": 1, "max_batched_tokens": 16, "memory": BUDGET, **settings}
+    config = EngineConfig(model="x", **settings)
+    store = None if folder is None else ProgramStore(folder, 2**30)
+    return Startup(config, MODEL, default_mesh(), DeviceMemory(2**33, None), store)
+
+
+def runner_of(starting: Startup, sizes: Any, compiled: Any) -> ModelRunner:
+    mesh = default_mesh()
+    params = jax.device_put(starting.decoder.initial_params(0), mesh.everywhere)
+    return ModelRunner(starting.decoder, params, sizes.spec, mesh, compiled=compiled)
+
+
+def first_token(runner: ModelRunner) -> int:
+    bucket = runner.spec.ladder.choose(5, 1, 0, decode_only=False)
+    ints = lambda *v: np.array(v, np.int32)  # noqa: E731
+    plan = StepPlan(
+        ints(0), ints(1), ints(0), ints(5), ints(Emit.TOKEN), 0, bucket,
+        prompt_tokens=ints(3, 1, 4, 1, 5), inits=(SlotInit(slot=0, position=0, remaining=9),),
+        page_adds=ints(0, 0, 1).reshape(1, 3),
+    )  # fmt: skip
+    return int(runner.collect(runner.launch(plan)).tokens[0, 0])
+
+
+@pytest.fixture(scope="module")
+def cold(folder: Path) -> tuple[Any, Any, int]:
+    """Sizes, programs and a token of a start without anything stored."""
+    starting = start(folder)
+    sizes, got = starting.prepare(threads=2)
+    assert starting.problems == ()
+    return sizes, got, first_token(runner_of(starting, sizes, got.programs))
+
+
+def test_the_second_start_traces_and_compiles_nothing(
+    folder: Path, cold: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, first, token = cold
+    assert first.lowering_seconds > 0
+    monkeypatch.setattr(programs.Programs, "lower", lambda *_: pytest.fail("lowered"))
+    starting, counter = start(folder), CompileCounter()
+    again, got = starting.prepare(threads=2)
+    assert counter.count == 0
+    assert (got.loaded, got.lowering_seconds) == (sizes.spec.ladder.num_programs + 1, 0.0)
+    assert list(got.programs) == list(first.programs) and {ADMIT, STATE} < set(got.programs)
+    assert again.spec.num_pages == sizes.spec.num_pages and again.memory == sizes.memory
+
+    runner = runner_of(starting, again, got.programs)
+    counter = CompileCounter()
+    runner.warmup()
+    assert (counter.count, runner.compiles_after_ready) == (0, 0)
+    assert first_token(runner) == token
+    runner.reset()
+    assert first_token(runner) == token
+    assert runner.compiles_after_ready == 0
+
+
+def test_other_sizes_find_nothing(folder: Path, cold: Any) -> None:
+    sizes, *_ = cold
+    other = start(folder, page_size=64)
+    assert other._remembered() is None
+    store, mine = ProgramStore(folder, 2**30), start(folder)
+    bucket = sizes.spec.ladder.buckets[0]
+    assert store.get(mine._programs(sizes.spec).facts(bucket)) is not None
+    assert store.get(other._programs(other.sizes().spec).facts(bucket)) is None
+    facts = {str(mine._programs(sizes.spec).facts(key)) for key in sizes.spec.ladder.buckets}
+    assert len(facts) == len(sizes.spec.ladder)
+
+
+def test_one_damaged_program_is_compiled_and_the_rest_loaded(folder: Path, cold: Any) -> None:
+    sizes, *_ = cold
+    starting = start(folder)
+    path = starting._store._path(starting._programs(sizes.spec).facts(ADMIT))
+    path.write_bytes(path.read_bytes()[:-9])
+    _, got = starting.prepare(threads=2)
+    assert got.loaded == sizes.spec.ladder.num_programs and got.lowering_seconds > 0
+    assert "damaged" in starting.problems[0]
+    assert starting._store.get(starting._programs(sizes.spec).facts(ADMIT)) is not None
+
+
+def test_a_whole_file_that_is_no_program_is_compiled_anew(folder: Path, cold: Any) -> None:
+    sizes, *_ = cold
+    starting = start(folder)
+    facts = starting._programs(sizes.spec).facts(ADMIT)
+    starting._store.put(facts, b"not a pickle", {"temp": 0, "outputs": 0, "code": 0})
+    _, got = starting.prepare(threads=2)
+    assert got.loaded == sizes.spec.ladder.num_programs
+    assert "cannot be loaded" in starting.problems[0]
+
+
+def test_pages_get_what_programs_leave(cold: Any) -> None:
+    sizes, got, _ = cold
+    table = sizes.memory
+    temp = max(f["temp"] for key, f in got.figures.items() if key != STATE)
+    assert 0 < temp <= table.temp <= 1.01 * temp
+    assert 0 < table.staging < table.temp
+    assert table.total <= BUDGET < 1.02 * table.total
+    without = start(None).sizes().memory  # knows of no program
+    assert without.temp == 0 and without.pages >= table.pages
+
+
+def test_the_largest_programs_alone_say_as_much(cold: Any) -> None:
+    """`quire inspect` compiles only these."""
+    sizes, *_ = cold
+    table = start(None).measured_sizes().memory
+    assert table.pages == sizes.memory.pages
+    assert table.temp == pytest.approx(sizes.memory.temp, rel=0.01)
+
+
+def test_the_table_is_what_the_device_holds(cold: Any) -> None:
+    """Live arrays by JAX's own account; the programs' part is XLA's, as in the table."""
+    sizes, got, _ = cold
+    starting, mesh = start(None), default_mesh()
+    gc.collect()
+    before = measured(mesh)
+    assert before.peak is None  # a CPU device keeps no account
+    runner = runner_of(starting, sizes, got.programs)
+    runner.warmup()
+    gc.collect()
+    after = measured(mesh)
+    held = after.in_use - before.in_use
+    assert held == pytest.approx(sizes.memory.arrays, rel=0.02)
+    temp = max(p.memory_analysis().temp_size_in_bytes for p in got.programs.values())
+    assert sizes.memory.temp == pytest.approx(temp, rel=0.01)
+    assert compared(sizes.memory, type(after)(held, None, None)) == pytest.approx(0, abs=0.02)
+    assert compared(sizes.memory, type(after)(held, 2 * sizes.memory.pool, 1)) == 1
+
+
+def test_a_need_that_was_overestimated_leaves_the_next_start_the_same_sizes(
+    folder: Path, cold: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would settle on more pages, and find none of the programs of the first."""
+    sizes, got, _ = cold
+    memory: list[startup.Need] = []
+    monkeypatch.setattr(Startup, "_remembered", lambda self: memory[-1] if memory else None)
+    monkeypatch.setattr(Startup, "_remember", lambda self, need: memory.append(need))
+    monkeypatch.setattr(Startup, "_compile", lambda *_, **__: got)
+    generous = startup.Need(sizes.memory.temp + 2**21, sizes.memory.staging)
+    monkeypatch.setattr(Startup, "measured_sizes", lambda self: self._settle(generous))
+    first, _ = start(folder).prepare(threads=1)
+    second, _ = start(folder).prepare(threads=1)
+    assert first.memory == second.memory and first.memory.pages < sizes.memory.pages
+    assert memory == [generous]
