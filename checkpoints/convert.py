@@ -82,7 +82,9 @@ def convert(
         require_space(target.parent, _bytes_needed(tensors, dtype), f"converting {source.name}")
         with new_folder(target) as (folder, put_in_place):
             with reporter.phase("converting") as update:
-                entries = _write_weights(folder, tensors, _order(checkpoint, tensors), dtype, update)
+                entries = _write_weights(
+                    folder, tensors, _order(checkpoint, tensors), dtype, update
+                )
             left_out = _copy_files(source, folder)
             if cast and dtype is not None:
                 _set_dtype(folder / "config.json", dtype)
@@ -136,8 +138,10 @@ def _write_weights(
                 block = values.astype(target, copy=False)
             refuse_overflow(tensors, name, values, block)
             digests[name].update(_bytes_of(block))
-            yield where, block
             done += block.nbytes
+            del values
+            yield where, block
+            del block  # before the next one is read
             update(done, total)
 
     leaves = {}

@@ -30,7 +30,6 @@ _LOOK_EVERY = 0.2
 """Seconds between looks at how much has arrived."""
 
 
-
 def fetch(
     name: str,
     revision: str | None,

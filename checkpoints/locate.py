@@ -1,9 +1,9 @@
 """Where a model is, by what the user called it. Wherever a command takes MODEL, these work:
 
-    demo                a model that comes with Quire
-    models/llama        a folder that is there: it wins over a hub name of the same spelling
-    ./x  ../x  /x  ~/x  always a path
-    org/name[@revision] a model of the Hugging Face hub, downloaded into its cache (hub.py)
+demo                a model that comes with Quire
+models/llama        a folder that is there: it wins over a hub name of the same spelling
+./x  ../x  /x  ~/x  always a path
+org/name[@revision] a model of the Hugging Face hub, downloaded into its cache (hub.py)
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def locate(model: str, reporter: Reporter, *, revision: str | None, offline: boo
 
     settings = hub_settings()
     near = _near(name, (*_children(path.parent), *_cached_names(settings.cache)))
-    return fetch(
-        name, inline or revision, settings, reporter, offline=offline, not_found_hint=near
-    )
+    return fetch(name, inline or revision, settings, reporter, offline=offline, not_found_hint=near)
 
 
 def _unknown(model: str, path: Path) -> str:

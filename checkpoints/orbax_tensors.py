@@ -1,15 +1,14 @@
 """The tensors of a converted folder: an Orbax checkpoint with one zarr array per tensor.
 
 Any program restores it whole with `orbax.checkpoint.PyTreeCheckpointer().restore(folder/weights)`.
-Quire writes and reads it tensor by tensor, in blocks of rows of at most `BLOCK_BYTES`, through
-TensorStore, which is what Orbax stores arrays with: a save or restore of the whole tree would hold
-all of it. Blocks are not compressed (bfloat16 weights shrink by a fifth and then load at the speed
-of one core), and each is a file of its own, so that a device may read its rows alone.
+Quire writes and reads it tensor by tensor, in blocks of rows, through TensorStore, which is what
+Orbax stores arrays with: a save or restore of the whole tree would hold all of it. Blocks are not
+compressed (bfloat16 weights shrink by a fifth, and then load at the speed of one core), and each is
+a file of its own, so that a device may read its rows alone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ from ..errors import CheckpointError
 from ..model.config import DTYPES, Dtype
 from .manifest import WEIGHTS, Manifest, read_manifest
 
-BLOCK_BYTES = 8 << 20
-"""Bytes of a stored block at most (a single row may be longer)."""
+MIN_BLOCK, MAX_BLOCK = 1 << 20, 16 << 20
+"""Bytes of a stored block: a quarter of the tensor, within these bounds (a single row may be
+longer). Writing holds four or five blocks at once, so about one tensor of the largest kind."""
 
 Blocks = Callable[[int], Iterator[tuple[slice, np.ndarray]]]
 
@@ -76,7 +76,7 @@ class OrbaxTensors:
     def chunks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """The rows of a tensor, a stored block at a time."""
         try:
-            array = ts.open(_spec(self.file(name)), open=True, read=True).result()
+            array = ts.open(_spec(self.file(name)), open=True, read=True, context=_CONTEXT).result()
             if array.shape != self.shape(name) or array.dtype.name != self.dtype(name):
                 raise CheckpointError(
                     f"{self.file(name)}: holds {array.dtype.name}{array.shape}, must be "
@@ -92,8 +92,13 @@ class OrbaxTensors:
             ) from error
 
 
+# One block is under way at a time; more threads would each keep memory of their own for nothing.
+_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 1}, "data_copy_concurrency": {"limit": 1}})
+
+
 def _spec(folder: Path) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    store = {"driver": "file", "path": f"{folder.absolute()}/"}
+    return {"driver": "zarr", "kvstore": store}
 
 
 class Leaf:
@@ -146,12 +151,14 @@ def write_tensors(folder: Path, leaves: dict[str, Leaf]) -> None:
 
 
 async def _write(folder: Path, leaf: Leaf) -> None:
-    row_bytes = max(1, leaf.nbytes // max(1, leaf.shape[0]))
-    rows = min(leaf.shape[0], max(1, BLOCK_BYTES // row_bytes))
+    row_bytes = leaf.nbytes // leaf.shape[0]
+    block_bytes = min(MAX_BLOCK, max(MIN_BLOCK, leaf.nbytes // 4))
+    rows = min(leaf.shape[0], max(1, block_bytes // row_bytes))
     array = await ts.open(
         # A block of zeros is written too: a file that is missing must not read as zeros.
         _spec(folder) | {"store_data_equal_to_fill_value": True},
         create=True,
+        context=_CONTEXT,
         dtype=leaf.dtype.name,
         shape=leaf.shape,
         chunk_layout=ts.ChunkLayout(chunk_shape=(rows, *leaf.shape[1:])),
@@ -160,7 +167,7 @@ async def _write(folder: Path, leaf: Leaf) -> None:
     for where, values in leaf.blocks(rows):
         # Waits until it is on disk: two blocks at once would be two in memory.
         await array[where].write(values, can_reference_source_data_indefinitely=True)
-        await asyncio.sleep(0)
+        del values  # before the next one is read
 
 
 @contextmanager

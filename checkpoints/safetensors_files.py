@@ -85,9 +85,7 @@ class WeightFiles:
             )
         return _DTYPES[code]
 
-    def chunks(
-        self, name: str, rows_each: int | None = None
-    ) -> Iterator[tuple[slice, np.ndarray]]:
+    def chunks(self, name: str, rows_each: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """The rows of a tensor of one or more axes, `rows_each` (about `CHUNK_BYTES`) at a time."""
         shape, view = self.shape(name), self._slice(name)
         row_bytes = max(1, self.nbytes(name) // max(1, shape[0]))

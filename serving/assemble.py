@@ -14,19 +14,20 @@ import jax
 import numpy as np
 
 from ..checkpoints.folder import Checkpoint
-from ..checkpoints.shipped import resolve
+from ..checkpoints.locate import locate
 from ..config import EngineConfig, default_cache_dir
 from ..errors import InvalidConfig
 from ..model.abstract import AbstractDecoder
 from ..model.cache import cache_groups, token_bytes
 from ..model.compile import cache_folder, use_cache
-from ..model.mesh import Mesh, default_mesh
+from ..model.mesh import Mesh
 from ..model.runner import ModelRunner
 from ..model.sizing import Sizes, host_memory, serving_dtype, settle
 from ..model.weights import Params
 from ..sched.engine import Engine
 from ..sched.request import RequestOutput
 from ..sched.scheduler import Scheduler
+from .devices import open_mesh
 from .intake import Intake
 from .progress import Reporter, Silent
 
@@ -46,11 +47,14 @@ class Assembled:
     checkpoint: Checkpoint
 
 
-def open_checkpoint(config: EngineConfig) -> Checkpoint:
-    """Reads a checkpoint's small files, by path or shipped name."""
+def open_checkpoint(config: EngineConfig, reporter: Reporter | None = None) -> Checkpoint:
+    """Reads a checkpoint's small files; first downloads the model where it must."""
     if not config.model:  # as a path it would be the current folder
         raise InvalidConfig("model: got '', must be a folder or a shipped name")
-    return Checkpoint.open(resolve(config.model), ignore_fields=config.ignore_config_fields)
+    folder = locate(
+        config.model, reporter or Silent(), revision=config.revision, offline=config.offline
+    )
+    return Checkpoint.open(folder, ignore_fields=config.ignore_config_fields)
 
 
 def settle_sizes(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Sizes:
@@ -80,10 +84,10 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
       InvalidConfig: settings contradict each other, the model or the device.
     """
     reporter = reporter or Silent()
-    checkpoint = open_checkpoint(config)
-    mesh = default_mesh(config.tensor_parallel)
+    checkpoint = open_checkpoint(config, reporter)
+    mesh = open_mesh(config, reporter)
     sizes = settle_sizes(config, checkpoint, mesh)
-    _announce(checkpoint, mesh, sizes, reporter)
+    _announce(config, checkpoint, mesh, sizes, reporter)
     intake = Intake(checkpoint, sizes.spec)
     _use_cache(config)
 
@@ -147,9 +151,11 @@ def _use_cache(config: EngineConfig) -> None:
         use_cache(default_cache_dir() / "xla")
 
 
-def _announce(checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Reporter) -> None:
+def _announce(
+    config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Reporter
+) -> None:
     device = mesh.devices[0]
-    reporter.note(f"{checkpoint.folder.name} on {device.platform} ({device.device_kind})")
+    reporter.note(f"{config.model} on {device.platform} ({device.device_kind})")
     for note in sizes.notes:
         reporter.note(note)
     left_out = checkpoint.generation.not_honoured

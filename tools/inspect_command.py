@@ -1,4 +1,6 @@
-"""`quire inspect MODEL`: what a checkpoint is, and the memory plan here. Reads no weights."""
+"""`quire inspect MODEL`: what a checkpoint is, and the memory plan here. Reads no weights.
+
+With --verify it reads all of a converted folder, and holds it against its checksums."""
 
 from __future__ import annotations
 
@@ -9,28 +11,38 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
+from ..errors import CheckpointError, InvalidRequest
 from . import standard_streams
-from .flags import add_settings, settings_from
+from .flags import MODEL_HELP, add_settings, settings_from
 
 if TYPE_CHECKING:
+    from ..checkpoints.folder import Checkpoint
     from ..model.config import ModelConfig
     from ..model.sizing import Sizes
+    from ..serving.progress import Reporter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, or `demo`")
+    parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--verify", action="store_true", help="read a converted folder and compare its checksums"
+    )
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
 def run(args: argparse.Namespace) -> None:
     standard_streams.stdout()
     config = EngineConfig(**settings_from(args, EngineConfig))
-    from ..model.mesh import default_mesh
     from ..serving.assemble import open_checkpoint, settle_sizes
+    from ..serving.devices import open_mesh
+    from ..serving.progress import Silent, Terminal
 
-    checkpoint = open_checkpoint(config)
-    mesh = default_mesh(config.tensor_parallel)
+    reporter = Terminal()
+    checkpoint = open_checkpoint(config, reporter)
+    if args.verify:
+        _verify(checkpoint, reporter)
+    mesh = open_mesh(config, Silent())
     sizes = settle_sizes(config, checkpoint, mesh)
     not_honoured = [
         f"generation_config.json: not honoured: {setting}"
@@ -38,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     report = {
         "model": str(checkpoint.folder),
+        **({"verified": True} if args.verify else {}),
         "architecture": architecture(checkpoint.config),
         "memory": memory(sizes, mesh.platform),
         "notes": [*sizes.notes, *not_honoured],
@@ -46,6 +59,22 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         _show(report)
+
+
+def _verify(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Raises CheckpointError where a converted folder is not what was written."""
+    from ..checkpoints.manifest import damaged_files, is_converted
+
+    if not is_converted(checkpoint.folder):
+        raise InvalidRequest(
+            f"--verify: {checkpoint.folder} has no checksums; a folder made by `quire convert` has"
+        )
+    with reporter.phase("verifying") as update:
+        damaged = list(damaged_files(checkpoint.folder, update))
+    if damaged:
+        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        raise CheckpointError(f"damaged: {'; '.join(damaged[:5])}{more}")
+    reporter.note("every file is as it was written")
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
@@ -123,6 +152,8 @@ _BYTES = {"device_bytes": "device memory", "slot_bytes": "slot state"}
 
 def _row(name: str, value: Any) -> tuple[str, str]:
     """A line of the table: `weight_bytes` 2048 -> "weight", "2 KiB"."""
+    from ..checkpoints.disk import human_bytes
+
     if "bytes" in name:
         return _BYTES.get(name, name.replace("_bytes", "").replace("_", " ")), human_bytes(value)
     if isinstance(value, float):
@@ -130,13 +161,3 @@ def _row(name: str, value: Any) -> tuple[str, str]:
     if isinstance(value, list):
         value = ", ".join(value) or "none"
     return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value
-
-
-def human_bytes(count: int) -> str:
-    """1536 -> "1.5 KiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
