@@ -231,9 +231,9 @@ def accelerators_hidden() -> str | None:
         if value.split(",")[0].strip() == "cpu":
             return f"{name}={value}"
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
-        value = os.environ.get(name)
-        if value is not None and value.strip() in ("", "-1", "none", "void"):
-            return f"{name}={value}"
+        hidden = os.environ.get(name)
+        if hidden is not None and hidden.strip() in ("", "-1", "none", "void"):
+            return f"{name}={hidden}"
     return None
 
 

@@ -37,8 +37,8 @@ from .params import check_tensors, numpy_dtype, refuse_overflow
 from .reporting import Reporter, Update
 from .safetensors_files import WeightFiles
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_WEIGHTS += (".onnx_data", ".tflite", ".npz", ".index.json")
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
+            ".msgpack", ".onnx", ".onnx_data", ".tflite", ".npz")  # fmt: skip
 _FOLDERS = ("additional_chat_templates",)
 """Folders of a checkpoint that belong to its model. Others hold other forms of it, or leftovers of
 its training, and are named instead."""

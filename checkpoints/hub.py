@@ -191,7 +191,7 @@ def _bytes_in(folder: Path) -> int:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """One bar is enough."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

@@ -126,7 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION:
         mend = "update Quire" if version > FORMAT_VERSION else "convert the original again"
         raise CheckpointError(
-            f"{file}: format_version: got {version}, must be {FORMAT_VERSION} for this Quire; {mend}"
+            f"{file}: format_version: got {version}, must be {FORMAT_VERSION} for this "
+            f"Quire; {mend}"
         )
     if fields.pop("checksum", None) != _checksum(fields):
         raise CheckpointError(f"{file}: checksum: differs, so the file is damaged; convert again")

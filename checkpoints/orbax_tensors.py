@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes  # noqa: F401  # teaches numpy the name bfloat16
 import numpy as np
@@ -71,7 +71,7 @@ class OrbaxTensors:
                 f"{self.file(name)}: tensor {name}: got dtype {dtype}, must be one of "
                 f"{', '.join(DTYPES)}"
             )
-        return cast(Dtype, dtype)
+        return dtype
 
     def chunks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """The rows of a tensor, a stored block at a time."""
@@ -82,9 +82,10 @@ class OrbaxTensors:
                     f"{self.file(name)}: holds {array.dtype.name}{array.shape}, must be "
                     f"{self.dtype(name)}{self.shape(name)}"
                 )
-            step = array.chunk_layout.read_chunk.shape[0]
-            for start in range(0, array.shape[0], step):
-                rows = slice(start, min(start + step, array.shape[0]))
+            block = array.chunk_layout.read_chunk.shape
+            length, step = array.shape[0], (block and block[0]) or array.shape[0]
+            for start in range(0, length, step):
+                rows = slice(start, min(start + step, length))
                 yield rows, array[rows].read().result()
         except (ValueError, OSError) as error:  # TensorStore's own
             raise CheckpointError(
@@ -130,7 +131,7 @@ def write_tensors(folder: Path, leaves: dict[str, Leaf]) -> None:
     """Saves `leaves` as an Orbax checkpoint at `folder`/weights, in their order, one at a time."""
     import orbax.checkpoint as ocp
 
-    class WriteLeaf(ocp.type_handlers.NumpyHandler):
+    class WriteLeaf(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
         """Saves a Leaf the way that Orbax's own handler of arrays finds it again."""
 
         async def serialize(

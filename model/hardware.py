@@ -1,7 +1,7 @@
 """Which accelerators this machine has, asked of the operating system and not of JAX.
 
 JAX that lacks the right plugin, or a driver, sees a CPU and says little about it.
-serving/devices.py compares the two before an engine starts; `quire doctor` shows both. No JAX is imported here.
+serving/devices.py compares the two before an engine starts; `quire doctor` shows both.
 """
 
 from __future__ import annotations
@@ -118,10 +118,8 @@ def find_hardware(
     models = [_model(file) for file in sorted(root.glob("proc/driver/nvidia/gpus/*/information"))]
     if models:
         gpus = [Gpu(model) for model in models]
-    if found := re.search(
-        r"(?:Kernel Module|NVIDIA UNIX)\D*(\d+(?:\.\d+)+)",
-        _text(root / "proc/driver/nvidia/version"),
-    ):
+    version = _text(root / "proc/driver/nvidia/version")
+    if found := re.search(r"NVRM version:.*?\s(\d+(?:\.\d+)+)\s", version):
         driver = found[1]
     nodes = any(root.glob("dev/nvidia[0-9]*")) or (root / "dev/dxg").exists()
     if (gpus or driver or nodes) and (said := nvidia_smi()):

@@ -38,7 +38,7 @@ def open_mesh(config: EngineConfig, reporter: Reporter) -> Mesh:
 def unseen(hardware: Hardware) -> str:
     """Why an engine does not start on a machine with this hardware, and what to do."""
     found = f"found {hardware.describe()}, but JAX runs on the CPU"
-    plugins = [found for package in hardware.plugins if (found := _installed(package))]
+    plugins = [name for package in hardware.plugins if (name := _installed(package))]
     if plugins:
         cause = f"although {plugins[0]} is installed: `quire doctor` says more"
     else:

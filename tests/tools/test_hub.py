@@ -15,7 +15,6 @@ from typing import Any
 import huggingface_hub.constants
 import huggingface_hub.file_download
 import pytest
-import tiny_checkpoint
 from fake_hub import FakeHub, Repo
 from safetensors.numpy import load_file, save_file
 
