@@ -106,7 +106,7 @@ def default_mesh(tensor_parallel: int = 1, platform: str = "auto") -> Mesh:
 
 def _devices_of(platform: str) -> list[jax.Device]:
     """The devices of one platform; JAX starts no other, unless it has already."""
-    before = jax.config.read("jax_platforms")
+    before = jax.config.jax_platforms  # type: ignore[attr-defined]
     name = "cuda" if platform == "gpu" else platform
     jax.config.update("jax_platforms", "cpu" if platform == "cpu" else f"{name},cpu")
     try:
