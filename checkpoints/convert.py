@@ -35,7 +35,7 @@ from .new_folder import check_target, new_folder
 from .orbax_tensors import Leaf, OrbaxTensors, write_tensors
 from .params import check_tensors, numpy_dtype, refuse_overflow
 from .reporting import Reporter, Update
-from .safetensors_files import WeightFiles
+from .safetensors_files import INDEX, WeightFiles
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
             ".msgpack", ".onnx", ".onnx_data", ".tflite", ".npz")  # fmt: skip
@@ -85,7 +85,8 @@ def convert(
                 entries = _write_weights(
                     folder, tensors, _order(checkpoint, tensors), dtype, update
                 )
-            left_out = _copy_files(source, folder)
+            converted = {tensors.file(name).name for name in tensors} | {INDEX}
+            left_out = _copy_files(source, folder, converted)
             if cast and dtype is not None:
                 _set_dtype(folder / "config.json", dtype)
             made_by = f"quire {__version__}, orbax-checkpoint {version('orbax-checkpoint')}"
@@ -180,20 +181,18 @@ def _check_written(folder: Path, update: Update) -> None:
 # Other files.
 
 
-def _copy_files(source: Path, target: Path) -> list[str]:
+def _copy_files(source: Path, target: Path, converted: set[str]) -> list[str]:
     """Copies what belongs to the model beside its weights; returns what it left."""
     left_out = []
     for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(_WEIGHTS):
-            # The weights that were converted, and other forms of the same.
-            if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
-                left_out.append(path.name)
-        elif path.is_file():
+        if path.name in converted or path.name.startswith("."):
+            continue
+        if path.is_file() and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, target / path.name)
-        elif path.name in _FOLDERS:
+        elif path.is_dir() and path.name in _FOLDERS:
             shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
         else:
-            left_out.append(f"{path.name}/")
+            left_out.append(path.name + "/" * path.is_dir())
     return left_out
 
 

@@ -96,10 +96,13 @@ def test_nothing_is_lost(source: Path, tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("x")
     (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    (source / "consolidated.safetensors").write_bytes(b"the same again")
+    (source / ".gitattributes").write_text("x")
     (source / "runs").mkdir()
     reporter = Notes()
     manifest = convert(source, tmp_path / "made", reporter, origin="org/name")
-    other_form = {"model.safetensors", "pytorch_model.bin"}
+    other_form = {"model.safetensors", "consolidated.safetensors", "pytorch_model.bin"}
+    other_form |= {".gitattributes"}
     files = {
         p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()
     } - other_form
@@ -107,7 +110,9 @@ def test_nothing_is_lost(source: Path, tmp_path: Path) -> None:
     for name in files:
         assert (tmp_path / "made" / name).read_bytes() == (source / name).read_bytes()
     assert files < set(manifest.files) and "weights/_METADATA" in manifest.files
-    assert reporter.said == ["left out, not part of the model: pytorch_model.bin, runs/"]
+    assert reporter.said == [
+        "left out, not part of the model: consolidated.safetensors, pytorch_model.bin, runs/"
+    ]
     assert (manifest.source, manifest.cast) == ("org/name", None)
     assert "orbax-checkpoint" in manifest.made_by
     assert read_manifest(tmp_path / "made") == manifest
