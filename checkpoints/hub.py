@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SMALL_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY")
+_AT_ONCE = 2
+"""Files downloaded at once. huggingface_hub 2 goes on within a file while it runs, and starts anew
+the files that were under way when it was ended: the fewer, the less is lost."""
+
 _LOOK_EVERY = 0.2
 """Seconds between looks at how much has arrived."""
 
@@ -60,7 +64,7 @@ def fetch(
         api = HfApi(endpoint=settings.endpoint, token=settings.token)
         info = api.model_info(name, revision=revision, files_metadata=True)
     except Exception as error:  # of huggingface_hub, and of whichever HTTP package it uses
-        if _status(error) is None:  # no answer at all
+        if (_status(error) or 500) >= 500:  # no answer, or one of a hub that is down
             return _cached_instead(name, revision, settings, reporter, error)
         raise _explained(error, name, revision, settings, not_found_hint) from error
     files = {file.rfilename: file for file in info.siblings or ()}
@@ -138,6 +142,7 @@ def _download(
             cache_dir=settings.cache,
             endpoint=settings.endpoint,
             token=settings.token,
+            max_workers=_AT_ONCE,
         )
     lacking = [name for name in wanted if not (Path(folder) / name).exists()]
     if lacking:

@@ -156,8 +156,7 @@ async def _write(folder: Path, leaf: Leaf) -> None:
     block_bytes = min(MAX_BLOCK, max(MIN_BLOCK, leaf.nbytes // 4))
     rows = min(leaf.shape[0], max(1, block_bytes // row_bytes))
     array = await ts.open(
-        # A block of zeros is written too: a file that is missing must not read as zeros.
-        _spec(folder) | {"store_data_equal_to_fill_value": True},
+        _spec(folder),
         create=True,
         context=_CONTEXT,
         dtype=leaf.dtype.name,

@@ -1,4 +1,4 @@
-"""Lets tests import `tiny_checkpoint` from the folder above, and `fake_hub` from this one."""
+"""Lets tests import `tiny_checkpoint` from the folder above, and helpers from this one."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ class Repo:
       token: what opens it.
       cut_after: bytes after which a download of a large file breaks off, once per entry.
       broken: every download of a large file breaks off.
+      down: everything is answered with status 503.
     """
 
     revisions: dict[str, dict[str, bytes]]
@@ -37,6 +38,7 @@ class Repo:
     token: str = "right"
     cut_after: list[int] = field(default_factory=list)
     broken: bool = False
+    down: bool = False
 
     def commit(self, revision: str) -> str | None:
         """The commit of a branch, tag or commit."""
@@ -125,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         authorized = repo and self.headers.get("Authorization") == f"Bearer {repo.token}"
         if match is None or repo is None or (repo.private and not authorized):
             return self._error(401, "RepoNotFound")
+        if repo.down:
+            return self._error(503, "")
         revision = (match[3] if api else match[2]) or "main"
         commit = repo.commit(revision)
         if commit is None:

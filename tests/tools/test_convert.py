@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_checkpoint
+from notes import Notes
 from safetensors.numpy import load_file, save_file
 
 from quire import LLM, SamplingParams
@@ -34,21 +35,6 @@ from quire.errors import CheckpointError
 from quire.tools.cli import main
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-
-
-class Notes:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.progress: list[tuple[str, int, int]] = []
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Any]:
-        yield lambda done, total: self.progress.append((name, done, total))
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +14,7 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import pytest
 from fake_hub import FakeHub, Repo
+from notes import Notes
 from safetensors.numpy import load_file, save_file
 
 from quire.checkpoints.convert import convert
@@ -29,21 +28,6 @@ from quire.tools.cli import main
 
 SMALL = ["--no-warmup", "--max-num-seqs=4", "--max-batched-tokens=32", "--page-size=16"]
 GREEDY = ["--temperature=0", "--max-tokens=8", "--ignore-eos", "--prompt=hello world"]
-
-
-class Notes:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.progress: list[tuple[str, int, int]] = []
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Any]:
-        yield lambda done, total: self.progress.append((name, done, total))
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -223,6 +207,10 @@ def test_an_unreachable_hub_is_said_and_the_cache_used(hub: FakeHub, monkeypatch
     assert reporter.said == [
         "http://127.0.0.1:1 cannot be reached: org/tiny is taken from the cache"
     ]
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.repos["org/tiny"].down = True
+    assert get() == found
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     refused("org/else: http://127.0.0.1:1 cannot be reached .*does not have all of it", "org/else")
 
 
