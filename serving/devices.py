@@ -20,7 +20,13 @@ def open_mesh(config: EngineConfig, reporter: Reporter) -> Mesh:
     Raises:
       InvalidConfig: they are not there, or this machine has an accelerator that JAX does not see.
     """
-    mesh = default_mesh(config.tensor_parallel, config.platform)
+    try:
+        mesh = default_mesh(config.tensor_parallel, config.platform)
+    except InvalidConfig as error:
+        hardware = find_hardware()
+        if hardware.accelerator == config.platform and not _plugin(hardware):
+            raise InvalidConfig(f"{error}; to mend that: {hardware.mend()}") from error
+        raise
     if mesh.platform != "cpu":
         return mesh
     if config.platform == "cpu":
@@ -38,12 +44,17 @@ def open_mesh(config: EngineConfig, reporter: Reporter) -> Mesh:
 def unseen(hardware: Hardware) -> str:
     """Why an engine does not start on a machine with this hardware, and what to do."""
     found = f"found {hardware.describe()}, but JAX runs on the CPU"
-    plugins = [name for package in hardware.plugins if (name := _installed(package))]
-    if plugins:
-        cause = f"although {plugins[0]} is installed: `quire doctor` says more"
+    plugin = _plugin(hardware)
+    if plugin is not None:
+        cause = f"although {plugin} is installed: `quire doctor` says more"
     else:
         cause = f"to mend that: {hardware.mend()}"
     return f"{found}; {cause}. To run on the CPU all the same: --platform cpu"
+
+
+def _plugin(hardware: Hardware) -> str | None:
+    """The installed package that gives JAX these devices, with its version."""
+    return next(filter(None, map(_installed, hardware.plugins)), None)
 
 
 def _installed(package: str) -> str | None:

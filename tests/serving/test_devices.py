@@ -69,6 +69,22 @@ def test_an_installed_plugin_is_not_advised_again(monkeypatch: pytest.MonkeyPatc
         open_mesh(EngineConfig(), Silent())
 
 
+def test_a_platform_asked_for_without_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(count: int, platform: str) -> None:
+        raise InvalidConfig(f"platform: got {platform!r}, but JAX has no such device here")
+
+    monkeypatch.setattr(devices, "default_mesh", none)
+    for installed, hardware, mended in (
+        ((), H200, True),
+        (("jax-cuda13-plugin",), H200, False),
+        ((), NONE, False),
+    ):
+        has(monkeypatch, hardware, *installed)
+        with pytest.raises(InvalidConfig, match="no such device here") as caught:
+            open_mesh(EngineConfig(platform="gpu"), Silent())
+        assert str(caught.value).endswith("; to mend that: pip install 'quire[cuda13]'") is mended
+
+
 def test_the_cpu_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, H200)
     reporter = Notes()
