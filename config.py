@@ -101,7 +101,16 @@ def _problem(declared: Field, value: Any) -> str | None:
 class EngineConfig:
     """Settings of one engine. None means: chosen from the checkpoint and the device at start."""
 
-    model: str = setting("", "checkpoint folder in Hugging Face form, or `demo`")
+    model: str = setting("", "checkpoint folder, hub name like org/name, or `demo`")
+    revision: str | None = setting(
+        None, "branch, tag or commit of a model on the hub (default: main)"
+    )
+    offline: bool = setting(False, "take models of the hub from the cache alone")
+    platform: str = setting(
+        "auto",
+        "what to run on; auto is the accelerator there is, and the CPU only where there is none",
+        choices=("auto", "cpu", "gpu", "tpu"),
+    )
     dtype: str = setting(
         "auto",
         "type of weights, activations and KV; auto is the checkpoint's on an accelerator and "
@@ -195,6 +204,54 @@ class ServerConfig:
         _check(self)
         if not self.host:
             raise InvalidConfig("host: got '', must be a name or an address")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """Where models of the hub come from and go to, as huggingface_hub reads it too.
+
+    Attributes:
+      endpoint: HF_ENDPOINT, without a slash at its end.
+      token: HF_TOKEN; None leaves it to huggingface_hub, which knows what `hf auth login` stored.
+      cache: HF_HUB_CACHE, or HF_HOME/hub.
+      offline: HF_HUB_OFFLINE.
+    """
+
+    endpoint: str
+    token: str | None = field(repr=False)
+    cache: Path
+    offline: bool
+
+
+def hub_settings() -> HubSettings:
+    """The hub's settings, from the environment as it is now."""
+    env = os.environ.get
+    home = env("HF_HOME") or os.path.join(
+        env("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
+    )
+    cache = env("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return HubSettings(
+        endpoint=(env("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
+        token=(env("HF_TOKEN") or "").strip() or None,
+        cache=Path(os.path.expandvars(cache)).expanduser(),
+        offline=(env("HF_HUB_OFFLINE") or "").upper() in ("1", "ON", "YES", "TRUE"),
+    )
+
+
+def accelerators_hidden() -> str | None:
+    """What in the environment keeps JAX from accelerators, spelled as it was set; None if nothing.
+
+    Who set it asked for the CPU.
+    """
+    for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+        value = os.environ.get(name, "")
+        if value.split(",")[0].strip() == "cpu":
+            return f"{name}={value}"
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        hidden = os.environ.get(name)
+        if hidden is not None and hidden.strip() in ("", "-1", "none", "void"):
+            return f"{name}={hidden}"
+    return None
 
 
 def settings_of(config: type) -> list[Field]:

@@ -1,4 +1,6 @@
-"""A checkpoint folder in Hugging Face form, opened. The one thing that serving/ uses from here.
+"""A checkpoint folder of either kind, opened. The one thing that serving/ uses from here.
+
+It is in Hugging Face form, or was made from that by `quire convert` (manifest.py).
 
 Opening reads the small JSON files; the tokenizer and the chat template are read when first asked
 for (who sends token ids needs neither), the weights when `load_params` is called.
@@ -16,8 +18,9 @@ from ..model.config import Dtype, ModelConfig
 from .chat_template import ChatTemplate, load_chat_template
 from .generation_config import GenerationConfig, read_generation_config
 from .hf_config import read_config
+from .manifest import is_converted, read_manifest
 from .params import Progress, Put, load_params
-from .safetensors_files import WeightFiles
+from .tensors import open_tensors
 from .tokenizer import Tokenizer, load_tokenizer, read_special_tokens
 
 
@@ -48,6 +51,8 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: does not exist, must be a model folder")
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is a file, must be a model folder")
+        if is_converted(folder):
+            read_manifest(folder)
         config = read_config(
             folder, ignore_fields=ignore_fields, weights_dtype=lambda: _weights_dtype(folder)
         )
@@ -82,7 +87,7 @@ class Checkpoint:
 
 def _weights_dtype(folder: Path) -> Dtype:
     """The dtype of the first tensor on disk, for a config.json that names none."""
-    with WeightFiles(folder) as files:
+    with open_tensors(folder) as files:
         for name in files:
             return files.dtype(name)
     return "float32"

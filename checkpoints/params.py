@@ -11,13 +11,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import CheckpointError
 from ..model.config import DTYPES, ModelConfig
 from .names import EMBEDDING, HEAD, Parameter, Piece, is_harmless, parameters, pieces_of
-from .safetensors_files import SINGLE, WeightFiles
+from .safetensors_files import SINGLE
+from .tensors import Tensors, open_tensors
 
 Put = Callable[[str, np.ndarray], None]
 Progress = Callable[[int, int], None]
@@ -52,9 +52,9 @@ def load_params(
       progress: gets (bytes read, bytes in all), after each parameter.
     """
     target = numpy_dtype(dtype)
-    with WeightFiles(folder) as files:
+    with open_tensors(folder) as files:
         wanted = parameters(config)
-        _check(files, config, wanted)
+        check_tensors(files, config)
         total = sum(files.nbytes(piece.name) for p in wanted for piece in p.pieces)
         done = 0
         for parameter in wanted:
@@ -92,32 +92,38 @@ def to_hugging_face(
             yield piece.name, np.ascontiguousarray(array[rows])
 
 
-def _assemble(files: WeightFiles, parameter: Parameter, dtype: np.dtype) -> np.ndarray:
+def _assemble(files: Tensors, parameter: Parameter, dtype: np.dtype) -> np.ndarray:
     out = np.empty(parameter.shape, dtype)
     for piece, rows in pieces_of(parameter):
         _read(files, piece.name, out[rows])
     return out
 
 
-def _read(files: WeightFiles, name: str, out: np.ndarray) -> None:
+def _read(files: Tensors, name: str, out: np.ndarray) -> None:
     """Reads and casts a tensor into `out`."""
-    may_overflow = out.dtype == np.float16 and files.dtype(name) != "float16"
-    try:
-        for rows, chunk in files.chunks(name):
-            with np.errstate(over="ignore"):
-                out[rows] = chunk
-            if may_overflow and np.isinf(out[rows]).any():
-                worst = np.abs(chunk.astype(np.float32)).max()
-                raise CheckpointError(
-                    f"{files.file(name)}: tensor {name}: holds {worst:g}, which float16 cannot "
-                    "(65504 at most); use bfloat16 or float32"
-                )
-    except SafetensorError as error:
-        raise CheckpointError(f"{files.file(name)}: tensor {name}: {error}") from error
+    for rows, chunk in files.chunks(name):
+        with np.errstate(over="ignore"):
+            out[rows] = chunk
+        refuse_overflow(files, name, chunk, out[rows])
 
 
-def _check(files: WeightFiles, config: ModelConfig, wanted: list[Parameter]) -> None:
-    pieces = [piece for parameter in wanted for piece in parameter.pieces]
+def refuse_overflow(files: Tensors, name: str, values: np.ndarray, cast: np.ndarray) -> None:
+    """Raises CheckpointError where rows of a tensor became infinite in float16."""
+    if cast.dtype == np.float16 != values.dtype and np.isinf(cast).any():
+        worst = np.abs(values.astype(np.float32)).max()
+        raise CheckpointError(
+            f"{files.file(name)}: tensor {name}: holds {worst:g}, which float16 cannot "
+            "(65504 at most); use bfloat16 or float32"
+        )
+
+
+def check_tensors(files: Tensors, config: ModelConfig) -> None:
+    """Holds names, shapes and dtypes against the model; reads no values but those of a tied head.
+
+    Raises:
+      CheckpointError: a tensor is missing, wrong, or none of the model's.
+    """
+    pieces = [piece for parameter in parameters(config) for piece in parameter.pieces]
     for piece in pieces:
         _check_piece(files, piece, config)
     names = {piece.name for piece in pieces}
@@ -133,7 +139,7 @@ def _check(files: WeightFiles, config: ModelConfig, wanted: list[Parameter]) -> 
         )
 
 
-def _check_piece(files: WeightFiles, piece: Piece, config: ModelConfig) -> None:
+def _check_piece(files: Tensors, piece: Piece, config: ModelConfig) -> None:
     if piece.name not in files:
         hint = "; is tie_word_embeddings missing from config.json?" if piece.name == HEAD else ""
         raise CheckpointError(
@@ -148,7 +154,7 @@ def _check_piece(files: WeightFiles, piece: Piece, config: ModelConfig) -> None:
     files.dtype(piece.name)
 
 
-def _check_tied_head(files: WeightFiles, config: ModelConfig) -> None:
+def _check_tied_head(files: Tensors, config: ModelConfig) -> None:
     """A tied checkpoint may store its head all the same, if it is the embedding table.
 
     Where they differ one of them was trained and is about to be dropped; which, nobody can tell.

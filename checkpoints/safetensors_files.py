@@ -85,14 +85,17 @@ class WeightFiles:
             )
         return _DTYPES[code]
 
-    def chunks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """The rows of a tensor of one or more axes, about `CHUNK_BYTES` at a time."""
+    def chunks(self, name: str, rows_each: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """The rows of a tensor of one or more axes, `rows_each` (about `CHUNK_BYTES`) at a time."""
         shape, view = self.shape(name), self._slice(name)
         row_bytes = max(1, self.nbytes(name) // max(1, shape[0]))
-        step = max(1, CHUNK_BYTES // row_bytes)
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            yield rows, view[rows]
+        step = rows_each or max(1, CHUNK_BYTES // row_bytes)
+        try:
+            for start in range(0, shape[0], step):
+                rows = slice(start, min(start + step, shape[0]))
+                yield rows, view[rows]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.file(name)}: tensor {name}: {error}") from error
 
     def _slice(self, name: str) -> Any:
         return self._handles[self._file_of[name]].get_slice(name)

@@ -85,16 +85,35 @@ class Mesh:
         return NamedSharding(self._mesh, PartitionSpec())
 
 
-def default_mesh(tensor_parallel: int = 1) -> Mesh:
-    """The first devices of the default backend.
+def default_mesh(tensor_parallel: int = 1, platform: str = "auto") -> Mesh:
+    """The first devices of a platform.
+
+    Args:
+      tensor_parallel: how many.
+      platform: "cpu", "gpu" or "tpu"; "auto" is JAX's default backend.
 
     Raises:
-      InvalidConfig: there are fewer.
+      InvalidConfig: there are fewer, or none.
     """
-    devices = jax.devices()
+    devices = jax.devices() if platform == "auto" else _devices_of(platform)
     if tensor_parallel > len(devices):
         raise InvalidConfig(
             f"tensor_parallel: got {tensor_parallel}, must be at most {len(devices)}: the "
             f"{devices[0].platform} devices there are"
         )
     return Mesh(devices[:tensor_parallel])
+
+
+def _devices_of(platform: str) -> list[jax.Device]:
+    """The devices of one platform; JAX starts no other, unless it has already."""
+    before = jax.config.jax_platforms  # type: ignore[attr-defined]
+    name = "cuda" if platform == "gpu" else platform
+    jax.config.update("jax_platforms", "cpu" if platform == "cpu" else f"{name},cpu")
+    try:
+        return jax.devices(platform)
+    except RuntimeError as error:
+        jax.config.update("jax_platforms", before)
+        raise InvalidConfig(
+            f"platform: got {platform!r}, but JAX has no such device here "
+            f"({str(error).splitlines()[0]}); `quire doctor` says why"
+        ) from error

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ..checkpoints.folder import Checkpoint
-from ..checkpoints.shipped import resolve
+from ..checkpoints.locate import locate
 from ..config import EngineConfig
 from ..errors import InvalidConfig
 from ..model.abstract import AbstractDecoder
@@ -22,7 +22,7 @@ from ..model.cache import cache_groups, token_bytes
 from ..model.compile import CompileCounter, compile_threads
 from ..model.devices import device_memory, gpu_memory, hold_gpu
 from ..model.memory import MemoryTable, human_bytes
-from ..model.mesh import Mesh, default_mesh
+from ..model.mesh import Mesh
 from ..model.runner import ModelRunner
 from ..model.sizing import Sizes, host_memory, serving_dtype, settle
 from ..model.startup import Startup
@@ -31,6 +31,7 @@ from ..sched.engine import Engine
 from ..sched.request import RequestOutput
 from ..sched.scheduler import Scheduler
 from .caches import open_caches
+from .devices import open_mesh
 from .intake import Intake
 from .phases import Phases
 from .progress import Reporter, Silent
@@ -60,16 +61,22 @@ class Assembled:
     programs_stored: int
 
 
-def open_checkpoint(config: EngineConfig) -> Checkpoint:
-    """Reads a checkpoint's small files, by path or shipped name."""
+def open_checkpoint(config: EngineConfig, reporter: Reporter | None = None) -> Checkpoint:
+    """Reads a checkpoint's small files; first downloads the model where it must."""
     if not config.model:  # as a path it would be the current folder
         raise InvalidConfig("model: got '', must be a folder or a shipped name")
-    return Checkpoint.open(resolve(config.model), ignore_fields=config.ignore_config_fields)
+    folder = locate(
+        config.model, reporter or Silent(), revision=config.revision, offline=config.offline
+    )
+    return Checkpoint.open(folder, ignore_fields=config.ignore_config_fields)
 
 
-def start_devices(config: EngineConfig, checkpoint: Checkpoint) -> Mesh:
+def start_devices(
+    config: EngineConfig, checkpoint: Checkpoint, reporter: Reporter | None = None
+) -> Mesh:
     """Starts JAX, held to the memory it may take where it has not started yet."""
-    if (total := gpu_memory()) is not None:
+    wants_gpu = config.platform in ("auto", "gpu")
+    if wants_gpu and (total := gpu_memory()) is not None:
         shards = config.tensor_parallel
         dtype = serving_dtype(config, checkpoint.config, "gpu")
         groups = cache_groups(checkpoint.config, dtype, shards, "gpu")
@@ -82,7 +89,7 @@ def start_devices(config: EngineConfig, checkpoint: Checkpoint) -> Mesh:
             shards=shards,
         )
         hold_gpu(config, total, sizes.memory.arrays)
-    return default_mesh(config.tensor_parallel)
+    return open_mesh(config, reporter or Silent())
 
 
 def make_startup(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Startup:
@@ -106,12 +113,12 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
     reporter = reporter or Silent()
     phases, counter = Phases(reporter.began), CompileCounter()
     with phases("checkpoint"):
-        checkpoint = open_checkpoint(config)
+        checkpoint = open_checkpoint(config, reporter)
     with phases("devices"):
-        mesh = start_devices(config, checkpoint)
+        mesh = start_devices(config, checkpoint, reporter)
         starting = make_startup(config, checkpoint, mesh)
     decoder, sizes = starting.decoder, starting.sizes()
-    _announce(checkpoint, mesh, reporter)
+    _announce(config, checkpoint, mesh, reporter)
 
     with _Loading(checkpoint, decoder, mesh, reporter, phases) as loading:
         if config.warmup:
@@ -230,9 +237,9 @@ def load(
     return params
 
 
-def _announce(checkpoint: Checkpoint, mesh: Mesh, reporter: Reporter) -> None:
+def _announce(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh, reporter: Reporter) -> None:
     device = mesh.devices[0]
-    reporter.note(f"{checkpoint.folder.name} on {device.platform} ({device.device_kind})")
+    reporter.note(f"{config.model} on {device.platform} ({device.device_kind})")
     left_out = checkpoint.generation.not_honoured
     if left_out:
         reporter.note(f"generation_config.json: not honoured: {', '.join(left_out)}")

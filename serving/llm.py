@@ -85,7 +85,7 @@ class LLM:
     It ends with the last reference to it, with the process, or earlier by `close` or `with`.
 
     Args:
-      model: a checkpoint folder in Hugging Face form, or a shipped model's name ("demo").
+      model: a checkpoint folder, a hub name ("org/name@revision") or a shipped one ("demo").
       dtype: "auto", "bfloat16", "float16" or "float32".
       reporter: hears of progress while the model loads; None is silent.
       settings: any other field of EngineConfig.

@@ -9,39 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from ..checkpoints.reporting import Reporter, Update
 from .phases import process_began
+
+__all__ = ["LINE_EVERY", "Reporter", "Silent", "Terminal", "Update"]
 
 LINE_EVERY = 10.0
 """Seconds between lines about one phase where there is no terminal to draw on."""
-
-
-class Reporter(Protocol):
-    """Where an engine says what it is doing. Phases may overlap, on threads of their own."""
-
-    @property
-    def began(self) -> float | None:
-        """When the user began to wait, on the clock of time.monotonic; None: when asked."""
-        ...
-
-    def phase(self, name: str) -> AbstractContextManager[Update]:
-        """A named stretch of work: `with reporter.phase("compiling") as update: update(3, 9)`."""
-        ...
-
-    def note(self, text: str) -> None:
-        """One line of information."""
-        ...
-
-
-class Update(Protocol):
-    """Called with (done, total) as a phase proceeds."""
-
-    def __call__(self, done: int, total: int) -> None: ...
 
 
 class Silent:

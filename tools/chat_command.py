@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from . import standard_streams
-from .flags import add_settings, settings_from
+from .flags import MODEL_HELP, add_settings, settings_from
 from .sampling_flags import add_sampling, sampling_from
 
 if TYPE_CHECKING:
     from ..serving.llm import LLM
+    from ..serving.progress import Reporter
 
 _HELP = "/new starts over, /quit (or the end of input) leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", help="checkpoint folder, or `demo`")
+    parser.add_argument("model", nargs="?", default="demo", help=MODEL_HELP)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_sampling(parser)
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
@@ -28,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     chosen, settings = sampling_from(args), settings_from(args, EngineConfig)
     standard_streams.stdin(), standard_streams.stdout()
-    _check_can_chat(settings)
-    from ..serving.llm import LLM
     from ..serving.progress import Terminal
 
     reporter = Terminal()
+    _check_can_chat(settings, reporter)
+    from ..serving.llm import LLM
+
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages: list[dict[str, Any]] = list(opening)
     with LLM(reporter=reporter, **settings) as llm:
@@ -51,12 +53,12 @@ def run(args: argparse.Namespace) -> None:
                 messages.append({"role": "assistant", "content": answer})
 
 
-def _check_can_chat(settings: dict[str, Any]) -> None:
+def _check_can_chat(settings: dict[str, Any], reporter: Reporter) -> None:
     """Raises InvalidRequest for a model that cannot, before its weights are read."""
     from ..serving.assemble import open_checkpoint
     from ..serving.intake import no_tokenizer
 
-    checkpoint = open_checkpoint(EngineConfig(**settings))
+    checkpoint = open_checkpoint(EngineConfig(**settings), reporter)
     if not checkpoint.has_tokenizer:
         raise no_tokenizer("messages")
     checkpoint.chat_template.render([{"role": "user", "content": "?"}])

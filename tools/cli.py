@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over gRPC",
     "inspect": "say what a checkpoint is and what memory it needs",
+    "convert": "turn a Hugging Face checkpoint into an Orbax one, with checksums",
+    "doctor": "check this machine and this installation",
     "demo": "watch the engine answer several questions at once",
 }
 

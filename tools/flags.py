@@ -10,6 +10,8 @@ from typing import Any
 from ..config import parse_bytes, settings_of
 from ..errors import InvalidConfig
 
+MODEL_HELP = "checkpoint folder, hub name (org/name or org/name@revision), or `demo`"
+
 
 def size(text: str) -> int:
     """An argument such as 512MiB, in bytes."""

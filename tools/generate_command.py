@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from . import standard_streams
-from .flags import add_settings, settings_from, token_ids
+from .flags import MODEL_HELP, add_settings, settings_from, token_ids
 from .sampling_flags import add_sampling, sampling_from
 
 if TYPE_CHECKING:
     from ..serving.intake import Prompt
     from ..serving.llm import Completion, Generation, PositionLogprobs
+    from ..serving.progress import Reporter
 
 _SHOWN = 60  # characters of a prompt in the line above its answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, or `demo`")
+    parser.add_argument("model", help=MODEL_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be given again"
@@ -57,11 +58,12 @@ def run(args: argparse.Namespace) -> None:
     prompts, chosen = _prompts(args), sampling_from(args)
     settings = settings_from(args, EngineConfig)
     standard_streams.stdout()
-    has_text = _has_text(prompts, settings)
-    from ..serving.llm import LLM
     from ..serving.progress import Terminal
 
     reporter = Terminal()
+    has_text = _has_text(prompts, settings, reporter)
+    from ..serving.llm import LLM
+
     with LLM(reporter=reporter, **settings) as llm:
         sampling = [llm.default_sampling_params(prompt, **chosen) for prompt in prompts]
         results = llm.generate(prompts, sampling, progress=reporter, return_errors=True)
@@ -74,12 +76,12 @@ def run(args: argparse.Namespace) -> None:
             raise result.error
 
 
-def _has_text(prompts: list[Prompt], settings: dict[str, Any]) -> bool:
+def _has_text(prompts: list[Prompt], settings: dict[str, Any], reporter: Reporter) -> bool:
     """Whether the model has a tokenizer; prompts that need one are refused before it loads."""
     from ..serving.assemble import open_checkpoint
     from ..serving.intake import no_tokenizer
 
-    has_tokenizer = open_checkpoint(EngineConfig(**settings)).has_tokenizer
+    has_tokenizer = open_checkpoint(EngineConfig(**settings), reporter).has_tokenizer
     if not has_tokenizer and any(isinstance(prompt, str) for prompt in prompts):
         raise no_tokenizer("prompt")
     return has_tokenizer

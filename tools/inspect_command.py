@@ -1,6 +1,7 @@
 """`quire inspect MODEL`: what a checkpoint is, and the memory plan here. Reads no weights.
 
 What programs need is only known of a compiled one, so the largest is compiled, or found stored.
+With --verify it reads all of a converted folder, and holds it against its checksums.
 """
 
 from __future__ import annotations
@@ -12,17 +13,23 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
+from ..errors import CheckpointError, InvalidRequest
 from . import standard_streams
-from .flags import add_settings, settings_from
+from .flags import MODEL_HELP, add_settings, settings_from
 
 if TYPE_CHECKING:
+    from ..checkpoints.folder import Checkpoint
     from ..model.config import ModelConfig
     from ..model.sizing import Sizes
+    from ..serving.progress import Reporter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, or `demo`")
+    parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--verify", action="store_true", help="read a converted folder and compare its checksums"
+    )
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 
@@ -30,9 +37,13 @@ def run(args: argparse.Namespace) -> None:
     standard_streams.stdout()
     config = EngineConfig(**settings_from(args, EngineConfig))
     from ..serving.assemble import make_startup, open_checkpoint, start_devices
+    from ..serving.progress import Silent, Terminal
 
-    checkpoint = open_checkpoint(config)
-    mesh = start_devices(config, checkpoint)
+    reporter = Terminal()
+    checkpoint = open_checkpoint(config, reporter)
+    if args.verify:
+        _verify(checkpoint, reporter)
+    mesh = start_devices(config, checkpoint, Silent())
     starting = make_startup(config, checkpoint, mesh)
     sizes = starting.measured_sizes()
     not_honoured = [
@@ -41,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     report = {
         "model": str(checkpoint.folder),
+        **({"verified": True} if args.verify else {}),
         "architecture": architecture(checkpoint.config),
         "memory": memory(sizes, mesh.platform),
         "notes": [*starting.problems, *sizes.notes, *not_honoured],
@@ -49,6 +61,22 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         _show(report)
+
+
+def _verify(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Raises CheckpointError where a converted folder is not what was written."""
+    from ..checkpoints.manifest import damaged_files, is_converted
+
+    if not is_converted(checkpoint.folder):
+        raise InvalidRequest(
+            f"--verify: {checkpoint.folder} has no checksums; a folder made by `quire convert` has"
+        )
+    with reporter.phase("verifying") as update:
+        damaged = list(damaged_files(checkpoint.folder, update))
+    if damaged:
+        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        raise CheckpointError(f"damaged: {'; '.join(damaged[:5])}{more}")
+    reporter.note("every file is as it was written")
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lets tests import `tiny_checkpoint` from the folder above."""
+"""Lets tests import `tiny_checkpoint` from the folder above, and helpers from this one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # At the end, so that it can shadow nothing.
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import tiny_checkpoint
 

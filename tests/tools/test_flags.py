@@ -15,6 +15,9 @@ from quire.tools.flags import add_settings, settings_from
 
 ENGINE: dict[str, tuple[list[str], Any]] = {
     "model": (["--model=here"], "here"),
+    "revision": (["--revision=v1"], "v1"),
+    "offline": (["--offline"], True),
+    "platform": (["--platform=tpu"], "tpu"),
     "dtype": (["--dtype=bfloat16"], "bfloat16"),
     "max_model_len": (["--max-model-len=100"], 100),
     "max_num_seqs": (["--max-num-seqs=5"], 5),
