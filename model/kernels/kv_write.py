@@ -28,7 +28,7 @@ def _scatter(slab: jax.Array, kv: jax.Array, pages: jax.Array, offsets: jax.Arra
 WRITERS: dict[str, Callable[..., jax.Array]] = {
     "scatter": _scatter,
     "tpu": kv_write_tpu.write,
-    # For tests, on CPU: races are found, what is uninitialised is NaN, what is out of bounds raises.
+    # For tests, on CPU: races are found, uninitialised memory is NaN, out of bounds raises.
     "tpu_interpret": functools.partial(
         kv_write_tpu.write,
         interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),

@@ -69,15 +69,15 @@ def write(
                     one = pltpu.make_async_copy(kv.at[pl.ds(token, length)], place, arrived)
                     getattr(one, act)()
 
+                def one_token(t: Any, _: None) -> None:
+                    pl.when(pages[t] >= 0)(lambda: copy(t, 1))
+
                 @pl.when(whole[at] != 0)
-                def _() -> None:
+                def at_once() -> None:
                     copy(at * run, run)
 
                 @pl.when(whole[at] == 0)
-                def _() -> None:
-                    def one_token(t: Any, _: None) -> None:
-                        pl.when(pages[t] >= 0)(lambda: copy(t, 1))
-
+                def one_by_one() -> None:
                     lax.fori_loop(at * run, (at + 1) * run, one_token, None)
 
             lax.fori_loop(0, batch, one_run, None)

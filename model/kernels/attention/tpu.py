@@ -1,4 +1,4 @@
-"""Ragged paged attention on TPU: JAX's own kernel where it serves, Quire's (tpu_kernel.py) elsewhere.
+"""Ragged paged attention on TPU: JAX's own kernel where it serves, else Quire's (tpu_kernel.py).
 
 JAX's is proven on real chips, and only compiles there: it runs under no interpreter. So
 `why_not_jax` and what is fed to the kernel are tested on their own, and Quire's kernel is tested

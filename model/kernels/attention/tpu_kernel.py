@@ -93,7 +93,7 @@ def attend(
         prompt_out, prompt_lse = call(q, decode._replace(tile=tile), begins=begins, ends=ends)
         is_decode = (token < batch.num_decode)[:, None, None]
         out = jnp.where(is_decode, jnp.pad(out, ((0, pad), (0, 0), (0, 0))), prompt_out)
-        if lse is not None:
+        if lse is not None and prompt_lse is not None:
             lse = jnp.where(is_decode[..., 0], jnp.pad(lse, ((0, pad), (0, 0))), prompt_lse)
         exists, position = token_positions(batch, num_tokens)
     if lse is not None:
@@ -283,7 +283,7 @@ def _kernel(
     num_blocks = jnp.maximum(pl.cdiv(end, s.block) - first_block, 1)
 
     def copies(at: Any, pages: Any, block: Any, slot: Any, act: str) -> None:
-        """Starts or awaits the copies of a KV block: of those pages alone that hold what is seen."""
+        """Starts or awaits the copies of a KV block: of the pages that hold what is seen."""
         first = jnp.maximum(block * s.pages, items[_FIRST, at] // s.page)
         last = jnp.minimum((block + 1) * s.pages, pl.cdiv(items[_END, at], s.page))
 
@@ -298,7 +298,7 @@ def _kernel(
         lax.fori_loop(first, last, one, None)
 
     @pl.when(item == 0)
-    def _() -> None:
+    def begin_list() -> None:
         turn[0] = 0
         copies(item, table, first_block, 0, "start")
 
@@ -317,11 +317,11 @@ def _kernel(
         slot = (first_slot + i) % 2
 
         @pl.when(i + 1 < num_blocks)
-        def _() -> None:
+        def next_block() -> None:
             copies(item, table, first_block + i + 1, 1 - slot, "start")
 
         @pl.when((i + 1 == num_blocks) & (item + 1 < pl.num_programs(0)))
-        def _() -> None:
+        def next_item() -> None:
             block = items[_FIRST, item + 1] // s.block
             copies(item + 1, next_table, block, 1 - slot, "start")
 
@@ -356,9 +356,9 @@ def _kernel(
             lse_ref[head] = jnp.where(own, m_ref[head] + jnp.log(l), lse_ref[head])
 
 
-# Heads lie side by side in a tile of the vector memory, and only a load of 32-bit words can skip over
-# the others. So a block is laid out once more, as words: bfloat16 as pairs, which are a head's K and
-# V; anything else as float32. A strided load is one register wide, hence the pieces of 128 lanes.
+# Heads lie side by side in a tile of vector memory, and only a load of 32-bit words can skip over
+# others. So a block is laid out once more, as words: bfloat16 as pairs, which are a head's K and V,
+# anything else as float32. A strided load is one register wide, hence the pieces of 128 lanes.
 
 
 def _flat_scratch(s: _Shape, dtype: Any) -> Any:

@@ -1,8 +1,8 @@
 """What a TPU would run, compiled with no TPU here: attention alone, and whole steps of real models.
 
 Each program compiles, keeps its donation, copies no slab, and stays within a bound on temp memory:
-the logits, which are float32 [rows, vocabulary], and 64 MiB. Such compiles cost 2 to 60 CPU-seconds,
-most of it for the last layers of many rows, so rungs are few; the costliest is marked slow.
+the logits, which are float32 [rows, vocabulary], and 64 MiB. Such compiles cost 2 to 60 CPU-seconds
+each, most of it for the output projection of many rows; so rungs are few, the costliest are slow.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from quire.model.kernels.kv_write import write_kv
 from quire.model.ladder import Sampler
 from quire.model.programs import ADMIT
 from quire.tools.compile_check import ProgramReport, compile_for, tpu_mesh
+
+pytestmark = pytest.mark.xdist_group("compile for tpu")  # libtpu may be one process's at a time
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -90,8 +92,10 @@ RICH = {"window": 64, "soft_cap": 30.0, "kv_scales": (1.5, 0.5), "return_lse": T
 
 
 @pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("chip", HBM)
+@pytest.mark.parametrize(
+    ("chip", "head_dim"),
+    [*(("v6e:2x2", dim) for dim in (64, 80, 128, 256)), ("v5e:2x2", 128), ("v5e:2x2", 256)],
+)
 def test_attention(chip: str, head_dim: int, decode_only: bool) -> None:
     attention_program(chip, head_dim, decode_only=decode_only)  # JAX's kernel, save at 256
     attention_program(chip, head_dim, decode_only=decode_only, sinks=jnp.zeros(8), **RICH)
@@ -131,9 +135,8 @@ def whole_programs(
             assert report.kernels("write_kv") == config.num_layers
 
 
-@pytest.mark.parametrize("chip", HBM)
-def test_a_small_model(chip: str) -> None:
-    whole_programs(chip, SMALL, 2048, [(8, 8), (64, 8)])
+def test_a_small_model_on_v6e() -> None:
+    whole_programs("v6e:2x2", SMALL, 2048, [(8, 8), (64, 8)])
 
 
 def test_qwen_1_5b_on_v5e() -> None:
