@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from ...model.compile import compile_uncached
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0}  # autotuning needs the device
 # The second where no pass had anything to do.
 _THUNKS = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
+# A fusion is judged by what is in it. (Pallas kernels declare what they overwrite.)
+_IN_PLACE = {
+    "parameter", "scatter", "dynamic-update-slice", "fusion", "custom-call", "bitcast", "tuple",
+    "get-tuple-element", "reshape",
+}  # fmt: skip
 _SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32"}
 
 
@@ -43,6 +49,20 @@ class ProgramReport:
         shape = f"{_SHORT_NAMES[str(array.dtype)]}[{','.join(map(str, array.shape))}]"
         made = rf"= \(?{re.escape(shape)}[^=]*? (?:copy|copy-start|transpose)\("
         return [line.strip() for line in self.hlo.splitlines() if re.search(made, line)]
+
+    def passes_over(self, array: jax.ShapeDtypeStruct) -> list[str]:
+        """Instructions whose result has as many elements as this array and is computed, not an
+        update of a few of them in place: copies too, and arithmetic on the whole array, which XLA
+        may well do in place."""
+        size = math.prod(array.shape)
+
+        def computes_it(line: str) -> bool:
+            made = re.search(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+            if made is None or made[2] in _IN_PLACE:
+                return False
+            return math.prod(map(int, made[1].split(","))) == size
+
+        return [line.strip() for line in self.hlo.splitlines() if computes_it(line)]
 
     def kernels(self, name: str) -> int:
         """How many custom calls (Pallas kernels) carry this name."""

@@ -35,7 +35,8 @@ def gpu_mesh(name: str = "h200", devices: int = 1) -> Mesh:
 def tpu_mesh(name: str = "v6e:2x2", devices: int = 1) -> Mesh:
     """A mesh of the first `devices` TPU chips of the topology `name`, such as "v5e:2x2".
 
-    libtpu asks the cloud's metadata server where it runs, and waits long where there is none:
-    set TPU_SKIP_MDS_QUERY=1 before JAX starts.
+    libtpu asks the cloud's metadata server where it runs, and waits long where there is none, and
+    lets one process a machine load it: set TPU_SKIP_MDS_QUERY=1 and ALLOW_MULTIPLE_LIBTPU_LOAD=true
+    before JAX starts.
     """
     return Mesh(described_devices("tpu", name)[:devices])
