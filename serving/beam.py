@@ -180,8 +180,7 @@ def search(
         ]
         for at, chunk in submit(requests):
             for position in chunk.logprobs or ():
-                # A vocabulary smaller than that is padded.
-                found[at] = [(t, entry.logprob) for t, entry in position.items() if t >= 0]
+                found[at] = [(token, entry.logprob) for token, entry in position.items()]
         for i, each in enumerate(searches):
             if each.live:
                 each.step([nexts for (j, _), nexts in zip(beams, found, strict=True) if j == i])

@@ -9,6 +9,7 @@ Answers come back in the order of the prompts; names follow vLLM's where both ha
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ class Generation:
     Attributes:
       prompt: the prompt's text, where it was given as text.
       prompt_token_ids: what the model saw.
-      outputs: `n` Completions; with best_of the best first.
+      outputs: `n` Completions; with best_of the best first, unless there is an error.
       cached_tokens: prompt tokens whose KV was found in the prefix index.
       completion_tokens: tokens made for all answers, those that best_of left out included.
       prompt_logprobs: where asked for, one entry a prompt token, None for the first of them.
@@ -155,7 +156,8 @@ class LLM:
                     del left[i]
                     update(len(results) - len(left), len(results))
         for result, (request, _) in zip(results, requests, strict=True):
-            result.outputs = best(result.outputs, request.sampling)
+            if result.error is None:
+                result.outputs = best(result.outputs, request.sampling)
         if not return_errors:
             _raise_first(results)
         return results
@@ -334,6 +336,7 @@ def _raise_first(results: list[Generation]) -> None:
     """Raises the error of the first request that failed, with all results."""
     failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
     for i, error in failed[:1]:
+        error = copy.copy(error)  # an engine that closes tells all its callers with one
         error.results = results
         if len(results) > 1:
             error.add_note(

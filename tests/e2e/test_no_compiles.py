@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,13 @@ def random_prompt(rng: random.Random, llm: LLM):
             return text
 
 
+CONTROLS: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"frequency_penalty": 1.0, "bad_words": ["the", [5, 6]]},
+    {"logit_bias": {9: 3.0}, "allowed_token_ids": range(5, 250)},
+)
+
+
 def random_sampling(rng: random.Random) -> SamplingParams:
     max_tokens = rng.randint(1, 140)
     return SamplingParams(
@@ -63,6 +71,9 @@ def random_sampling(rng: random.Random) -> SamplingParams:
         ignore_eos=rng.random() < 0.5,
         logprobs=rng.choice((None, None, 0, 1, 20)),
         skip_special_tokens=rng.random() < 0.8,
+        n=rng.choice((1, 1, 1, 1, 3)),
+        prompt_logprobs=rng.choice((None, None, None, 2)),
+        **rng.choice(({}, {}, {}, *CONTROLS)),
     )
 
 
@@ -80,12 +91,13 @@ def one_request(rng: random.Random, llm: LLM) -> None:
             stream.close()
         case 2:
             reasons = [chunk.finish_reason for chunk in llm.stream(prompt, sampling)]
-            assert reasons[-1] in ("stop", "length") and not any(reasons[:-1])
+            ends = [reason for reason in reasons if reason is not None]
+            assert len(ends) == sampling.n and set(ends) <= {"stop", "length"} and reasons[-1]
         case _:
             batch = [prompt, *(random_prompt(rng, llm) for _ in range(rng.randint(0, 3)))]
             each = [sampling, *(random_sampling(rng) for _ in batch[1:])]
             for result in llm.generate(batch, each):
-                assert result.outputs[0].finish_reason in ("stop", "length")
+                assert all(o.finish_reason in ("stop", "length") for o in result.outputs)
 
 
 @pytest.mark.xdist_group("demo")

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.errors import DeadlineExceeded
+from quire.model.plan import StepPlan
 from quire.sched.limits import context_limit, resolve_max_tokens
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.sched.scheduler import Scheduler
@@ -109,6 +110,7 @@ class Trace:
         self.flights: deque = deque()
         self.stories: dict[str, Story] = {}
         self.prefixes = [self.some_tokens(rng.randint(0, 9)) for _ in range(2)]
+        self.plans: list[StepPlan] = []
         self.stalled = 0
         self.delivered = 0  # tokens the runner gave, those past a stop included
         self.empty_rows = 0  # decode rows that gave none
@@ -198,6 +200,7 @@ class Trace:
         else:
             self.check_the_first_advances(plan)
             self.flights.append((plan, self.runner.launch(plan)))
+            self.plans.append(plan)
         if len(self.flights) > (self.world.depth if plan is not None else 0):
             plan, handle = self.flights.popleft()
             outputs = self.runner.collect(handle)
@@ -296,6 +299,7 @@ def test_many_more_traces_end_right(world: World) -> None:
 def test_traces_reach_what_they_are_for() -> None:
     """The traces would prove little if they never preempted, shared, overran or expired."""
     preempted = hits = recomputed = overran = empty = expired = 0
+    several = reshaped = scored = many = 0  # choices, rows, rows, dispatches
     for seed in range(150):
         trace = Trace(World(seed, 2, 14, 4, 3, 16, 6, 1, True, 8, True))
         trace.play()
@@ -305,6 +309,10 @@ def test_traces_reach_what_they_are_for() -> None:
         recomputed += stats.recomputed_tokens
         overran += trace.delivered - stats.output_tokens
         empty += trace.empty_rows
+        several += sum(len(s.ends) for s in trace.stories.values() if len(s.ends) > 1)
+        reshaped += sum(init.controlled for plan in trace.plans for init in plan.inits)
+        scored += sum(len(plan.scored) for plan in trace.plans)
+        many += sum(plan.k > 1 for plan in trace.plans)
         expired += sum(
             isinstance(story.ended.error, DeadlineExceeded) for story in trace.stories.values()
         )
@@ -314,3 +322,7 @@ def test_traces_reach_what_they_are_for() -> None:
     assert overran > 100
     assert empty > 100
     assert expired > 10
+    assert several > 100
+    assert reshaped > 100
+    assert scored > 100
+    assert many > 100

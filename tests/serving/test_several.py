@@ -128,10 +128,12 @@ def test_a_request_that_fails_does_not_cost_the_others_their_answers(failing: LL
     assert "prompt 1 of 3" in caught.value.__notes__[0]
     results = caught.value.results
     assert [r.error is None for r in results] == [True, False, True]
-    again = failing.generate(prompts, greedy(n=2), return_errors=True)
+    again = failing.generate(prompts, greedy(n=2, best_of=2), return_errors=True)
     for before, after in zip(results, again, strict=True):
         assert before.outputs == after.outputs
         assert all(o.finish_reason == (None if after.error else "length") for o in after.outputs)
+    (lost,) = failing.generate(prompts[1], sampled(best_of=3), return_errors=True)
+    assert len(lost.outputs) == 3 and isinstance(lost.error, Internal)
     with pytest.raises(Internal), failing.stream_many(prompts, greedy()) as stream:
         list(stream)
     at_rest(failing.parts.engine)
