@@ -36,12 +36,16 @@ class Checkpoint:
     generation: GenerationConfig
 
     @classmethod
-    def open(cls, path: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
+    def open(
+        cls, path: str | Path, *, ignore_fields: Collection[str] = (), weights: bool = True
+    ) -> Checkpoint:
         """Reads config.json and generation_config.json of the folder `path`.
 
         Args:
           path: a folder.
           ignore_fields: fields of config.json to let pass although Quire does not know them.
+          weights: whether the folder's weights count. False for one that need have none: a
+            config.json without a dtype then means float32, as in transformers.
         """
         folder = Path(path).expanduser()
         if not folder.exists():
@@ -49,7 +53,9 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is a file, must be a model folder")
         config = read_config(
-            folder, ignore_fields=ignore_fields, weights_dtype=lambda: _weights_dtype(folder)
+            folder,
+            ignore_fields=ignore_fields,
+            weights_dtype=(lambda: _weights_dtype(folder)) if weights else None,
         )
         return cls(folder, config, read_generation_config(folder))
 

@@ -20,6 +20,7 @@ from ..errors import InvalidConfig
 from ..model.abstract import AbstractDecoder
 from ..model.cache import cache_groups, token_bytes
 from ..model.compile import cache_folder, use_cache
+from ..model.dummy_weights import dummy_params
 from ..model.mesh import Mesh, default_mesh
 from ..model.runner import ModelRunner
 from ..model.sizing import Sizes, host_memory, serving_dtype, settle
@@ -50,7 +51,11 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     """Reads a checkpoint's small files, by path or shipped name."""
     if not config.model:  # as a path it would be the current folder
         raise InvalidConfig("model: got '', must be a folder or a shipped name")
-    return Checkpoint.open(resolve(config.model), ignore_fields=config.ignore_config_fields)
+    return Checkpoint.open(
+        resolve(config.model),
+        ignore_fields=config.ignore_config_fields,
+        weights=not config.dummy_weights,
+    )
 
 
 def settle_sizes(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh) -> Sizes:
@@ -84,12 +89,17 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
     mesh = default_mesh(config.tensor_parallel)
     sizes = settle_sizes(config, checkpoint, mesh)
     _announce(checkpoint, mesh, sizes, reporter)
+    if config.dummy_weights:
+        reporter.note("dummy weights: random numbers made on the device; answers mean nothing")
     intake = Intake(checkpoint, sizes.spec)
     _use_cache(config)
 
     decoder = AbstractDecoder(checkpoint.config, sizes.dtype, mesh.shards)
     with reporter.phase("loading") as update:
-        params = load(checkpoint, decoder, mesh, update)
+        if config.dummy_weights:
+            params = dummy_params(decoder, mesh, progress=update)
+        else:
+            params = load(checkpoint, decoder, mesh, update)
     runner = ModelRunner(decoder, params, sizes.spec, mesh)
     if config.warmup:
         threads = config.compile_threads or min(os.cpu_count() or 1, _MAX_COMPILE_THREADS)

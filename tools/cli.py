@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over gRPC",
     "inspect": "say what a checkpoint is and what memory it needs",
+    "config": "say which settings are in force, and where each comes from",
+    "bench": "measure: throughput, latency, start-up, kernels, scheduler",
     "demo": "watch the engine answer several questions at once",
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from . import standard_streams
-from .flags import add_settings, settings_from
+from .flags import add_model, add_settings, settings_from
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, or `demo`")
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
@@ -111,7 +111,7 @@ def _show(report: dict[str, Any]) -> None:
     for section in ("architecture", "memory"):
         table = Table("", section, show_header=True, box=None, pad_edge=False)
         for name, value in report[section].items():
-            table.add_row(*_row(name, value))
+            table.add_row(*row(name, value))
         console.print("", table)
     for note in report["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
@@ -121,7 +121,7 @@ _BYTES = {"device_bytes": "device memory", "slot_bytes": "slot state"}
 """Names of rows that would say too little without "bytes"."""
 
 
-def _row(name: str, value: Any) -> tuple[str, str]:
+def row(name: str, value: Any) -> tuple[str, str]:
     """A line of the table: `weight_bytes` 2048 -> "weight", "2 KiB"."""
     if "bytes" in name:
         return _BYTES.get(name, name.replace("_bytes", "").replace("_", " ")), human_bytes(value)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, ServerConfig
 from ..errors import Internal
-from .flags import add_settings, settings_from
+from .flags import add_model, add_settings, settings_from
 
 if TYPE_CHECKING:
     from ..serving.assemble import Assembled, Deliver
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint folder, or `demo`")
+    add_model(parser)
     add_settings(parser, ServerConfig)
     add_settings(parser, EngineConfig, skip=("model",))
     parser.epilog = (

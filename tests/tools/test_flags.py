@@ -28,6 +28,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "warmup": (["--no-warmup"], False),
     "compile_threads": (["--compile-threads=2"], 2),
     "cache_dir": (["--cache-dir="], ""),
+    "dummy_weights": (["--dummy-weights"], True),
     "ignore_config_fields": (["--ignore-config-fields=a, b"], ("a", "b")),
 }
 SERVER: dict[str, tuple[list[str], Any]] = {

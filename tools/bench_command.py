@@ -1,0 +1,9 @@
+"""`quire bench NAME`: measurements. Each is a module of tools/bench."""
+
+
+def add_arguments(parser):
+    pass
+
+
+def run(args):
+    pass
