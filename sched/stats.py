@@ -5,7 +5,9 @@ The scheduler owns one `Counters`; `EngineStats` is what /metrics and benchmarks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ..model.plan import Bucket
 
 
 @dataclass(slots=True)
@@ -19,6 +21,7 @@ class Counters:
     failed_steps: int = 0
     real_tokens: int = 0
     padded_tokens: int = 0
+    buckets: dict[Bucket, int] = field(default_factory=dict)  # steps that ran each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,7 @@ class EngineStats:
       running: requests with a slot.
       waiting: requests without one.
       steps: steps planned.
+      steps_by_bucket: the same by step program.
       prompt_tokens: prompt tokens of admitted requests.
       output_tokens: tokens handed to callers.
       finished: requests that ended, for any reason.
@@ -50,6 +54,7 @@ class EngineStats:
     running: int
     waiting: int
     steps: int
+    steps_by_bucket: dict[Bucket, int]
     prompt_tokens: int
     output_tokens: int
     finished: int

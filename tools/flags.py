@@ -21,6 +21,18 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number from 1 on")
+    return int(text)
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """An argument such as 1,8,64."""
+    return tuple(positive(part) for part in names(text)) or (positive(text),)
+
+
 def names(text: str) -> tuple[str, ...]:
     """An argument such as one,two,three."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,101 @@
+"""The process that `quire bench startup` starts and times; not for people.
+
+    python -P -m quire.tools.bench.startup_child '{"spawned": ..., "settings": ..., ...}'
+
+Prints one JSON object as the last line of stdout. Times are the wall clock's, which both
+processes share.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_ENTERED = time.time()  # Python is up, nothing of weight is imported yet
+
+
+class _Recorder:
+    """A reporter (serving/progress.py) that keeps seconds by phase."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Any]:
+        begin = time.perf_counter()
+        yield lambda done, total: None
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begin
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class _Programs:
+    """Counts what XLA compiled and what came from the persistent cache."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self.asked = self.hits = 0
+        jax.monitoring.register_event_duration_secs_listener(self._timed)
+        jax.monitoring.register_event_listener(self._event)
+
+    def _timed(self, event: str, duration_secs: float, **_: Any) -> None:
+        # Recorded for every executable, whether XLA builds it or the cache has it.
+        self.asked += event == "/jax/core/compile/backend_compile_duration"
+
+    def _event(self, event: str, **_: Any) -> None:
+        self.hits += event == "/jax/compilation_cache/cache_hits"
+
+
+def main() -> int:
+    """Starts an engine, gets one token, says how long each part took."""
+    from ...config import EngineConfig
+    from ...errors import QuireError
+
+    request = json.loads(sys.argv[1])
+    settings = request["settings"]
+    from .engine_run import TokenEngine
+
+    programs = _Programs()
+    imported = time.time()
+    recorder = _Recorder()
+    try:
+        with TokenEngine(EngineConfig(**settings), recorder) as engine:
+            ready = time.time()
+            engine.run([tuple(range(1, request["prompt_tokens"] + 1))], [1])
+            ended = time.time()
+            compiles = engine.parts.runner.compiles_after_ready
+    except QuireError as error:
+        sys.stderr.write(f"quire: {error}\n")
+        return 1
+    phases = {
+        "interpreter": _ENTERED - request["spawned"],
+        "imports": imported - _ENTERED,
+        **recorder.phases,
+        "other": ready - imported - sum(recorder.phases.values()),
+        "first token": ended - ready,
+    }
+    said = {
+        "seconds": ended - request["spawned"],
+        "ready": ready - request["spawned"],
+        "phases": phases,
+        "programs": {
+            "compiled_by_XLA": programs.asked - programs.hits,
+            "read_from_the_cache": programs.hits,
+            "after_ready": compiles,
+        },
+    }
+    from .report import surroundings
+
+    said |= {name: surroundings()[name] for name in ("device", "versions", "host_peak_bytes")}
+    sys.stdout.write(json.dumps(said) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
