@@ -63,7 +63,7 @@ def _settled(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     names = [s.name for s in settings_of(EngineConfig)]
     config = EngineConfig(**{name: settings[name]["value"] for name in names})
     checkpoint = open_checkpoint(config)
-    mesh = default_mesh()
+    mesh = default_mesh(config.tensor_parallel)
     try:
         sizes = settle_sizes(config, checkpoint, mesh)
     except InvalidConfig as error:

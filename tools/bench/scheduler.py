@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 BUDGETS_MS = {256: 1.0, 1000: 3.0}
 """p99 of a step, by rows (docs/design.md, section 10)."""
 
+STEP_SECONDS = 0.02
+"""What the scheduler's clock is told a step takes: about what a device needs for so many rows. Work
+that goes by the clock (looking at how full the pages are) then comes as often as it would."""
+
 FULL = 0.9
 """Share of the rows from which on a step counts as full."""
 
@@ -158,11 +162,13 @@ class ClosedLoop:
         from ...sched.scheduler import Scheduler
         from .null_runner import NullRunner
 
+        self._now = 0.0
         self.scheduler = Scheduler(
             spec,
             max_batched_tokens=spec.ladder.max_tokens,
             prefill_chunk=spec.ladder.max_tokens,
             max_queue=2**31,
+            clock=lambda: self._now,
         )
         self.steps, self.filling = _Steps(), _Steps()
         self._spec, self._trace = spec, trace
@@ -194,6 +200,7 @@ class ClosedLoop:
         from ...model.inputs import pack
 
         scheduler, clock = self.scheduler, time.perf_counter_ns
+        self._now += STEP_SECONDS
         # What the device would have done meanwhile is no part of the host's time.
         results = None if flight is None else self._runner.collect(flight)
         cpu, begin = time.thread_time_ns(), clock()
