@@ -246,8 +246,6 @@ class Scheduler:
         """Counts a step that is about to be launched."""
         self._flights.append(flight)
         self._counters.steps += 1
-        buckets, bucket = self._counters.buckets, flight.plan.bucket
-        buckets[bucket] = buckets.get(bucket, 0) + 1
         self._counters.real_tokens += flight.plan.num_tokens
         self._counters.padded_tokens += flight.plan.bucket.tokens
         return flight.plan
@@ -345,7 +343,6 @@ class Scheduler:
             running=len(self._roster.running),
             waiting=len(self._roster.waiting),
             steps=counters.steps,
-            steps_by_bucket=counters.buckets.copy(),  # at once, under the interpreter's lock
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
             finished=self._roster.finished,

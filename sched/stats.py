@@ -5,9 +5,7 @@ The scheduler owns one `Counters`; `EngineStats` is what /metrics and benchmarks
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from ..model.plan import Bucket
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -21,7 +19,6 @@ class Counters:
     failed_steps: int = 0
     real_tokens: int = 0
     padded_tokens: int = 0
-    buckets: dict[Bucket, int] = field(default_factory=dict)  # steps that ran each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +29,6 @@ class EngineStats:
       running: requests with a slot.
       waiting: requests without one.
       steps: steps planned.
-      steps_by_bucket: the same by step program.
       prompt_tokens: prompt tokens of admitted requests.
       output_tokens: tokens handed to callers.
       finished: requests that ended, for any reason.
@@ -54,7 +50,6 @@ class EngineStats:
     running: int
     waiting: int
     steps: int
-    steps_by_bucket: dict[Bucket, int]
     prompt_tokens: int
     output_tokens: int
     finished: int

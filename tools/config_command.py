@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     standard_streams.stdout()
-    settings = {}
+    settings: dict[str, dict[str, Any]] = {}
     for config in CONFIGS:
         settings |= _in_force(args, config)
     report: dict[str, Any] = {"settings": settings}

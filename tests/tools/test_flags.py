@@ -22,6 +22,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "prefill_chunk": (["--prefill-chunk=32"], 32),
     "page_size": (["--page-size=64"], 64),
     "kv_memory": (["--kv-memory=1.5GiB"], 3 * 2**29),
+    "tensor_parallel": (["--tensor-parallel=2"], 2),
     "prefix_caching": (["--no-prefix-caching"], False),
     "overlap": (["--no-overlap"], False),
     "max_queue": (["--max-queue=3"], 3),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import EngineConfig
 from ...errors import Internal
+from ...model.plan import Bucket, StepPlan
 from ...sched.request import RequestOutput, SamplingParams
 from ...sched.stats import EngineStats
 from ...serving.assemble import Assembled, assemble
@@ -54,6 +56,9 @@ class TokenEngine:
         self._run: Run | None = None
         self.config = config
         self.parts: Assembled = assemble(config, self._deliver, reporter)
+        self.buckets: Counter[Bucket] = Counter()
+        """Steps launched of each step program."""
+        self._count_buckets()
         quiet_collector()
 
     def __enter__(self) -> TokenEngine:
@@ -109,6 +114,17 @@ class TokenEngine:
         if run.tokens != list(outputs):
             raise Internal(f"bench: {sum(run.tokens)} tokens came, {sum(outputs)} were asked for")
         return run
+
+    def _count_buckets(self) -> None:
+        runner, buckets = self.parts.runner, self.buckets
+        launch = runner.launch
+
+        def counted(plan: StepPlan) -> Any:
+            buckets[plan.bucket] += 1
+            return launch(plan)
+
+        # In the way of nobody else, where a wrapper class would have to follow the runner's faces.
+        setattr(runner, "launch", counted)  # noqa: B010
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """On the engine's thread."""

@@ -77,7 +77,9 @@ class Case:
         return int(4 * seen * self.heads * self.head_dim)
 
 
-_QWEN = {"heads": 12, "kv_heads": 2}
+def _qwen(rows: int, context: int, ragged: bool = False) -> Case:
+    return Case(rows=rows, context=context, ragged=ragged, heads=12, kv_heads=2)
+
 
 GRIDS: dict[str, list[Case]] = {
     # A CPU gets through these in a minute.
@@ -99,8 +101,8 @@ GRIDS: dict[str, list[Case]] = {
         Case(rows=8, context=32768),
         *(Case(rows=64, context=272, page_size=size) for size in (16, 64)),
         *(Case(rows=256, context=1024, ragged=True, page_size=size) for size in (16, 64)),
-        Case(rows=64, context=272, **_QWEN),
-        Case(rows=256, context=1024, ragged=True, **_QWEN),
+        _qwen(64, 272),
+        _qwen(256, 1024, ragged=True),
         Case(rows=64, context=272, heads=8, kv_heads=8),
         Case(rows=64, context=272, heads=32, kv_heads=8, head_dim=64),
         Case(rows=1, context=512, queries=512),

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,10 +93,9 @@ def surroundings(on_device: bool = True) -> dict[str, Any]:
     }
     if on_device:
         import jax
-        import jaxlib
 
         device = jax.devices()[0]
-        found["versions"] |= {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+        found["versions"] |= {"jax": jax.__version__, "jaxlib": version("jaxlib")}
         found["device"] = {
             "platform": device.platform,
             "kind": device.device_kind,

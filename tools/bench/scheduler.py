@@ -180,31 +180,32 @@ class ClosedLoop:
         }
         self._made = 0
         self._collections = _Collections()
+        self._flight: Any = None  # the plan whose results come next
+        self._arriving = [self._request() for _ in range(spec.num_slots)]
 
     def run(self, full_steps: int, progress: Any = None) -> None:
         """Until so many steps were full. One step is always in flight, as in the engine."""
-        flight: Any = None
-        arriving = [self._request() for _ in range(self._spec.num_slots)]
         gc.callbacks.append(self._collections)
         try:
             while len(self.steps.wall) < full_steps:
-                flight, outputs = self._step(arriving, flight)
-                arriving = [self._request() for o in outputs if o.finish_reason is not None]
+                outputs = self._step()
+                self._arriving = [self._request() for o in outputs if o.finish_reason is not None]
                 if progress is not None:
                     progress(len(self.steps.wall), full_steps)
         finally:
             gc.callbacks.remove(self._collections)
 
-    def _step(self, arriving: list[Request], flight: Any) -> tuple[Any, list[Any]]:
-        """One round as in Engine.step; returns what is in flight now, and the outputs."""
+    def _step(self) -> list[Any]:
+        """One round as in Engine.step; returns the outputs."""
         from ...model.inputs import pack
 
         scheduler, clock = self.scheduler, time.perf_counter_ns
         self._now += STEP_SECONDS
         # What the device would have done meanwhile is no part of the host's time.
+        flight = self._flight
         results = None if flight is None else self._runner.collect(flight)
         cpu, begin = time.thread_time_ns(), clock()
-        for request in arriving:
+        for request in self._arriving:
             scheduler.add(request)
         admitted = clock()
         plan = scheduler.schedule()
@@ -222,7 +223,8 @@ class ClosedLoop:
         parts = (admitted - begin, scheduled - admitted, packed - scheduled, updated - packed)
         for part, value in zip(steps.parts.values(), parts, strict=True):
             part.append(value)
-        return plan, outputs
+        self._flight = plan
+        return outputs
 
     def _request(self) -> Request:
         from ...sched.request import Request, SamplingParams

@@ -16,6 +16,9 @@ from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
+    from collections import Counter
+
+    from ...model.plan import Bucket
     from ...sched.stats import EngineStats
     from .engine_run import Run, TokenEngine
     from .trace import Trace
@@ -79,13 +82,19 @@ def measure(
         trace = trace.fitted(engine.longest, clip=clip)
         for at in range(repeat):
             prompts = draw_prompts(trace.prompts, engine.vocab, draw)
-            before = engine.stats()
+            before, buckets = engine.stats(), engine.buckets.copy()
             run = engine.run(prompts, trace.outputs, f"run {at + 1} of {repeat}")
-            repetitions.append(_figures(engine, trace, run, before))
+            repetitions.append(_figures(engine, trace, run, before, engine.buckets - buckets))
         return engine.described(), trace, repetitions
 
 
-def _figures(engine: TokenEngine, trace: Trace, run: Run, before: EngineStats) -> dict[str, Any]:
+def _figures(
+    engine: TokenEngine,
+    trace: Trace,
+    run: Run,
+    before: EngineStats,
+    buckets: Counter[Bucket],
+) -> dict[str, Any]:
     """One repetition's."""
     import numpy as np
 
@@ -93,16 +102,12 @@ def _figures(engine: TokenEngine, trace: Trace, run: Run, before: EngineStats) -
     output, prompt = sum(trace.outputs), sum(trace.prompts)
     real = after.real_tokens - before.real_tokens
     padded = after.padded_tokens - before.padded_tokens
-    steps = {
-        bucket_name(bucket): count - before.steps_by_bucket.get(bucket, 0)
-        for bucket, count in sorted(after.steps_by_bucket.items())
-    }
     return {
         "seconds": run.seconds,
         "output_tok_s": output / run.seconds,
         "total_tok_s": (output + prompt) / run.seconds,
         "steps": after.steps - before.steps,
-        "steps_by_bucket": {name: count for name, count in steps.items() if count},
+        "steps_by_bucket": {bucket_name(b): count for b, count in sorted(buckets.items())},
         "padding_waste": 1 - real / padded,
         "page_waste_since_start": after.waste,
         "prefix_hit_tokens": after.prefix_hit_tokens - before.prefix_hit_tokens,
