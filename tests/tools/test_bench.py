@@ -159,10 +159,10 @@ def test_startup_finds_programs_stored_the_second_time(bench: Bench, folder: Pat
     said = bench("startup", f"--model={folder}", "--runs=1", "--prompt-tokens=4", *SMALL)
     cold, (warm,) = said["cold"], said["warm"]
     assert cold["programs"]["compiled_by_XLA"] > 0 == warm["programs"]["compiled_by_XLA"]
-    assert warm["programs"]["read_from_the_cache"] == cold["programs"]["compiled_by_XLA"]
     for run in (cold, warm):
-        assert sum(run["phases"].values()) == pytest.approx(run["seconds"], abs=0.01)
         assert {"interpreter", "imports", "loading", "first token"} <= set(run["phases"])
+        assert all(0 <= seconds < run["seconds"] for seconds in run["phases"].values())
+        assert run["ready"] + run["phases"]["first token"] == pytest.approx(run["seconds"])
     assert said["stored_bytes"] > 0 and said["device"]["platform"] == "cpu"
 
 

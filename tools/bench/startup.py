@@ -1,8 +1,8 @@
 """`quire bench startup`: from the start of a process to its first token, by phase.
 
 Each run is a process of its own (startup_child.py), as a person's would be. The first finds nothing
-stored; the next ones find what it left. The files of the weights are in the system's page cache
-after the first run, and may have been before: this measures programs, not disks.
+stored; the next ones find what it left. Phases may overlap. The files of the weights are in the
+system's page cache after the first run, and may have been before: this measures programs, not disks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def _child(
 ) -> dict[str, Any]:
     """One process: its seconds, phases and compilations."""
     with reporter.phase(name):
-        request = {"settings": settings, "prompt_tokens": prompt_tokens, "spawned": time.time()}
+        request = {
+            "settings": settings,
+            "prompt_tokens": prompt_tokens,
+            "spawned": time.monotonic(),
+        }
         command = [sys.executable, "-P", "-m", f"{__package__}.startup_child"]
         done = subprocess.run([*command, json.dumps(request)], capture_output=True, text=True)
     if done.returncode:
@@ -98,7 +102,7 @@ def _table(results: dict[str, Any]) -> Any:
     for name in phases:
         made.add_row(name, *(f"{run['phases'].get(name, 0):.2f}" for run in runs.values()))
     made.add_row("to first token", *(f"{run['seconds']:.2f}" for run in runs.values()))
-    for name in ("compiled by XLA", "read from the cache"):
+    for name in ("compiled by XLA", "read from the cache", "found in the store"):
         key = name.replace(" ", "_")
         made.add_row(name, *(str(run["programs"][key]) for run in runs.values()))
     made.add_row("stored bytes", f"{results['stored_bytes']:,}")
@@ -113,5 +117,6 @@ def _draw(figure: Any, results: dict[str, Any]) -> None:
         widths = [run["phases"].get(name, 0.0) for run in runs.values()]
         axes.barh(list(runs), widths, left=list(left.values()), label=name)
         left = {run: at + width for (run, at), width in zip(left.items(), widths, strict=True)}
+    axes.invert_yaxis()
     axes.set(xlabel="seconds from process start to first token")
     axes.legend()

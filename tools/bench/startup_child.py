@@ -2,8 +2,8 @@
 
     python -P -m quire.tools.bench.startup_child '{"spawned": ..., "settings": ..., ...}'
 
-Prints one JSON object as the last line of stdout. Times are the wall clock's, which both
-processes share.
+Prints one JSON object as the last line of stdout. Times are of time.monotonic, which is one clock
+for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_ENTERED = time.time()  # Python is up, nothing of weight is imported yet
+_ENTERED = time.monotonic()  # Python is up, nothing of weight is imported yet
 
 
 class _Recorder:
     """A reporter (serving/progress.py) that keeps seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
+        self.began: float | None = began
         self.phases: dict[str, float] = {}
 
     @contextmanager
@@ -62,31 +63,35 @@ def main() -> int:
     from .engine_run import TokenEngine
 
     programs = _Programs()
-    imported = time.time()
-    recorder = _Recorder()
+    imported = time.monotonic()
+    recorder = _Recorder(request["spawned"])
     try:
         with TokenEngine(EngineConfig(**settings), recorder) as engine:
-            ready = time.time()
-            engine.run([tuple(range(1, request["prompt_tokens"] + 1))], [1])
-            ended = time.time()
+            ready = time.monotonic()
+            engine.run([tuple(i % engine.vocab for i in range(request["prompt_tokens"]))], [1])
+            ended = time.monotonic()
             compiles = engine.parts.runner.compiles_after_ready
+            parts = engine.parts
     except QuireError as error:
         sys.stderr.write(f"quire: {error}\n")
         return 1
-    phases = {
-        "interpreter": _ENTERED - request["spawned"],
+    phases: dict[str, float] = getattr(parts, "phases", None) or {
         "imports": imported - _ENTERED,
         **recorder.phases,
         "other": ready - imported - sum(recorder.phases.values()),
-        "first token": ended - ready,
     }
     said = {
         "seconds": ended - request["spawned"],
         "ready": ready - request["spawned"],
-        "phases": phases,
+        "phases": {
+            "interpreter": _ENTERED - request["spawned"],
+            **{name: seconds for name, seconds in phases.items() if name != "ready"},
+            "first token": ended - ready,
+        },
         "programs": {
             "compiled_by_XLA": programs.asked - programs.hits,
             "read_from_the_cache": programs.hits,
+            "found_in_the_store": getattr(parts, "programs_stored", 0),
             "after_ready": compiles,
         },
     }
