@@ -2,7 +2,8 @@
 
 Each run is a process of its own (startup_child.py), as a person's would be. The first finds nothing
 stored; the next ones find what it left. Phases may overlap. The files of the weights are in the
-system's page cache after the first run, and may have been before: this measures programs, not disks.
+system's page cache after the first run, and may have been before: this is about programs, not
+disks.
 """
 
 from __future__ import annotations
