@@ -161,10 +161,7 @@ class Inputs:
     q: jax.Array  # [T, H, D]
     slab: jax.Array  # [pages, page, 2·KH, D]
     page_tables: tuple[jax.Array, ...]  # [S, M] each
-    kv_lens: jax.Array  # [S]
-    cu_q_lens: jax.Array  # [S+1]
-    num_seqs: jax.Array
-    num_decode: jax.Array
+    lengths: tuple[jax.Array, ...]  # kv_lens [S], cu_q_lens [S+1], num_seqs [], num_decode []
 
 
 def make_inputs(case: Case, dtype: Any, *, copies: int, seed: int = 0) -> Inputs:
@@ -183,10 +180,12 @@ def make_inputs(case: Case, dtype: Any, *, copies: int, seed: int = 0) -> Inputs
         q=jax.random.normal(keys[0], (case.tokens, case.heads, case.head_dim), dtype),
         slab=jax.random.normal(keys[1], shape, dtype),
         page_tables=tables,
-        kv_lens=jnp.asarray(case.lengths),
-        cu_q_lens=jnp.arange(case.rows + 1, dtype=jnp.int32) * case.queries,
-        num_seqs=jnp.int32(case.rows),
-        num_decode=jnp.int32(case.rows if case.queries == 1 else 0),
+        lengths=(
+            jnp.asarray(case.lengths),
+            jnp.arange(case.rows + 1, dtype=jnp.int32) * case.queries,
+            jnp.int32(case.rows),
+            jnp.int32(case.rows if case.queries == 1 else 0),
+        ),
     )
 
 

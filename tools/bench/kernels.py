@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from ..flags import names, positive
@@ -97,7 +98,8 @@ def _backends(wanted: tuple[str, ...] | None, platform: str) -> tuple[str, ...]:
         if name not in BACKENDS:
             raise InvalidConfig(f"backends: got {name!r}, must be among {', '.join(BACKENDS)}")
     others = {"cpu", "gpu", "tpu"} - {platform}
-    return wanted or tuple(n for n in BACKENDS if n.split("_")[0] not in others)
+    mine = (n for n in BACKENDS if n.split("_")[0] not in others)
+    return wanted or tuple(n for n in mine if not n.endswith("_interpret"))  # those are for tests
 
 
 class _Kernels:
@@ -116,17 +118,19 @@ class _Kernels:
         from .kernel_cases import as_json, make_inputs
 
         rows = []
-        with reporter.phase("attention") as update:
+        with reporter.phase("attention") as update, ThreadPoolExecutor(2 * len(backends)) as pool:
             for at, case in enumerate(cases):
                 update(at, len(cases))
-                inputs = None
-                for backend in backends:
-                    if self._leaves_out(case, backend):
-                        continue
-                    inputs = inputs or make_inputs(case, self._dtype, copies=self._copies(case))
-                    rows.append(
-                        {**as_json(case), "backend": backend, **self._one(case, inputs, backend)}
-                    )
+                chosen = [name for name in backends if not self._leaves_out(case, name)]
+                if not chosen:
+                    continue
+                inputs = make_inputs(case, self._dtype, copies=self._copies(case))
+                # All of a case are compiled together, and timed one by one when that is over.
+                started = {name: _compile(pool, case, inputs, name) for name in chosen}
+                wait([future for futures in started.values() for future in futures])
+                for name, futures in started.items():
+                    figures = self._one(case, inputs, *futures)
+                    rows.append({**as_json(case), "backend": name, **figures})
         return rows
 
     def _leaves_out(self, case: Case, backend: str) -> bool:
@@ -144,14 +148,17 @@ class _Kernels:
             return 2
         return min(MAX_COPIES, -(-OUTGROW // case.slab_bytes(self._dtype.itemsize)))
 
-    def _one(self, case: Case, inputs: Inputs, backend: str) -> dict[str, Any]:
+    def _one(
+        self, case: Case, inputs: Inputs, single: Future[Any], loop: Future[Any]
+    ) -> dict[str, Any]:
         """Microseconds, rates and error; or what went wrong, which others need not suffer from."""
         from .kernel_cases import float64_error
 
         try:
-            single = _attention_call(case, inputs, backend)
-            error = float64_error(case, inputs, single)
-            seconds = _attention_seconds(case, inputs, backend)
+            q, slab, tables, lengths = inputs.q, inputs.slab, inputs.page_tables, inputs.lengths
+            out = single.result()(q, slab, tables[0], lengths)
+            error = float64_error(case, inputs, out)
+            seconds = _timed(loop.result(), q, slab, tables, lengths) / (LOOP * len(tables))
         except Exception as fault:
             text = " ".join(str(fault).split())[:300]
             return {"failed": f"{type(fault).__name__}: {text}"}
@@ -193,46 +200,43 @@ class _Kernels:
         return rows
 
 
-def _attend(case: Case, inputs: Inputs, backend: str, q: Any, slab: Any, page_table: Any) -> Any:
+def _compile(
+    pool: ThreadPoolExecutor, case: Case, inputs: Inputs, backend: str
+) -> tuple[Future[Any], Future[Any]]:
+    """Starts to compile a single call, and a loop of them that takes turns over the page tables."""
+    import jax
+
     from ...model.kernels.attention.api import ragged_paged_attention
 
-    return ragged_paged_attention(
-        q,
-        slab,
-        inputs.kv_lens,
-        page_table,
-        inputs.cu_q_lens,
-        inputs.num_seqs,
-        inputs.num_decode,
-        scale=case.head_dim**-0.5,
-        decode_only=case.queries == 1,
-        backend=backend,
-    )
-
-
-def _attention_call(case: Case, inputs: Inputs, backend: str) -> Any:
-    """The output of one call."""
-    import jax
-
-    once = jax.jit(lambda q, slab, table: _attend(case, inputs, backend, q, slab, table))
-    return once(inputs.q, inputs.slab, inputs.page_tables[0])
-
-
-def _attention_seconds(case: Case, inputs: Inputs, backend: str) -> float:
-    """Seconds of one call, from a loop that takes turns over the page tables."""
-    import jax
+    # One function for all calls, so that the kernel is traced and lowered once.
+    @jax.jit
+    def attend(q: Any, slab: Any, page_table: Any, lengths: tuple[Any, ...]) -> Any:
+        kv_lens, *more = lengths  # not constants, of which XLA would compute ahead what it can
+        return ragged_paged_attention(
+            q,
+            slab,
+            kv_lens,
+            page_table,
+            *more,
+            scale=case.head_dim**-0.5,
+            decode_only=case.queries == 1,
+            backend=backend,
+        )
 
     @jax.jit
-    def loop(q: Any, slab: Any, tables: tuple[Any, ...]) -> Any:
+    def loop(q: Any, slab: Any, tables: tuple[Any, ...], lengths: tuple[Any, ...]) -> Any:
         def turn(_: int, q: Any) -> Any:
             for page_table in tables:  # unrolled, so that no kernel but attention's is between
-                q = _attend(case, inputs, backend, q, slab, page_table)
+                q = attend(q, slab, page_table, lengths)
             return q
 
         return jax.lax.fori_loop(0, LOOP, turn, q)
 
-    calls = LOOP * len(inputs.page_tables)
-    return _timed(loop, inputs.q, inputs.slab, inputs.page_tables) / calls
+    q, slab, tables, lengths = inputs.q, inputs.slab, inputs.page_tables, inputs.lengths
+    return (
+        pool.submit(lambda: attend.lower(q, slab, tables[0], lengths).compile()),
+        pool.submit(lambda: loop.lower(q, slab, tables, lengths).compile()),
+    )
 
 
 def _timed(loop: Any, first: Any, *rest: Any) -> float:
@@ -241,7 +245,7 @@ def _timed(loop: Any, first: Any, *rest: Any) -> float:
 
     from .device_limits import best_seconds
 
-    first = jax.block_until_ready(loop(first, *rest))  # compiles
+    first = jax.block_until_ready(loop(first, *rest))  # warms up, and compiles what is not yet
     begin = time.perf_counter()
     first = jax.block_until_ready(loop(first, *rest))
     once = time.perf_counter() - begin
