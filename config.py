@@ -110,6 +110,11 @@ class EngineConfig:
         "float32 on CPU",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    dummy_weights: bool = setting(
+        False,
+        "random weights made on the device, for measuring: MODEL needs a config.json alone, and "
+        "answers mean nothing",
+    )
     max_model_len: int | None = setting(
         None, "longest prompt plus output in tokens (default: what the checkpoint allows)", low=2
     )
@@ -144,11 +149,6 @@ class EngineConfig:
     )
     cache_dir: str | None = setting(
         None, "folder for compiled programs (default: ~/.cache/quire; an empty string for none)"
-    )
-    dummy_weights: bool = setting(
-        False,
-        "random weights made on the device, for measuring: MODEL needs a config.json alone, and "
-        "answers mean nothing",
     )
     ignore_config_fields: tuple[str, ...] = setting(
         (), "fields of config.json to ignore although Quire does not know them (comma-separated)"

@@ -29,11 +29,13 @@ class Checkpoint:
       folder: where it is.
       config: the model's sizes.
       generation: default sampling values; its `eos_ids` may be empty, see `eos_ids` here.
+      weights: False where it was opened without: then they are not to be read.
     """
 
     folder: Path
     config: ModelConfig
     generation: GenerationConfig
+    weights: bool = True
 
     @classmethod
     def open(
@@ -44,8 +46,8 @@ class Checkpoint:
         Args:
           path: a folder.
           ignore_fields: fields of config.json to let pass although Quire does not know them.
-          weights: whether the folder's weights count. False for one that need have none: a
-            config.json without a dtype then means float32, as in transformers.
+          weights: whether it must have weights. Without, a config.json that names no dtype means
+            float32, as in transformers.
         """
         folder = Path(path).expanduser()
         if not folder.exists():
@@ -57,7 +59,7 @@ class Checkpoint:
             ignore_fields=ignore_fields,
             weights_dtype=(lambda: _weights_dtype(folder)) if weights else None,
         )
-        return cls(folder, config, read_generation_config(folder))
+        return cls(folder, config, read_generation_config(folder), weights)
 
     @property
     def has_tokenizer(self) -> bool:

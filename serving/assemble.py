@@ -89,17 +89,12 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
     mesh = default_mesh(config.tensor_parallel)
     sizes = settle_sizes(config, checkpoint, mesh)
     _announce(checkpoint, mesh, sizes, reporter)
-    if config.dummy_weights:
-        reporter.note("dummy weights: random numbers made on the device; answers mean nothing")
     intake = Intake(checkpoint, sizes.spec)
     _use_cache(config)
 
     decoder = AbstractDecoder(checkpoint.config, sizes.dtype, mesh.shards)
     with reporter.phase("loading") as update:
-        if config.dummy_weights:
-            params = dummy_params(decoder, mesh, progress=update)
-        else:
-            params = load(checkpoint, decoder, mesh, update)
+        params = load(checkpoint, decoder, mesh, update)
     runner = ModelRunner(decoder, params, sizes.spec, mesh)
     if config.warmup:
         threads = config.compile_threads or min(os.cpu_count() or 1, _MAX_COMPILE_THREADS)
@@ -123,7 +118,12 @@ def load(
     mesh: Mesh,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
-    """Streams the weights from disk to the devices, one parameter in flight at a time."""
+    """Streams the weights from disk to the devices, one parameter in flight at a time.
+
+    For a checkpoint opened without its weights, random ones are made on the devices.
+    """
+    if not checkpoint.weights:
+        return dummy_params(decoder, mesh, progress=progress)
     specs = decoder.specs
     params: Params = {}
     last: list[jax.Array] = []
@@ -167,3 +167,5 @@ def _announce(checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Report
         reporter.note(f"generation_config.json: not honoured: {', '.join(left_out)}")
     if not checkpoint.has_tokenizer:
         reporter.note("no tokenizer.json: serves token ids, not text")
+    if not checkpoint.weights:
+        reporter.note("dummy weights: random numbers made on the device; answers mean nothing")

@@ -16,6 +16,7 @@ from quire.tools.flags import add_settings, settings_from
 ENGINE: dict[str, tuple[list[str], Any]] = {
     "model": (["--model=here"], "here"),
     "dtype": (["--dtype=bfloat16"], "bfloat16"),
+    "dummy_weights": (["--dummy-weights"], True),
     "max_model_len": (["--max-model-len=100"], 100),
     "max_num_seqs": (["--max-num-seqs=5"], 5),
     "max_batched_tokens": (["--max-batched-tokens=64"], 64),
@@ -29,7 +30,6 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "warmup": (["--no-warmup"], False),
     "compile_threads": (["--compile-threads=2"], 2),
     "cache_dir": (["--cache-dir="], ""),
-    "dummy_weights": (["--dummy-weights"], True),
     "ignore_config_fields": (["--ignore-config-fields=a, b"], ("a", "b")),
 }
 SERVER: dict[str, tuple[list[str], Any]] = {
