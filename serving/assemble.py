@@ -162,10 +162,10 @@ def _announce(checkpoint: Checkpoint, mesh: Mesh, sizes: Sizes, reporter: Report
     reporter.note(f"{checkpoint.folder.name} on {device.platform} ({device.device_kind})")
     for note in sizes.notes:
         reporter.note(note)
+    if not checkpoint.weights:
+        reporter.note("dummy weights: random numbers made on the device; answers mean nothing")
     left_out = checkpoint.generation.not_honoured
     if left_out:
         reporter.note(f"generation_config.json: not honoured: {', '.join(left_out)}")
     if not checkpoint.has_tokenizer:
         reporter.note("no tokenizer.json: serves token ids, not text")
-    if not checkpoint.weights:
-        reporter.note("dummy weights: random numbers made on the device; answers mean nothing")

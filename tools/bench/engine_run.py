@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from ...config import EngineConfig
 from ...errors import Internal
 from ...model.plan import Bucket, StepPlan
@@ -21,6 +23,7 @@ from ...sched.stats import EngineStats
 from ...serving.assemble import Assembled, assemble
 from ...serving.progress import Reporter
 from ..collector import quiet_collector
+from ..inspect_command import memory
 
 LOOK_EVERY = 0.2
 """Seconds between updates of the progress bar."""
@@ -146,20 +149,14 @@ class TokenEngine:
 
     def described(self) -> dict[str, Any]:
         """The settings and sizes a figure was measured with."""
-        sizes, spec = self.parts.sizes, self.parts.sizes.spec
+        sizes, device = self.parts.sizes, jax.devices()[0].platform
         return {
             "model": self.config.model,
-            "dtype": sizes.dtype,
             "dummy_weights": self.config.dummy_weights,
-            "max_num_seqs": spec.num_slots,
-            "max_batched_tokens": spec.ladder.max_tokens,
-            "max_model_len": spec.max_model_len,
-            "page_size": spec.page_size,
-            "pages": spec.num_pages,
-            "kv_bytes": sizes.kv_bytes,
-            "weight_bytes": sizes.weight_bytes,
-            "step_programs": len(spec.ladder),
+            "max_num_seqs": sizes.spec.num_slots,
+            "max_batched_tokens": sizes.spec.ladder.max_tokens,
             "prefix_caching": self.config.prefix_caching,
             "overlap": self.config.overlap,
             "collector": "as quire serve sets it",
+            "sizes": memory(sizes, device),
         }
