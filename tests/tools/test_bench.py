@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import pytest
 from quire.errors import InvalidConfig
 from quire.model.kernels.attention import api
 from quire.model.plan import StepPlan
-from quire.tools.bench import device_limits, kernel_cases, kernels, report
+from quire.tools.bench import device_limits, kernel_cases, kernels, latency, report
 from quire.tools.bench.models import DATA, shipped_configs
 from quire.tools.bench.null_runner import NullRunner, null_spec
 from quire.tools.bench.scheduler import ClosedLoop
@@ -148,6 +150,30 @@ def test_latency_by_its_method(bench: Bench, folder: Path) -> None:
         "batch 99: the engine runs 4 requests at once",
         "ttft 9999: needs 10000 tokens, the engine's limit is 4096",
     ]
+
+
+def test_a_decode_step_is_what_more_tokens_cost() -> None:
+    """With 1 s for all prefills and 10 ms for each step, whatever the number of tokens."""
+    asked: list[tuple[int, list[int]]] = []
+
+    def run(prompts: list[Any], outputs: list[int], name: str) -> SimpleNamespace:
+        asked.append((len({*prompts}), outputs))
+        return SimpleNamespace(seconds=1.0 + 0.01 * outputs[0])
+
+    spec = SimpleNamespace(num_slots=4)
+    parts = SimpleNamespace(sizes=SimpleNamespace(spec=spec))
+    engine: Any = SimpleNamespace(parts=parts, longest=500, vocab=10**6, run=run)
+    args = argparse.Namespace(seed=0, prompt_tokens=128, output_tokens=272, repeat=2)
+    found = latency._Latency(engine, args).decode(3)
+    assert found is not None and found["all"] == pytest.approx([10.0, 10.0])
+    assert asked == [(3, [272] * 3), (3, [16] * 3)] * 2
+
+
+def test_the_floor_is_the_dearer_of_bytes_and_operations() -> None:
+    limits = device_limits.Limits(copy_gb_s=4000, matmul_tflop_s=800)
+    assert limits.floor_seconds(4e9, 8e11) == pytest.approx(1e-3)
+    assert limits.floor_seconds(1e9, 8e11) == pytest.approx(1e-3)
+    assert limits.floor_seconds(4e9, 8e9) == pytest.approx(1e-3)
 
 
 def test_latency_needs_more_tokens_than_it_takes_off(refused: Any, folder: Path) -> None:
