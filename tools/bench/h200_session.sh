@@ -17,7 +17,7 @@ mkdir -p "$OUT"
 measure() {
     local name=$1 limit=$2 begin=$SECONDS status
     shift 2
-    timeout --signal=INT --kill-after=10 "$limit" "$PY" -P -m quire.tools.cli bench "$@" --json \
+    timeout --kill-after=10 "$limit" "$PY" -P -m quire.tools.cli bench "$@" --json \
         $("$PY" -c 'import matplotlib' 2>/dev/null && echo --plot "$OUT/$name.png") \
         >"$OUT/$name.json" 2>"$OUT/$name.log"
     status=$?
