@@ -1,4 +1,4 @@
-"""Every setting, declared once. Flags, docs and checks derive from the dataclasses here.
+"""Every setting, declared once. Flags, the keys of `--config` files and checks derive from here.
 
 Both configs are frozen and resolved once: what a default of None means is decided where the
 checkpoint and the device are known (serving/assemble.py), and never changed after. This module is
@@ -87,6 +87,8 @@ def _problem(declared: Field, value: Any) -> str | None:
     wanted, name = _KINDS[kind]
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         return name
+    if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+        return name
     choices, low, high = (declared.metadata[key] for key in ("choices", "low", "high"))
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"
@@ -116,6 +118,11 @@ class EngineConfig:
         "type of weights, activations and KV; auto is the checkpoint's on an accelerator and "
         "float32 on CPU",
         choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    dummy_weights: bool = setting(
+        False,
+        "random weights made on the device, for measuring: MODEL needs a config.json alone, and "
+        "answers mean nothing",
     )
     max_model_len: int | None = setting(
         None, "longest prompt plus output in tokens (default: what the checkpoint allows)", low=2

@@ -32,19 +32,25 @@ class Checkpoint:
       folder: where it is.
       config: the model's sizes.
       generation: default sampling values; its `eos_ids` may be empty, see `eos_ids` here.
+      weights: False where it was opened without: then they are not to be read.
     """
 
     folder: Path
     config: ModelConfig
     generation: GenerationConfig
+    weights: bool = True
 
     @classmethod
-    def open(cls, path: str | Path, *, ignore_fields: Collection[str] = ()) -> Checkpoint:
+    def open(
+        cls, path: str | Path, *, ignore_fields: Collection[str] = (), weights: bool = True
+    ) -> Checkpoint:
         """Reads config.json and generation_config.json of the folder `path`.
 
         Args:
           path: a folder.
           ignore_fields: fields of config.json to let pass although Quire does not know them.
+          weights: whether it must have weights. Without, a config.json that names no dtype means
+            float32, as in transformers.
         """
         folder = Path(path).expanduser()
         if not folder.exists():
@@ -54,9 +60,11 @@ class Checkpoint:
         if is_converted(folder):
             read_manifest(folder)
         config = read_config(
-            folder, ignore_fields=ignore_fields, weights_dtype=lambda: _weights_dtype(folder)
+            folder,
+            ignore_fields=ignore_fields,
+            weights_dtype=(lambda: _weights_dtype(folder)) if weights else None,
         )
-        return cls(folder, config, read_generation_config(folder))
+        return cls(folder, config, read_generation_config(folder), weights)
 
     @property
     def has_tokenizer(self) -> bool:

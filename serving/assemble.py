@@ -21,6 +21,7 @@ from ..model.abstract import AbstractDecoder
 from ..model.cache import cache_groups, token_bytes
 from ..model.compile import CompileCounter, compile_threads
 from ..model.devices import device_memory, gpu_memory, hold_gpu
+from ..model.dummy_weights import dummy_params
 from ..model.memory import MemoryTable, human_bytes
 from ..model.mesh import Mesh
 from ..model.runner import ModelRunner
@@ -68,7 +69,9 @@ def open_checkpoint(config: EngineConfig, reporter: Reporter | None = None) -> C
     folder = locate(
         config.model, reporter or Silent(), revision=config.revision, offline=config.offline
     )
-    return Checkpoint.open(folder, ignore_fields=config.ignore_config_fields)
+    return Checkpoint.open(
+        folder, ignore_fields=config.ignore_config_fields, weights=not config.dummy_weights
+    )
 
 
 def start_devices(
@@ -220,7 +223,12 @@ def load(
     mesh: Mesh,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
-    """Streams the weights from disk to the devices, one parameter in flight at a time."""
+    """Streams the weights from disk to the devices, one parameter in flight at a time.
+
+    For a checkpoint opened without its weights, random ones are made on the devices.
+    """
+    if not checkpoint.weights:
+        return dummy_params(decoder, mesh, progress=progress)
     specs = decoder.specs
     params: Params = {}
     last: list[jax.Array] = []
@@ -240,6 +248,8 @@ def load(
 def _announce(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh, reporter: Reporter) -> None:
     device = mesh.devices[0]
     reporter.note(f"{config.model} on {device.platform} ({device.device_kind})")
+    if not checkpoint.weights:
+        reporter.note("dummy weights: random numbers made on the device; answers mean nothing")
     left_out = checkpoint.generation.not_honoured
     if left_out:
         reporter.note(f"generation_config.json: not honoured: {', '.join(left_out)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from . import standard_streams
-from .flags import MODEL_HELP, add_settings, settings_from
+from .flags import add_model, add_settings, settings_from
 from .sampling_flags import add_sampling, sampling_from
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _HELP = "/new starts over, /quit (or the end of input) leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", help=MODEL_HELP)
+    add_model(parser, default="demo")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_sampling(parser)
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))

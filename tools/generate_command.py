@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from . import standard_streams
-from .flags import MODEL_HELP, add_settings, settings_from, token_ids
+from .flags import add_model, add_settings, settings_from, token_ids
 from .sampling_flags import add_sampling, sampling_from
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _SHOWN = 60  # characters of a prompt in the line above its answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=MODEL_HELP)
+    add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be given again"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import EngineConfig
 from ..errors import CheckpointError, InvalidRequest
 from . import standard_streams
-from .flags import MODEL_HELP, add_settings, settings_from
+from .flags import add_model, add_settings, settings_from
 
 if TYPE_CHECKING:
     from ..checkpoints.folder import Checkpoint
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--verify", action="store_true", help="read a converted folder and compare its checksums"
@@ -139,7 +139,7 @@ def _show(report: dict[str, Any]) -> None:
     for section in ("architecture", "memory"):
         table = Table("", section, show_header=True, box=None, pad_edge=False)
         for name, value in report[section].items():
-            table.add_row(*_row(name, value))
+            table.add_row(*row(name, value))
         console.print("", table)
     for note in report["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
@@ -158,7 +158,7 @@ _BYTES = {
 """Names of rows that would say too little without "bytes"."""
 
 
-def _row(name: str, value: Any) -> tuple[str, str]:
+def row(name: str, value: Any) -> tuple[str, str]:
     """A line of the table: `weight_bytes` 2048 -> "weight", "2 KiB"."""
     if "bytes" in name:
         from ..model.memory import human_bytes

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import signal
 from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, ServerConfig
 from ..errors import Internal
-from .flags import MODEL_HELP, add_settings, settings_from
+from .collector import quiet_collector
+from .flags import add_model, add_settings, settings_from
 
 if TYPE_CHECKING:
     from ..serving.assemble import Assembled, Deliver
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=MODEL_HELP)
+    add_model(parser)
     add_settings(parser, ServerConfig)
     add_settings(parser, EngineConfig, skip=("model",))
     parser.epilog = (
@@ -85,21 +85,8 @@ def _assembled(config: EngineConfig, deliver: Deliver, reporter: Reporter) -> As
     from ..serving.assemble import assemble
 
     parts = assemble(config, deliver, reporter)
-    _quiet_collector()
+    quiet_collector()
     return parts
-
-
-def _quiet_collector() -> None:
-    """Keeps Python's garbage collector from stopping steps for tens of milliseconds.
-
-    The engine makes thousands of short-lived objects a second and no cycles; by default that would
-    have the collector walk everything the process ever imported, again and again. It is settled
-    here because it holds for the whole process, which is ours only when it is a server: an `LLM`
-    lives in somebody else's program.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 class _Signals:

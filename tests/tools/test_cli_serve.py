@@ -146,6 +146,6 @@ def test_only_a_server_settles_the_collector(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         "quire.serving.assemble.assemble", lambda *_: (done.append("assembled"), parts)[1]
     )
-    monkeypatch.setattr(serve_command, "_quiet_collector", lambda: done.append("quiet"))
+    monkeypatch.setattr(serve_command, "quiet_collector", lambda: done.append("quiet"))
     assert serve_command._assembled(EngineConfig(), lambda _: None, Silent()) is parts
     assert done == ["assembled", "quiet"]

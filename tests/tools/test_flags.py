@@ -19,6 +19,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "offline": (["--offline"], True),
     "platform": (["--platform=tpu"], "tpu"),
     "dtype": (["--dtype=bfloat16"], "bfloat16"),
+    "dummy_weights": (["--dummy-weights"], True),
     "max_model_len": (["--max-model-len=100"], 100),
     "max_num_seqs": (["--max-num-seqs=5"], 5),
     "max_batched_tokens": (["--max-batched-tokens=64"], 64),

@@ -1,0 +1,162 @@
+"""An engine that is fed token ids, and a clock on what comes back. Used by the benchmarks of whole
+engines.
+
+It is what `LLM` and `quire serve` run, without text: the peers were measured without it too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from ...config import EngineConfig
+from ...errors import Internal
+from ...model.plan import Bucket, StepPlan
+from ...sched.request import RequestOutput, SamplingParams
+from ...sched.stats import EngineStats
+from ...serving.assemble import Assembled, assemble
+from ...serving.progress import Reporter
+from ..collector import quiet_collector
+from ..inspect_command import memory
+
+LOOK_EVERY = 0.2
+"""Seconds between updates of the progress bar."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Requests that were submitted together, and when their tokens came.
+
+    Attributes:
+      first, last: seconds from the start of submission to each request's first and last token.
+      tokens: output tokens of each.
+      seconds: from the start of submission to the last token of all.
+      error: of the first request that failed.
+    """
+
+    first: list[float]
+    last: list[float]
+    tokens: list[int]
+    begin: float = 0.0
+    seconds: float = 0.0
+    ended: int = 0
+    error: Exception | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class TokenEngine:
+    """An assembled engine. Use `with`, or call `close`."""
+
+    def __init__(self, config: EngineConfig, reporter: Reporter):
+        self._reporter = reporter
+        self._index: dict[str, int] = {}
+        self._run: Run | None = None
+        self.config = config
+        self.parts: Assembled = assemble(config, self._deliver, reporter)
+        self.buckets: Counter[Bucket] = Counter()
+        """Steps launched of each step program."""
+        self._count_buckets()
+        quiet_collector()
+
+    def __enter__(self) -> TokenEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.parts.engine.stop(drain=False)
+
+    def stats(self) -> EngineStats:
+        return self.parts.engine.stats()
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self.parts.sizes.spec.max_model_len
+
+    @property
+    def vocab(self) -> int:
+        return self.parts.sizes.spec.vocab_size
+
+    def run(
+        self, prompts: Sequence[tuple[int, ...]], outputs: Sequence[int], name: str = ""
+    ) -> Run:
+        """Submits all prompts at once, greedy; each gets exactly as many tokens as `outputs` says.
+
+        Args:
+          prompts: token ids.
+          outputs: output tokens of each.
+          name: of the progress bar; "" shows none.
+
+        Raises:
+          QuireError: what ended a request early.
+        """
+        run = Run([0.0] * len(prompts), [0.0] * len(prompts), [0] * len(prompts))
+        self._run, self._index = run, {}
+        run.begin = time.perf_counter()
+        for at, (prompt, length) in enumerate(zip(prompts, outputs, strict=True)):
+            sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+            request = self.parts.intake.request(prompt, sampling)
+            self._index[request.id] = at
+            self.parts.engine.submit(request)
+        if name:
+            with self._reporter.phase(name) as update:
+                while not run.done.wait(LOOK_EVERY):
+                    update(sum(run.tokens), sum(outputs))
+        run.done.wait()
+        run.seconds = max(run.last)
+        if run.error is not None:
+            raise run.error
+        if run.tokens != list(outputs):
+            raise Internal(f"bench: {sum(run.tokens)} tokens came, {sum(outputs)} were asked for")
+        return run
+
+    def _count_buckets(self) -> None:
+        runner, buckets = self.parts.runner, self.buckets
+        launch = runner.launch
+
+        def counted(plan: StepPlan) -> Any:
+            buckets[plan.bucket] += 1
+            return launch(plan)
+
+        # In the way of nobody else, where a wrapper class would have to follow the runner's faces.
+        setattr(runner, "launch", counted)  # noqa: B010
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """On the engine's thread."""
+        run = self._run
+        if run is None:
+            return
+        now = time.perf_counter() - run.begin
+        for output in outputs:
+            at = self._index[output.request_id]
+            if not run.tokens[at]:
+                run.first[at] = now
+            run.tokens[at] += len(output.tokens)
+            if output.finish_reason is not None:
+                run.last[at] = now
+                run.ended += 1
+                run.error = run.error or output.error
+        if run.ended == len(run.tokens):
+            run.done.set()
+
+    def described(self) -> dict[str, Any]:
+        """The settings and sizes a figure was measured with."""
+        sizes, device = self.parts.sizes, jax.devices()[0].platform
+        return {
+            "model": self.config.model,
+            "dummy_weights": self.config.dummy_weights,
+            "max_num_seqs": sizes.spec.num_slots,
+            "max_batched_tokens": sizes.spec.ladder.max_tokens,
+            "prefix_caching": self.config.prefix_caching,
+            "overlap": self.config.overlap,
+            "collector": "as quire serve sets it",
+            "sizes": memory(sizes, device),
+        }

@@ -1,0 +1,30 @@
+"""`quire bench NAME`: measurements, each a module of tools/bench.
+
+A table for people goes to stdout; with --json stdout gets one JSON object, and the table stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+BENCHES = {
+    "throughput": "output tokens per second over a trace, all requests submitted at once",
+    "latency": "decode step by batch, time to first token, prefix hits",
+    "startup": "seconds from process start to first token, by phase, cold and warm",
+    "kernels": "attention and KV write alone, beside the device's own limits",
+    "scheduler": "host time of a step, without a device",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", metavar="NAME", required=True)
+    for name, summary in BENCHES.items():
+        sub = benches.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        module = importlib.import_module(f".bench.{name}", __package__)
+        module.add_arguments(sub)
+        sub.set_defaults(run_bench=module.run)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.run_bench(args)
