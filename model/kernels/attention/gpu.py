@@ -9,6 +9,7 @@ lengths are data: one program serves any of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -50,6 +51,29 @@ def _attend(
     prefill_shape: PrefillShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See api.py. The shapes are for tuning; None takes the defaults."""
+    # An argument, so that all layers of a program share one trace and one kernel.
+    first_page = jnp.full((1,), options.first_page, jnp.int32)
+    return _traced_once(
+        q, slab, batch, extras, first_page, options=replace(options, first_page=0),
+        interpret=interpret, decode_shape=decode_shape, prefill_shape=prefill_shape,
+    )  # fmt: skip
+
+
+# Tracing and lowering a kernel takes longer than all else of a layer: under a `jit` of its own that
+# is done once a program and not once a layer. XLA inlines the calls.
+@partial(jax.jit, static_argnames=("options", "interpret", "decode_shape", "prefill_shape"))
+def _traced_once(
+    q: jax.Array,
+    slab: jax.Array,
+    batch: RaggedBatch,
+    extras: Extras,
+    first_page: jax.Array,
+    *,
+    options: Options,
+    interpret: bool,
+    decode_shape: DecodeShape | None,
+    prefill_shape: PrefillShape | None,
+) -> tuple[jax.Array, jax.Array]:
     num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
     if slab.size >= 2**31 > slab.size * slab.dtype.itemsize // 2:
@@ -72,8 +96,6 @@ def _attend(
     )
     queries = q.reshape(num_tokens, kv_heads, heads.group, head_dim)
     tokens = slab.reshape(-1, 2 * kv_heads, head_dim)
-    # An argument and not part of the kernel: one kernel then serves all layers.
-    first_page = jnp.full((1,), options.first_page, jnp.int32)
     out = decode(
         queries, tokens, first_page, batch, extras, heads, decode_shape or _decode_shape(heads),
         alone=options.decode_only,
