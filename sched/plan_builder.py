@@ -47,8 +47,8 @@ class StepBuilder:
         """A row that goes on from the sequence's last token, at `start` or a little before."""
         self._decodes.append(seq)
         self._decode_starts.append(start)
-        if seq.sampler > self.sampler:
-            self.sampler = seq.sampler
+        if seq.sampler is not self.sampler and seq.sampler > self.sampler:
+            self.sampler = seq.sampler  # comparing costs more than all the rest here
         seq.unread += self.k
         seq.in_flight += 1
 
@@ -115,12 +115,16 @@ class StepBuilder:
         decodes = len(self._decodes)
         rows = self._decodes + self._prompts
         tokens = decodes + len(self._tokens)
+        counts = np.ones(len(rows), np.int32)
+        counts[decodes:] = self._counts
+        emits = np.full(len(rows), Emit.TOKEN, np.int32)
+        emits[decodes:] = self._emits
         plan = StepPlan(
             slots=np.array([seq.slot for seq in rows], np.int32),
             generations=np.array([seq.generation for seq in rows], np.int32),
             starts=np.array(self._decode_starts + self._prompt_starts, np.int32),
-            counts=np.array([1] * decodes + self._counts, np.int32),
-            emits=np.array([int(Emit.TOKEN)] * decodes + self._emits, np.int32),
+            counts=counts,
+            emits=emits,
             num_decode=decodes,
             bucket=ladder.choose(
                 tokens, len(rows), self.sampler, decode_only=not self._prompts, k=self.k

@@ -18,7 +18,7 @@ def accept(seq: Sequence, sampled: list[int]) -> FinishReason | None:
     A device may run past a stop, and past what the host knows to be the last token. That is cut off
     `sampled` here, so it reaches neither a caller nor the prefix index.
     """
-    count, left, reason = len(sampled), seq.max_tokens - seq.outputs, None
+    count, left, reason = len(sampled), seq.limit + 1 - len(seq.tokens), None
     if count >= left:
         count, reason = left, FinishReason.LENGTH
     if not seq.stop_ids.isdisjoint(sampled):

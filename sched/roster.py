@@ -158,6 +158,7 @@ class Roster:
         if group.is_private:
             for seq in group.sequences:
                 self._cache.forget_chain(seq.chain)
+        group.sequences.clear()  # they know their group: a cycle would keep both for the collector
         self.finished += 1
 
     def _vacate(self, seq: Sequence) -> None:

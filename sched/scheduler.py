@@ -188,10 +188,11 @@ class Scheduler:
                     rows_left -= taken > 0
                 continue
             start = len(seq.tokens) - 1 + seq.unread
+            limit = seq.limit
             # At the limit, its last token is on the way; should fewer arrive, it runs again.
-            if start >= seq.limit or not rows_left:
+            if start >= limit or not rows_left:
                 continue
-            end = min(start + k, seq.limit)
+            end = start + k if start + k < limit else limit
             if end <= seq.kv.capacity or self._grow(step, seq, end):
                 step.decode(seq, start)
                 rows_left -= 1
@@ -274,7 +275,7 @@ class Scheduler:
         flight = self._flights.popleft()
         if flight.plan is not plan:
             raise RuntimeError("results must be handed over in the order of their plans")
-        sampled, counts = outputs.tokens.tolist(), outputs.n_valid.tolist()
+        first, counts = outputs.tokens[:, 0].tolist(), outputs.n_valid.tolist()
         generations = plan.generations.tolist()
         bad = set(outputs.not_finite.nonzero()[0].tolist())
         for scored, arrays in zip(plan.scored, outputs.scored, strict=True):
@@ -283,20 +284,41 @@ class Scheduler:
                 start = int(plan.starts[scored.row])
                 if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
                     bad.add(scored.row)
-        for row, seq in enumerate(flight.rows):
-            count = counts[row]
-            if row in bad:
+        receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
+        # Every row of every step passes here: what most of them are is looked for first.
+        rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
+        for row, (seq, generation, promised, count, token) in enumerate(rows):
+            if bad and row in bad:
                 self._fail(seq, "its logits held an inf or NaN")
-            elif not seq.ended and seq.generation == generations[row]:
+            elif seq.generation == generation and not seq.ended:
                 seq.in_flight -= 1
-                seq.unread -= flight.promised[row]
-                if count:
-                    self._receive(seq, sampled[row][:count], row, outputs.logprobs)
-                elif flight.promised[row] and row >= plan.num_decode:
+                seq.unread -= promised
+                if (
+                    count == 1
+                    and seq.plain
+                    and token not in seq.stop_ids
+                    and len(seq.tokens) < seq.limit
+                ):
+                    outbox.append(receive_one(seq, token))
+                    lone += 1
+                elif count:
+                    tokens = outputs.tokens[row, :count].tolist()
+                    self._receive(seq, tokens, row, outputs.logprobs)
+                elif promised and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
+        self._meters.counters.output_tokens += lone
         self._meters.recompute.count(sum(counts[: plan.num_decode]), 0)
-        self._observe_waste()
+        if not self._roster.running:
+            self._observe_waste()
         return self.take_outputs()
+
+    def _receive_one(self, seq: Sequence, token: int) -> RequestOutput:
+        """`_receive` of what nearly every row brings: a token that ends nothing, and no more."""
+        tokens, kv = seq.tokens, seq.kv
+        tokens.append(token)
+        if len(tokens) > kv.index_at:
+            self._cache.register(kv, tokens, len(tokens) - 1)
+        return RequestOutput(seq.id, (token,), cached_tokens=seq.cached_tokens, choice=seq.choice)
 
     def _receive(
         self, seq: Sequence, tokens: list[int], row: int, arrays: LogprobArrays | None

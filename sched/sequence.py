@@ -48,6 +48,7 @@ class Sequence:
     limit: int = field(init=False)  # positions that can ever be needed
     sampler: Sampler = field(init=False)
     alternatives: int | None = field(init=False)  # reported a token; None: no log-probabilities
+    plain: bool = field(init=False)  # its tokens bring nothing with them
 
     # The prompt, then all output known so far. An array is hashed fast, and the garbage collector
     # does not walk it.
@@ -74,6 +75,7 @@ class Sequence:
         self.limit = self.prompt_len + self.max_tokens - 1  # the last token's KV is never needed
         self.sampler = request.sampling.sampler
         self.alternatives = request.sampling.alternatives
+        self.plain = self.alternatives is None and request.sampling.prompt_logprobs is None
         self.tokens = array("i", request.prompt)
 
     @property
@@ -93,9 +95,10 @@ class Sequence:
     @property
     def scheduled(self) -> int:
         """Positions whose computation was scheduled; an upper bound once it decodes."""
-        if self.prefilling:
+        if self.prefilled < self.target:
             return self.prefilled
-        return min(len(self.tokens) - 1 + self.unread, self.limit)
+        at = len(self.tokens) - 1 + self.unread
+        return at if at < self.limit else self.limit
 
 
 @dataclass(slots=True, eq=False)

@@ -201,7 +201,9 @@ def test_startup_says_why_a_run_failed(refused: Any, tmp_path: Path) -> None:
 
 
 def test_scheduler_figures(bench: Bench, tmp_path: Path) -> None:
-    said = bench("scheduler", "--rows=8,16", "--steps=30", f"--plot={tmp_path / 'p.svg'}")
+    said = bench(
+        "scheduler", "--rows=8,16", "--steps=30", "--replays=2", f"--plot={tmp_path / 'p.svg'}"
+    )
     for rows in ("8", "16"):
         figures = said["rows"][rows]
         assert figures["full"]["steps"] == 30 and figures["budget_p99_ms"] is None
