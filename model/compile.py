@@ -192,11 +192,12 @@ def compile_all(
         return program, found
 
     options: dict[str, str | bool] = {}
-    if devices[0].platform == "gpu":
+    on_gpu = any(device.platform == "gpu" for device in devices)
+    if on_gpu:
         # It counts a donated slab once for every layer that writes it, finds far too little memory,
         # and spends a third of the compilation on looking for what to compute twice.
         options["xla_disable_hlo_passes"] = "rematerialization"
-    if store is not None and devices[0].platform == "gpu":
+    if store is not None and on_gpu:
         # Kernels that XLA timed for one program are known to the next, and to the next start.
         options["xla_gpu_per_fusion_autotune_cache_dir"] = str(store.tuning)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")

@@ -20,6 +20,7 @@ from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
 from .compile import CompileCounter, Progress
 from .inputs import ADMIT_ROOM, InputLayout, pack, pack_sample, pack_updates
+from .memory import STEPS_IN_FLIGHT
 from .mesh import Mesh
 from .outputs import unpack_outputs
 from .plan import Bucket, Emit, RunnerSpec, Sampler, ScoredRow, StepOutputs, StepPlan
@@ -119,6 +120,11 @@ class ModelRunner:
                 self._run_idle(key)
             if progress is not None:
                 progress(done + 1, len(keys))
+        # As many at once as the engine has in flight, of the kind that leaves most behind: what
+        # serving takes at its peak has been taken before ready.
+        richest = max(self._spec.ladder.buckets, key=lambda b: (b.sampler, b.rows, b.tokens))
+        for launched in [self.launch(_idle(richest)) for _ in range(STEPS_IN_FLIGHT)]:
+            self.collect(launched)
         self._ready_counter = CompileCounter()
 
     def _run_idle(self, key: Key) -> None:
@@ -128,13 +134,7 @@ class ModelRunner:
         elif key == CONTROLS:
             self._fill_controls(empty_buffer(self._spec.num_slots))
         elif isinstance(key, Bucket):  # one of a FULL bucket brings `sample` and `score` along
-            none = np.zeros(0, np.int32)
-            scores = key.sampler == Sampler.FULL and not key.decode_only
-            scored = (ScoredRow(0, np.zeros(1, np.int32)),) if scores else ()
-            plan = StepPlan(
-                none, none, none, none, none, num_decode=0, bucket=key, scored=scored, k=key.k
-            )
-            self.collect(self.launch(plan))
+            self.collect(self.launch(_idle(key)))
 
     # Steps
 
@@ -207,6 +207,16 @@ class ModelRunner:
 
     def _fill_controls(self, buffer: np.ndarray) -> None:
         self._controls = self._program(CONTROLS)(self._controls, buffer)
+
+
+def _idle(bucket: Bucket) -> StepPlan:
+    """A step without rows; one token is scored where the bucket can."""
+    none = np.zeros(0, np.int32)
+    scores = bucket.sampler == Sampler.FULL and not bucket.decode_only
+    scored = (ScoredRow(0, np.zeros(1, np.int32)),) if scores else ()
+    return StepPlan(
+        none, none, none, none, none, num_decode=0, bucket=bucket, scored=scored, k=bucket.k
+    )
 
 
 def _check(plan: StepPlan) -> None:
