@@ -72,6 +72,7 @@ class ProgramStore:
     def __init__(self, folder: Path, limit: int, within: Path | None = None) -> None:
         self.folder, self.limit, self._within = folder, limit, within or folder
         self.problems: list[str] = []
+        self._discarded: set[Path] = set()  # not to be used, though perhaps not removed
 
     @property
     def tuning(self) -> Path:
@@ -84,17 +85,20 @@ class ProgramStore:
     def get(self, facts: Facts) -> Entry | None:
         """What was stored under these facts. A file that is not whole or not ours is removed."""
         path = self._path(facts)
+        if path in self._discarded:
+            return None
         try:
             with open(path, "rb") as file:
                 _check_private(os.fstat(file.fileno()), path)
                 data = file.read()
             entry = _unpack(data, facts)
-            os.utime(path)  # least recently used goes first
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             self.discard(facts, str(error))
             return None
+        with contextlib.suppress(OSError):  # a store that may only be read
+            os.utime(path)  # least recently used goes first
         return entry
 
     def put(self, facts: Facts, body: bytes, figures: Mapping[str, int]) -> None:
@@ -105,6 +109,7 @@ class ProgramStore:
                 with open(handle, "wb") as file:
                     file.write(_pack(facts, body, figures))
                 os.replace(name, self._path(facts))
+                self._discarded.discard(self._path(facts))
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
@@ -116,6 +121,7 @@ class ProgramStore:
         """Removes an entry that cannot be used."""
         path = self._path(facts)
         self.problems.append(f"a stored program is compiled anew: {path.name[:12]}: {why}")
+        self._discarded.add(path)
         with contextlib.suppress(OSError):
             path.unlink()
 

@@ -37,6 +37,25 @@ def test_what_was_put_is_got_by_the_same_facts_only(store: ProgramStore) -> None
     assert store.problems == []
 
 
+def test_a_store_that_may_only_be_read_serves_until_an_entry_is_discarded(
+    store: ProgramStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    store.put(FACTS, b"code", FIGURES)
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "utime", refuse)
+        read_only.setattr(Path, "unlink", refuse)
+        assert store.get(FACTS) is not None
+        assert store.problems == []
+        store.discard(FACTS, "it does not run")
+        assert store.get(FACTS) is None  # or a start would load and discard it for ever
+    store.put(FACTS, b"new", FIGURES)
+    entry = store.get(FACTS)
+    assert entry is not None and entry.body == b"new"
+
+
 def flip(at: int):
     def damage(file: Path) -> None:
         data = bytearray(file.read_bytes())
