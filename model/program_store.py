@@ -17,12 +17,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _SUFFIX = ".program"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 Facts = Mapping[str, str]
+
+_MAKERS = re.compile(r"(jax|jaxlib|flax|libtpu)$|jax-cuda|jax-rocm|nvidia-")
+"""Names of packages that have a part in a program."""
 
 _NOT_OF_PROGRAMS = (
     "jax_compilation_cache",
@@ -169,7 +173,7 @@ def environment(mesh: Mesh) -> dict[str, str]:
     }
     return {
         "source": _source_digest(),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in ("jax", "jaxlib", "flax")),
+        "versions": ", ".join(_versions()),
         "backend": f"{client.platform} {client.platform_version}",
         "devices": "; ".join(_device(device) for device in devices),
         "processes": str(jax.process_count()),
@@ -217,11 +221,11 @@ def _unpack(data: bytes, facts: Facts) -> Entry:
     return Entry(header["figures"], data[end:])
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+@cache
+def _versions() -> tuple[str, ...]:
+    """Of what makes programs, and of the libraries whose kernels they choose among and call."""
+    found = {(d.name.lower(), d.version) for d in distributions() if _MAKERS.match(d.name.lower())}
+    return tuple(sorted(f"{name} {number}" for name, number in found))
 
 
 def _device(device: Any) -> str:
