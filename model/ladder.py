@@ -163,16 +163,18 @@ class Ladder:
     def _fit(
         self, sampler: Sampler, tokens: int, rows: int, decode_only: bool, k: int = 1
     ) -> Bucket | None:
+        found = None
         if decode_only:
             rungs = self._decode.get((sampler, k), [])
             i = bisect_left(rungs, rows, key=lambda b: b.rows)
-            if i < len(rungs):
-                return rungs[i]
+            found = rungs[i] if i < len(rungs) else None
         if k == 1:
             for rung in self._mixed[sampler]:
+                if found is not None and rung.tokens >= found.tokens:
+                    break
                 if rung.tokens >= tokens and rung.rows >= rows:
                     return rung
-        return None
+        return found
 
     def padding_bound(self, sampler: Sampler = Sampler.GREEDY) -> float:
         """Worst share of a decode step's rows that is padding, over all row counts from 1."""
