@@ -140,7 +140,8 @@ class EngineConfig:
     memory: int | None = setting(
         None,
         "bytes of each device for everything, like 6GiB: weights, KV pages, state, programs "
-        "(default: 90 % of an accelerator's; on CPU the weights and half of what they leave)",
+        "(default: 90 % of a GPU's, 95 % of a TPU's; on CPU the weights and half of what they "
+        "leave)",
         low=1,
         is_size=True,
     )

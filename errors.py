@@ -74,6 +74,13 @@ class CheckpointError(QuireError):
     http_status = 500
 
 
+_SHOWN = 500
+"""Characters of a refused value: over gRPC a message must fit a few KiB of trailers."""
+
+
 def invalid(field: str, value: object, limit: str) -> InvalidRequest:
     """An `InvalidRequest` in the one shape callers see: field, value, limit."""
-    return InvalidRequest(f"{field}: got {value!r}, must be {limit}")
+    shown = repr(value)
+    if len(shown) > _SHOWN:
+        shown = f"{shown[:_SHOWN]}... ({len(shown)} characters)"
+    return InvalidRequest(f"{field}: got {shown}, must be {limit}")

@@ -132,6 +132,15 @@ def compile_threads(layers: int, host_bytes: int) -> int:
     return max(1, min(os.cpu_count() or 1, _MAX_THREADS, int(host_bytes * _POOL_SHARE) // each))
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """What XLA is told for every program, on "cpu", "gpu" (JAX also says "cuda") or "tpu"."""
+    if platform not in ("gpu", "cuda"):
+        return {}
+    # It counts a donated slab once for every layer that writes it, finds far too little memory,
+    # and spends a third of the compilation on looking for what to compute twice.
+    return {"xla_disable_hlo_passes": "rematerialization"}
+
+
 @dataclass(frozen=True, slots=True)
 class Compilation(Generic[Key]):
     """Programs ready to run.
@@ -155,7 +164,7 @@ def compile_all(
     threads: int,
     store: ProgramStore | None = None,
     facts: Callable[[Key], Facts] | None = None,
-    devices: tuple[jax.Device, ...] = (),
+    devices: tuple[jax.Device, ...],
     before_compiling: Callable[[], object] | None = None,
     progress: Progress | None = None,
 ) -> Compilation[Key]:
@@ -168,7 +177,7 @@ def compile_all(
       threads: programs compiled at once.
       store: where programs are found and kept; none without it.
       facts: what a program is found by; needed with `store`.
-      devices: where programs run; needed with `store`.
+      devices: where programs run.
       before_compiling: called unless all programs are stored.
       progress: called with (done, total) as programs finish.
     """
@@ -191,13 +200,8 @@ def compile_all(
             _keep(store, facts(key), program, found)
         return program, found
 
-    options: dict[str, str | bool] = {}
-    on_gpu = any(device.platform == "gpu" for device in devices)
-    if on_gpu:
-        # It counts a donated slab once for every layer that writes it, finds far too little memory,
-        # and spends a third of the compilation on looking for what to compute twice.
-        options["xla_disable_hlo_passes"] = "rematerialization"
-    if store is not None and on_gpu:
+    options = compiler_options(devices[0].platform)
+    if store is not None and devices[0].platform == "gpu":
         # Kernels that XLA timed for one program are known to the next, and to the next start.
         options["xla_gpu_per_fusion_autotune_cache_dir"] = str(store.tuning)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")

@@ -15,7 +15,7 @@ from enum import IntEnum
 from ..errors import InvalidConfig
 
 MAX_PROGRAMS = 32
-"""Programs of an engine at most, all counted."""
+"""Programs of an engine at most, as `Ladder.num_programs` counts them."""
 
 _FEW_ROWS = 8
 _K_ROWS = (1, 8, 64)
@@ -120,7 +120,8 @@ class Ladder:
     @property
     def num_programs(self) -> int:
         """Programs that an engine with this ladder compiles: one for each rung (for a FULL one its
-        forward), `sample` for each row count, and `score`, `controls` and `admit`."""
+        forward), `sample` for each row count, and `score`, `controls` and `admit`; `state`, which
+        makes zeros and takes no time, is not counted."""
         return len(self.buckets) + len(self.sample_rows) + _SINGLE_PROGRAMS
 
     def most_k(self, rows: int, sampler: Sampler) -> int:
@@ -162,16 +163,18 @@ class Ladder:
     def _fit(
         self, sampler: Sampler, tokens: int, rows: int, decode_only: bool, k: int = 1
     ) -> Bucket | None:
+        found = None
         if decode_only:
             rungs = self._decode.get((sampler, k), [])
             i = bisect_left(rungs, rows, key=lambda b: b.rows)
-            if i < len(rungs):
-                return rungs[i]
+            found = rungs[i] if i < len(rungs) else None
         if k == 1:
             for rung in self._mixed[sampler]:
+                if found is not None and rung.tokens >= found.tokens:
+                    break
                 if rung.tokens >= tokens and rung.rows >= rows:
                     return rung
-        return None
+        return found
 
     def padding_bound(self, sampler: Sampler = Sampler.GREEDY) -> float:
         """Worst share of a decode step's rows that is padding, over all row counts from 1."""

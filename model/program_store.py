@@ -17,12 +17,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _SUFFIX = ".program"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 Facts = Mapping[str, str]
+
+_MAKERS = re.compile(r"(jax|jaxlib|flax|libtpu)$|jax-cuda|jax-rocm|nvidia-")
+"""Names of packages that have a part in a program."""
 
 _NOT_OF_PROGRAMS = (
     "jax_compilation_cache",
@@ -72,6 +76,7 @@ class ProgramStore:
     def __init__(self, folder: Path, limit: int, within: Path | None = None) -> None:
         self.folder, self.limit, self._within = folder, limit, within or folder
         self.problems: list[str] = []
+        self._discarded: set[Path] = set()  # not to be used, though perhaps not removed
 
     @property
     def tuning(self) -> Path:
@@ -84,17 +89,20 @@ class ProgramStore:
     def get(self, facts: Facts) -> Entry | None:
         """What was stored under these facts. A file that is not whole or not ours is removed."""
         path = self._path(facts)
+        if path in self._discarded:
+            return None
         try:
             with open(path, "rb") as file:
                 _check_private(os.fstat(file.fileno()), path)
                 data = file.read()
             entry = _unpack(data, facts)
-            os.utime(path)  # least recently used goes first
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             self.discard(facts, str(error))
             return None
+        with contextlib.suppress(OSError):  # a store that may only be read
+            os.utime(path)  # least recently used goes first
         return entry
 
     def put(self, facts: Facts, body: bytes, figures: Mapping[str, int]) -> None:
@@ -105,6 +113,7 @@ class ProgramStore:
                 with open(handle, "wb") as file:
                     file.write(_pack(facts, body, figures))
                 os.replace(name, self._path(facts))
+                self._discarded.discard(self._path(facts))
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
@@ -116,6 +125,7 @@ class ProgramStore:
         """Removes an entry that cannot be used."""
         path = self._path(facts)
         self.problems.append(f"a stored program is compiled anew: {path.name[:12]}: {why}")
+        self._discarded.add(path)
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -163,7 +173,7 @@ def environment(mesh: Mesh) -> dict[str, str]:
     }
     return {
         "source": _source_digest(),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in ("jax", "jaxlib", "flax")),
+        "versions": ", ".join(_versions()),
         "backend": f"{client.platform} {client.platform_version}",
         "devices": "; ".join(_device(device) for device in devices),
         "processes": str(jax.process_count()),
@@ -211,11 +221,11 @@ def _unpack(data: bytes, facts: Facts) -> Entry:
     return Entry(header["figures"], data[end:])
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+@cache
+def _versions() -> tuple[str, ...]:
+    """Of what makes programs, and of the libraries whose kernels they choose among and call."""
+    found = {(d.name.lower(), d.version) for d in distributions() if _MAKERS.match(d.name.lower())}
+    return tuple(sorted(f"{name} {number}" for name, number in found))
 
 
 def _device(device: Any) -> str:

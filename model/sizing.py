@@ -138,6 +138,9 @@ def settle(
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
     num_seqs = config.max_num_seqs or _DEFAULTS.get(platform, _ACCELERATOR).num_seqs
     ladder = _ladder(config, platform, num_seqs)
+    chunk = min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens)
+    if config.prefill_chunk is not None and config.prefill_chunk > chunk:
+        notes.append(f"prefill_chunk is {chunk}: what a step holds (got {config.prefill_chunk})")
     longest = _longest(config, model)
 
     weights = weight_bytes(local_config(model, shards), dtype)
@@ -188,7 +191,7 @@ def settle(
     return Sizes(
         dtype=dtype,
         spec=spec,
-        prefill_chunk=min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens),
+        prefill_chunk=chunk,
         token_bytes=kv_token_bytes,
         memory=table,
         notes=tuple(notes),

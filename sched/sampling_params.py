@@ -25,6 +25,8 @@ MAX_STOP_STRING_LENGTH = 1024
 MAX_BAD_WORD_LENGTH = 256
 MAX_CHOICES = 128
 """Answers to one request, as in OpenAI's API."""
+MAX_ALLOWED = 1 << 20
+"""Entries of allowed_token_ids: more than any vocabulary has."""
 MAX_BIAS = 100.0
 MAX_ID = 2**31 - 1
 UNLIMITED_TOP_K = -1
@@ -110,10 +112,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
-        if len(self.stop_token_ids) > MAX_STOP_IDS:
-            wrong = f"{len(self.stop_token_ids)} ids"
-            raise invalid("stop_token_ids", wrong, f"at most {MAX_STOP_IDS}")
+        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
         self._set_whole("logprobs", 0, MAX_LOGPROBS, or_none=True)
         self._set_whole("prompt_logprobs", 0, MAX_LOGPROBS, or_none=True)
         self._set_whole("n", 1, MAX_CHOICES)
@@ -174,8 +173,12 @@ def _top_k(value: object) -> int:
     return 0 if index(value) == UNLIMITED_TOP_K else whole("top_k", value, 0, MAX_ID)
 
 
-def _ids(name: str, value: object) -> tuple[int, ...]:
-    return tuple(whole(name, token, 0, MAX_ID) for token in items(name, value, "token ids"))
+def _ids(name: str, value: object, most: int) -> tuple[int, ...]:
+    """At most so many token ids; counted first, because to look at each takes time."""
+    ids = items(name, value, "token ids")
+    if len(ids) > most:
+        raise invalid(name, f"{len(ids)} ids", f"at most {most}")
+    return tuple(whole(name, token, 0, MAX_ID) for token in ids)
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
@@ -207,7 +210,7 @@ def _logit_bias(value: object) -> dict[int, float]:
 def _allowed(value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
-    ids = tuple(dict.fromkeys(_ids("allowed_token_ids", value)))
+    ids = tuple(dict.fromkeys(_ids("allowed_token_ids", value, MAX_ALLOWED)))
     if not ids:
         raise invalid("allowed_token_ids", [], "at least one token id, or None to allow all")
     return ids
@@ -227,7 +230,7 @@ def _bad_word(word: object) -> str | tuple[int, ...]:
             limit = f"texts of 1 to {MAX_BAD_WORD_LENGTH} characters, not of spaces alone"
             raise invalid("bad_words", word, limit)
         return word
-    ids = _ids("bad_words", word)
-    if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS:
+    ids = _ids("bad_words", word, MAX_BAD_WORD_TOKENS)
+    if not ids:
         raise invalid("bad_words", ids, f"sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids")
     return ids

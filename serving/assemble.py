@@ -160,6 +160,7 @@ def _warm_runner(
     threads = config.compile_threads or compile_threads(starting.layers, host_memory())
     # XLA tries kernels on a GPU to choose among them, and must not be disturbed.
     before = loading.params if mesh.platform == "gpu" else None
+    runner: ModelRunner | None = None
     while True:
         with phases("programs"), reporter.phase("programs") as update:
             sizes, got = starting.prepare(threads=threads, before_compiling=before, progress=update)
@@ -173,6 +174,7 @@ def _warm_runner(
                 runner.warmup(update)
             return runner, sizes, got.loaded
         except jax.errors.JaxRuntimeError as error:
+            runner = None  # its slabs would be in the way of tuning, and of the next ones
             if not got.loaded:
                 raise
             # They were loaded and do not run: whatever the reason, programs made here may.

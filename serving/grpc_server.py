@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from urllib.parse import quote
 
 import grpc
 
@@ -33,6 +34,9 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_nam
 
 _LONG_TEXT = 16_384
 """Characters from which on a prompt is tokenized off the event loop (a millisecond or more)."""
+
+_MOST_DETAILS = 6_000
+"""Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
 
 
 class Mailbox:
@@ -186,7 +190,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except QuireError as error:
             if isinstance(error, Overloaded):
                 context.set_trailing_metadata((("retry-after", f"{error.retry_after:g}"),))
-            await context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error))
+            await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
         except grpc.aio.AbortError:
             raise
         except Exception:
@@ -210,6 +214,14 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             yield
         finally:
             self._names.discard(name)
+
+
+def _details(error: QuireError) -> str:
+    """The message, cut where it would not fit into trailers: callers would get another error."""
+    text = str(error)
+    while len(quote(text)) > _MOST_DETAILS:  # that is how it travels
+        text = text[: len(text) * 3 // 4] + "..."
+    return text
 
 
 async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:

@@ -53,8 +53,9 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     use_p = top_p < 1.0
     kept &= at_least(_largest(reaches, use_p)) | ~use_p[:, None]
 
-    # exp(logit - top) is the ratio to the likeliest, whatever the normalisation.
-    return kept & ((mass >= min_p[:, None]) | (logits == top))
+    # exp(logit - top) is the ratio to the likeliest, whatever the normalisation. The likeliest
+    # stays all the same: a top_p that float32 rounds to 0 is reached by no tokens at all.
+    return (kept & (mass >= min_p[:, None])) | (logits == top)
 
 
 def _float(order: jax.Array) -> jax.Array:

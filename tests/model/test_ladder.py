@@ -47,6 +47,12 @@ def test_every_step_fits_and_takes_the_smallest_rung_of_its_sampler(size, sample
     assert rung.tokens <= min(b.tokens for b in fitting)
 
 
+def test_a_few_decode_rows_may_take_a_mixed_rung_that_is_smaller():
+    ladder = make_ladder(257, 4097)  # its decode rungs were thinned out
+    rung = ladder.choose(2, 2, Sampler.GREEDY, decode_only=True)
+    assert (rung.tokens, rung.rows) == (64, 8)
+
+
 def test_default_ladder_of_a_gpu():
     ladder = make_ladder(256, 2048)
     greedy = [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == Sampler.GREEDY]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,25 @@ def test_what_was_put_is_got_by_the_same_facts_only(store: ProgramStore) -> None
     for other in ({**FACTS, "sizes": "1, 3"}, {**FACTS, "more": ""}, {"program": "step"}):
         assert store.get(other) is None
     assert store.problems == []
+
+
+def test_a_store_that_may_only_be_read_serves_until_an_entry_is_discarded(
+    store: ProgramStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    store.put(FACTS, b"code", FIGURES)
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "utime", refuse)
+        read_only.setattr(Path, "unlink", refuse)
+        assert store.get(FACTS) is not None
+        assert store.problems == []
+        store.discard(FACTS, "it does not run")
+        assert store.get(FACTS) is None  # or a start would load and discard it for ever
+    store.put(FACTS, b"new", FIGURES)
+    entry = store.get(FACTS)
+    assert entry is not None and entry.body == b"new"
 
 
 def flip(at: int):
@@ -163,7 +183,7 @@ def test_the_environment_holds_what_may_change_a_program(monkeypatch: pytest.Mon
     changed = {name for name, value in environment(mesh).items() if value != before[name]}
     assert changed == {"compiler settings"}
     monkeypatch.undo()
-    monkeypatch.setattr(program_store, "_version", lambda package: "0.0")
+    monkeypatch.setattr(program_store, "_versions", lambda: ("jax 0.0",))
     monkeypatch.setattr(program_store, "_source_digest", lambda: "edited")
     changed = {name for name, value in environment(mesh).items() if value != before[name]}
     assert changed == {"versions", "source"}
@@ -184,3 +204,20 @@ def test_the_source_digest_follows_the_text(
     assert digest() == before
     (tmp_path / "kernels" / "table.json").write_text("2")
     assert digest() != before
+
+
+def test_libraries_that_programs_call_are_among_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer cuBLAS or cuDNN has other algorithms under the numbers that XLA wrote down."""
+
+    def versions(cublas: str) -> str:
+        installed = [("jax", "1"), ("Rich", "2"), ("nvidia-cublas", cublas)]
+        found = [SimpleNamespace(name=name, version=number) for name, number in installed]
+        monkeypatch.setattr(program_store, "distributions", lambda: found)
+        program_store._versions.cache_clear()
+        return environment(default_mesh())["versions"]
+
+    try:
+        assert versions("13.1") == "jax 1, nvidia-cublas 13.1"
+        assert versions("13.2") != versions("13.1")
+    finally:
+        program_store._versions.cache_clear()

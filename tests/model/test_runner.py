@@ -17,6 +17,7 @@ from stepping import CONFIG, ints, make_runner, pages, run, state
 from quire.model.compile import CompileCounter, cache_folder, compile_all, use_cache
 from quire.model.inputs import ADMIT_ROOM, InputLayout, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
+from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, RunnerSpec, ScoredRow, SlotControls, SlotInit, StepPlan
 from quire.model.slots import Word
 
@@ -244,7 +245,7 @@ def test_a_failing_compilation_is_not_swallowed():
         raise RuntimeError("cannot lower")
 
     with pytest.raises(RuntimeError, match="cannot lower"):
-        compile_all({"a": broken}, threads=2)
+        compile_all({"a": broken}, threads=2, devices=default_mesh().devices)
 
 
 def test_programs_are_kept_where_the_last_caller_said(tmp_path):

@@ -107,6 +107,15 @@ def test_ties_with_the_last_one_kept_are_kept():
     assert kept[0].tolist() == [True, True, True, True, False]
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-40, 1e-50])
+def test_a_top_p_too_small_for_float32_keeps_the_likeliest(top_p):
+    logits = np.array([[0.0, 1.0, 3.0, 2.0]], np.float32)
+    kept = truncate_jit(logits, jnp.array([0]), jnp.array([top_p], jnp.float32), jnp.array([0.0]))
+    assert kept[0].tolist() == [False, False, True, False]
+    rows = slot_rows(init(temperature=1.0, top_p=top_p))
+    assert sample(logits, rows, Sampler.SAMPLE).tokens.tolist() == [2]
+
+
 def test_infinitely_unlikely_tokens_are_never_kept():
     logits = np.array([[0.0, -np.inf, -1.0]], np.float32)
     kept = truncate_jit(logits, jnp.array([0]), jnp.array([1.0]), jnp.array([0.0]))

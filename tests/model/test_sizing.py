@@ -137,7 +137,9 @@ def test_cpu_serves_in_float32_and_says_so():
 def test_budgets_are_related():
     with pytest.raises(InvalidConfig, match="max_batched_tokens: got 64"):
         sizes(max_num_seqs=64, max_batched_tokens=64)
-    assert sizes(prefill_chunk=10**6).prefill_chunk == 2048
+    clipped = sizes(prefill_chunk=10**6)
+    assert clipped.prefill_chunk == 2048
+    assert any("prefill_chunk is 2048" in note for note in clipped.notes)
 
 
 def test_kv_memory_beyond_the_device_is_refused_before_anything_loads():

@@ -68,6 +68,24 @@ def test_a_refusal_names_the_field(field: str, value: Any) -> None:
         SamplingParams(**{field.split("\\")[0]: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop_token_ids", [object()] * 17),
+        ("allowed_token_ids", [object()] * (2**20 + 1)),
+        ("bad_words", [[object()] * 9]),
+        ("stop", ["x" * 100_000]),
+        ("bad_words", ["x" * 100_000]),
+    ],
+)
+def test_what_is_too_long_is_refused_before_each_item_is_looked_at(field: str, value: Any) -> None:
+    """And without being repeated: over gRPC a message must fit into trailers."""
+    with pytest.raises(InvalidRequest, match=f"^{field}: got ") as caught:
+        SamplingParams(**{field: value})
+    assert len(str(caught.value)) < 1000
+    assert "at most" in str(caught.value) or "characters" in str(caught.value)
+
+
 def test_best_of_is_at_least_n() -> None:
     with pytest.raises(InvalidRequest, match=r"best_of: got 2, must be at least n \(3\)"):
         SamplingParams(n=3, best_of=2)

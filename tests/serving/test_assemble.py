@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,39 @@ def test_stored_programs_that_do_not_run_are_made_anew_once(
             Phases(),  # type: ignore
         )
     assert (starts.forgotten, loaded) == (forgotten, [])
+
+
+def test_a_runner_that_does_not_run_is_gone_before_programs_are_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its slabs fill the device."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Runner:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            assert not alive
+            alive.add(self)
+
+        def warmup(self, _: Any) -> None:
+            if starts.loaded:
+                raise jax.errors.JaxRuntimeError("NOT_FOUND: Function not found")
+
+    class Watching(Starts):
+        def prepare(self, **given: Any) -> Any:
+            assert not alive
+            return super().prepare(**given)
+
+    monkeypatch.setattr(module, "ModelRunner", Runner)
+    starts, loading = Watching([3, 0]), SimpleNamespace(params=dict)
+    runner, *_ = module._warm_runner(
+        EngineConfig(),
+        starts,  # type: ignore
+        loading,  # type: ignore
+        default_mesh(),
+        Silent(),
+        Phases(),
+    )
+    assert list(alive) == [runner]
 
 
 def test_loading_takes_no_more_of_the_host_than_the_table_says() -> None:

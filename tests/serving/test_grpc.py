@@ -26,6 +26,7 @@ from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
 from quire.serving.choices import Choices
 from quire.serving.grpc_server import Mailbox, _joined
+from quire.serving.intake import Intake
 from quire.serving.server import Server
 
 PROMPT = "the quick brown fox"
@@ -77,6 +78,21 @@ def refused(call: Any) -> grpc.RpcError:
         if not isinstance(result, pb.GenerateResponse):
             list(result)
     return caught.value
+
+
+def test_an_error_of_any_length_arrives(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trailers of more than 8 KiB would make another error of it."""
+    error = refused(lambda: served.stub.Generate(ask(stop=["😀" * 50_000]), timeout=60))
+    assert error.code() is StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith("stop: got '😀") and len(error.details()) < 1000
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Unavailable("é" * 50_000)
+
+    monkeypatch.setattr(Intake, "default_sampling", fail)
+    error = refused(lambda: served.stub.Generate(ask(), timeout=60))
+    assert error.code() is StatusCode.UNAVAILABLE
+    assert error.details().startswith("ééé") and error.details().endswith("é...")
 
 
 # Answers

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 from jax.stages import Lowered
 
-from ...model.compile import compile_uncached
+from ...model.compile import compile_uncached, compiler_options
 
-_GPU_OPTIONS = {"xla_gpu_autotune_level": 0}  # autotuning needs the device
+_NO_DEVICE = {"xla_gpu_autotune_level": 0}  # autotuning needs it
 # The second where no pass had anything to do.
 _THUNKS = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
 # A fusion is judged by what is in it. (Pallas kernels declare what they overwrite.)
@@ -76,14 +76,14 @@ def compile_for(lowered: Lowered, platform: str) -> ProgramReport:
       lowered: for devices of this platform.
       platform: "gpu" or "tpu".
     """
-    thunks = None
+    thunks, options = None, compiler_options(platform)
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
-            compiled = compile_uncached(lowered, _GPU_OPTIONS | {"xla_dump_to": folder})
+            compiled = compile_uncached(lowered, options | _NO_DEVICE | {"xla_dump_to": folder})
             dump = next(path for name in _THUNKS for path in Path(folder).glob(name))
             thunks = re.findall(r"^\d+: k(\w+)", dump.read_text(), re.MULTILINE)
     else:
-        compiled = compile_uncached(lowered, {})
+        compiled = compile_uncached(lowered, options)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None  # both platforms tell
     return ProgramReport(

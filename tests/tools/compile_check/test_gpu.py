@@ -12,6 +12,7 @@ import jax
 import pytest
 from described_engines import config_of, engine
 
+from quire.model.compile import compiler_options
 from quire.model.config import ModelConfig
 from quire.model.inputs import ADMIT_ROOM
 from quire.model.kernels.attention.gpu_decode import DecodeShape
@@ -52,6 +53,20 @@ def programs(model: str) -> tuple[Programs, RunnerSpec, ModelConfig]:
 @cache
 def report(model: str, key: Any) -> ProgramReport:
     return compile_for(programs(model)[0].lower(key), "gpu")
+
+
+def test_programs_are_checked_as_an_engine_compiles_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With XLA's options for a device, or figures and copies would be another program's."""
+    given: list[dict[str, Any]] = []
+
+    def stop(_: Any, options: dict[str, Any]) -> None:
+        given.append(options)
+        raise InterruptedError
+
+    monkeypatch.setattr("quire.tools.compile_check.report.compile_uncached", stop)
+    with pytest.raises(InterruptedError):
+        compile_for(programs("small")[0].lower(ADMIT), "gpu")
+    assert compiler_options("cuda") and compiler_options("gpu").items() <= given[0].items()
 
 
 def nbytes(tree: Any) -> int:
