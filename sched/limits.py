@@ -75,6 +75,10 @@ def _check_ids(sampling: SamplingParams, spec: RunnerSpec) -> None:
             if token >= spec.vocab_size:
                 limit = f"whole numbers from 0 to {spec.vocab_size - 1} (the vocabulary)"
                 raise invalid(name, token, limit)
+    alone = {word[0] for word in sampling.bad_words if len(word) == 1}
+    if sampling.allowed_token_ids and alone.issuperset(sampling.allowed_token_ids):
+        limit = "at least one token id that is not in bad_words"
+        raise invalid("allowed_token_ids", list(sampling.allowed_token_ids)[:8], limit)
 
 
 def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:

@@ -23,6 +23,13 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def from_zero(text: str) -> int:
+    """An argument that is a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number from 0 on")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """An argument that is a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:

@@ -29,6 +29,10 @@ SPEC = make_spec(pages=33, page_size=4, max_model_len=64, vocab=50)
         ({"logit_bias": {50: 1.0}}, "logit_bias: got 50, must be whole numbers from 0 to 49"),
         ({"allowed_token_ids": (1, 50)}, "allowed_token_ids: got 50"),
         ({"bad_words": ((1, 50),)}, "bad_words: got 50"),
+        (
+            {"allowed_token_ids": (7, 8), "bad_words": ((8,), (7,))},
+            "allowed_token_ids: got .*must be at least one token id that is not in bad_words",
+        ),
         ({"bad_words": ("no",)}, "bad_words: got 'no', must be token ids by the time"),
         (
             {"stop_token_ids": tuple(range(16)), "eos_ids": (20,)},
@@ -45,6 +49,7 @@ def test_refusals_name_field_value_and_limit(changes: dict, message: str) -> Non
     "changes",
     [
         {"prompt": (49,)},
+        {"allowed_token_ids": (7, 8), "bad_words": ((7,), (8, 8))},
         {"prompt": (1,) * 63, "max_tokens": 1},
         {"prompt": (1,) * 63, "max_tokens": None},
         {"prompt": (1,) * 60, "max_tokens": 4},

@@ -331,6 +331,8 @@ def test_a_plot_that_cannot_be_made_is_refused_first(
 ) -> None:
     said = refused("scheduler", f"--plot={tmp_path / 'no' / 'p.png'}")
     assert "--plot: got " in said and "must be in a folder that exists" in said
+    said = refused("scheduler", f"--plot={tmp_path / 'p.jpeg2'}")
+    assert "--plot: got " in said and "must end in .png or .svg" in said
     monkeypatch.setattr(report, "find_spec", lambda _: None)
     said = refused("scheduler", "--plot=p.png")
     assert "--plot: needs matplotlib; install it by pip install 'quire[bench]'" in said

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..flags import positive, positives
+from ..flags import from_zero, positive, positives
 from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prefix-tokens",
-        type=int,
+        type=from_zero,
         default=10_000,
         metavar="N",
         help="prompt of the prefix measurement; 0 leaves it out (default: 10000)",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeat", type=positive, default=3, metavar="N", help="decode measurements (default: 3)"
     )
-    group.add_argument("--seed", type=int, default=0, help="of the token ids (default: 0)")
+    group.add_argument("--seed", type=from_zero, default=0, help="of the token ids (default: 0)")
     add_output(parser)
     add_engine(parser)
 

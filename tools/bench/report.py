@@ -49,6 +49,8 @@ def check_output(args: argparse.Namespace) -> None:
         raise InvalidConfig("--plot: needs matplotlib; install it by pip install 'quire[bench]'")
     if not Path(args.plot).expanduser().resolve().parent.is_dir():
         raise InvalidConfig(f"--plot: got {args.plot!r}, must be in a folder that exists")
+    if Path(args.plot).suffix.lower() not in (".png", ".svg"):
+        raise InvalidConfig(f"--plot: got {args.plot!r}, must end in .png or .svg")
 
 
 def finish(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..collector import quiet_collector
-from ..flags import positive, positives
+from ..flags import from_zero, positive, positives
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="serve",
         help="Python's garbage collector as quire serve sets it, or as Python does",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the token ids (default: 0)")
+    group.add_argument("--seed", type=from_zero, default=0, help="of the token ids (default: 0)")
     group.add_argument(
         "--profile", action="store_true", help="also say where the time goes (steps get slower)"
     )

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
-from ..flags import positive
+from ..flags import from_zero, positive
 from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip", action="store_true", help="shorten requests that are too long for the model"
     )
     group.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: 3)")
-    group.add_argument("--seed", type=int, default=0, help="of the token ids (default: 0)")
+    group.add_argument("--seed", type=from_zero, default=0, help="of the token ids (default: 0)")
     add_output(parser)
     add_engine(parser)
 
