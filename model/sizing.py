@@ -164,6 +164,11 @@ def settle(
     pages = _pages(config, table, page_bytes, num_seqs, longest)
     if (pages - 1) * config.page_size < longest:
         fits = (pages - 1) * config.page_size
+        if fits < config.page_size and config.kv_memory is not None:
+            raise InvalidConfig(
+                f"kv_memory: got {config.kv_memory:,} bytes, must be at least {2 * page_bytes:,}: "
+                f"two pages of {config.page_size} tokens"
+            )
         if config.max_model_len is not None or fits < 2:
             raise InvalidConfig(
                 f"max_model_len: got {longest}, but {pages * page_bytes:,} bytes of KV memory hold "
@@ -233,8 +238,8 @@ def _budget(
         return min(config.memory, most)
     if least >= most:
         raise InvalidConfig(
-            f"model: takes {needs}; the device has {most:,}; choose a smaller dtype or a larger "
-            "device"
+            f"model: takes {needs}; the device has {most:,}; lower max_num_seqs or "
+            "max_batched_tokens, choose a smaller dtype or a larger device"
         )
     if platform == "cpu":
         # With kv_memory the user has said what there is to say.

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a prompt, each on its line"
     )
-    add_sampling(parser, several=True)
+    add_sampling(parser, reports=True)
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
 

@@ -123,6 +123,8 @@ def memory(sizes: Sizes, platform: str) -> dict[str, Any]:
         "pages": spec.num_pages,
         "tokens_in_pages": sizes.memory.tokens,
         "requests_at_once": spec.num_slots,
+        "tokens_in_a_step": spec.ladder.max_tokens,
+        "prefill_chunk": sizes.prefill_chunk,
         "longest_sequence": spec.max_model_len,
         "step_programs": spec.ladder.num_programs,
         "worst_decode_padding": spec.ladder.padding_bound(),

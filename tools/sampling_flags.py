@@ -24,15 +24,15 @@ _NUMBERS: dict[str, tuple[type, str]] = {
         "output tokens at most (default: the model's own, else what the context allows)",
     ),
     "min_tokens": (int, "nothing ends the answer before this many tokens"),
-    "logprobs": (int, "report log-probabilities of this many alternatives per token (0 to 20)"),
 }
 
-_SEVERAL: dict[str, tuple[type, str]] = {
+_REPORTED: dict[str, tuple[type, str]] = {
+    "logprobs": (int, "report log-probabilities of this many alternatives per token (0 to 20)"),
     "prompt_logprobs": (int, "the same for each token of the prompt (0 to 20)"),
     "n": (int, "answers to each prompt (1 to 128)"),
     "best_of": (int, "answers to make, of which the n likeliest are shown"),
 }
-"""For commands that can show more than one answer's text as it comes."""
+"""For commands that show more than one answer's text as it comes."""
 
 
 def _biases(text: str) -> dict[int, float]:
@@ -47,14 +47,14 @@ def _biases(text: str) -> dict[int, float]:
     return biases
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_sampling(parser: argparse.ArgumentParser, *, reports: bool = False) -> None:
     """Adds one flag per sampling parameter.
 
     Args:
-      several: also those that ask for more than one answer's text.
+      reports: also those that ask for more than one answer's text.
     """
     group = parser.add_argument_group("sampling")
-    for name, (kind, help) in (_NUMBERS | (_SEVERAL if several else {})).items():
+    for name, (kind, help) in (_NUMBERS | (_REPORTED if reports else {})).items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, help=help, default=argparse.SUPPRESS, metavar="N")
     group.add_argument(
@@ -100,7 +100,7 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ..sched.request import SamplingParams
 
-    given = {name: getattr(args, name) for name in (*_NUMBERS, *_SEVERAL) if name in args}
+    given = {name: getattr(args, name) for name in (*_NUMBERS, *_REPORTED) if name in args}
     if args.stop:
         given["stop"] = tuple(args.stop)
     if args.stop_token_ids:
