@@ -37,7 +37,11 @@ def copy_through_buffer(x: jax.Array, mode: Any, *, wait_first: bool) -> jax.Arr
 
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
 def test_a_read_before_the_copy_has_arrived(mode: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    got = np.asarray(copy_through_buffer(X, mode, wait_first=False))
+    try:
+        got = np.asarray(copy_through_buffer(X, mode, wait_first=False))
+    except jax.errors.JaxRuntimeError as error:  # from JAX 0.12 on
+        assert "race" in str(error).lower()
+        return
     assert "RACE DETECTED" in capsys.readouterr().out
     assert np.isnan(got).all() == (mode == "on_wait")  # what is uninitialised is NaN
 
