@@ -22,8 +22,8 @@ _LOOK_EVERY = 0.2
 
 
 class AsyncClient:
-    """Calls one server from one event loop; close it, or use `async with`. Arguments as of
-    `Client`."""
+    """Calls one server. Make it on the event loop that will use it; close it, or use `async with`.
+    Arguments as of `Client`."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class AsyncClient:
         timeout: float | None = None,
         retry: Retry = AS_USUAL,
     ):
+        asyncio.get_running_loop()  # raises here where there is none, not obscurely later
         self.address = address
         self._timeout = timeout
         self._metadata = key_metadata(api_key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
@@ -43,8 +44,8 @@ def _error_of(error: grpc.RpcError) -> QuireError:
 
 
 def _retry_after(error: grpc.RpcError) -> float | None:
-    trailing: Iterable[tuple[str, str]] = error.trailing_metadata() or ()
-    for name, value in trailing:
+    trailing: Any = error.trailing_metadata()  # pairs, whatever the stubs say
+    for name, value in trailing or ():
         if name == "retry-after":
             try:
                 return float(value)

@@ -42,7 +42,7 @@ class Scripted(pb_grpc.GenerationServiceServicer):
         self.trailing: tuple[tuple[str, str], ...] = ()
         self.after_words: tuple[grpc.StatusCode, str] | None = None
         self.endless = False
-        self.left = threading.Event()  # by a caller who did not wait for the end
+        self.ended = threading.Event()  # the last call, for whatever reason
 
     def _asked(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
@@ -57,15 +57,14 @@ class Scripted(pb_grpc.GenerationServiceServicer):
 
     def StreamGenerate(self, request: pb.GenerateRequest, context: Any) -> Iterator[Any]:
         self._asked(request, context)
+        self.ended.clear()
+        context.add_callback(self.ended.set)
         for word in WORDS:
             yield pb.GenerateChunk(text=word)
         if self.after_words is not None:
             context.abort(*self.after_words)
         if self.endless:
-            ended = threading.Event()
-            context.add_callback(ended.set)
-            ended.wait(20)
-            self.left.set()
+            self.ended.wait(20)
 
 
 @pytest.fixture
@@ -250,13 +249,12 @@ def test_leaving_a_stream_ends_the_request(server: tuple[Scripted, str]) -> None
     def leave(client: Client) -> None:
         with client.stream("hello") as chunks:
             assert next(chunks).text == WORDS[0]
-        assert service.left.wait(10)
-        service.left.clear()
+        assert service.ended.wait(10)
 
     async def leave_async(client: AsyncClient) -> None:
         async with client.stream("hello") as chunks:
             assert (await anext(chunks)).text == WORDS[0]
-        assert await asyncio.to_thread(service.left.wait, 10)
+        assert await asyncio.to_thread(service.ended.wait, 10)
 
     blocking(address, leave)
     awaited(address, leave_async)
