@@ -296,7 +296,8 @@ def _draw(figure: Any, served: list[Served], results: dict[str, Any]) -> None:
         for p in (50, 99):
             at = results[name][f"p{p}"]
             axes.axvline(at, color="0.6", linestyle=":")
-            axes.annotate(f"p{p} {at:,.1f}", (at, 0.04), rotation=90, fontsize=8, ha="right")
+            side = "left" if at < values[-1] / 2 else "right"  # of its line, off the axis
+            axes.annotate(f" p{p} {at:,.1f} ", (at, 0.04), fontsize=8, ha=side)
         axes.set_xlim(left=0)
     rate = results["rate_req_s"]
     figure.suptitle(
