@@ -1,7 +1,6 @@
-"""The gRPC service over one engine in this process: parsing, answering, ending calls.
+"""The gRPC service over one engine, wherever that runs: parsing, answering, ending calls.
 
-    engine thread:  Engine --Mailbox.deliver(outputs of a step)--> event loop: one queue per request
-    handler:        parse -> Intake -> Engine.submit -> queue -> Choices -> messages
+    handler:  parse -> Intake -> EngineLink.open -> Pending -> Choices -> messages
 
 A call that ends early, for whatever reason, ends its request in the engine, which frees its pages.
 serving/server.py gives the service its life from bind to drain.
@@ -21,10 +20,10 @@ import grpc
 from ..errors import Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from ..sched.engine import Engine
 from ..sched.request import Request, RequestOutput
 from .answer import Chunk, Completion
 from .choices import Choices, best, check_streamable
+from .engine_link import EngineLink
 from .intake import Intake, Prompt
 from .wire import chunk_message, labels_of, prompt_of, response_message, sampling_of
 
@@ -39,53 +38,20 @@ _MOST_DETAILS = 6_000
 """Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
 
 
-class Mailbox:
-    """Brings the engine thread's outputs to the handlers on the event loop, once per step."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._queues: dict[str, asyncio.Queue[RequestOutput]] = {}
-
-    def deliver(self, outputs: list[RequestOutput]) -> None:
-        """Called on the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._sort, outputs)
-        except RuntimeError:
-            # The loop was closed under a running engine; then nobody is left to tell.
-            if not self._loop.is_closed():
-                raise
-
-    def _sort(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            queue = self._queues.get(output.request_id)
-            if queue is not None:  # else the caller has gone
-                queue.put_nowait(output)
-
-    @contextmanager
-    def queue(self, request_id: str) -> Iterator[asyncio.Queue[RequestOutput]]:
-        """The queue of a request that is about to be submitted."""
-        queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._queues[request_id] = queue
-        try:
-            yield queue
-        finally:
-            del self._queues[request_id]
-
-
 class GenerationService(pb_grpc.GenerationServiceServicer):
     """`quire.v1.GenerationService`. UNAVAILABLE before `open` and after `refuse`."""
 
     def __init__(self) -> None:
-        self._backend: tuple[Engine, Intake, Mailbox] | None = None
+        self._backend: tuple[EngineLink, Intake] | None = None
         self._closed_because = "the engine is starting; try again when health says SERVING"
         self._names: set[str] = set()  # what callers call their unfinished requests
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, engine: Engine, intake: Intake, mailbox: Mailbox) -> None:
+    def open(self, link: EngineLink, intake: Intake) -> None:
         """Starts answering."""
-        self._backend = engine, intake, mailbox
+        self._backend = link, intake
 
     def refuse(self, why: str) -> None:
         """Takes no more calls; those that run are not touched."""
@@ -149,7 +115,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         together for one answer comes as one."""
         if self._backend is None:
             raise Unavailable(self._closed_because)
-        engine, intake, mailbox = self._backend
+        link, intake = self._backend
         prompt = await _tokens(intake, prompt_of(message))
         sampling = intake.default_sampling(len(prompt), **sampling_of(message))
         if streamed:
@@ -158,17 +124,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         deadline = None if left is None else time.monotonic() + left
         request = intake.request(prompt, sampling, labels_of(message, deadline))
         choices = intake.choices(sampling)
-        with self._name(message.request_id), mailbox.queue(request.id) as queue:
-            engine.submit(request)
+        with self._name(message.request_id), link.open(request) as pending:
             try:
                 while True:
-                    outputs = [await queue.get()]
-                    while not queue.empty():
-                        outputs.append(queue.get_nowait())
-                    chunks, error = _joined(choices, outputs)
+                    chunks, error = _pushed(choices, await pending.take())
                     # Of stop strings the engine does not know.
                     for reason, choice in choices.news():
-                        engine.finish(request.id, reason, choice)
+                        link.finish(request.id, reason, choice)
                     for chunk in chunks:
                         yield request, chunk, choices.finished and chunk is chunks[-1]
                     if error is not None:
@@ -178,7 +140,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             finally:
                 # Nor of callers who went away.
                 for reason, choice in choices.news(leaving=True):
-                    engine.finish(request.id, reason, choice)
+                    link.finish(request.id, reason, choice)
 
     @asynccontextmanager
     async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -230,42 +192,20 @@ async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:
     return intake.tokens_of(prompt)
 
 
-def _joined(
+def _pushed(
     choices: Choices, outputs: list[RequestOutput]
 ) -> tuple[list[Chunk], QuireError | None]:
-    """The chunks of several outputs as one for each answer, so that a slow caller gets fewer and
-    larger messages; and the error that ended the request, to be raised when the caller has what
-    came before it."""
-    pending: dict[int, list[Chunk]] = {}
-    error = None
+    """The chunks that outputs make; and the error that ended the request, to be raised when the
+    caller has what came before it."""
+    chunks = []
     for output in outputs:
         try:
             chunk = choices.push(output)
-        except QuireError as reason:
-            error = reason
-            break
+        except QuireError as error:
+            return chunks, error
         if chunk is not None:
-            pending.setdefault(chunk.index, []).append(chunk)
-    return [_sum(chunks) for chunks in pending.values()], error
-
-
-def _sum(chunks: list[Chunk]) -> Chunk:
-    first, last = chunks[0], chunks[-1]
-    logprobs = None
-    if last.logprobs is not None:
-        logprobs = [position for c in chunks for position in c.logprobs or ()]
-    sums = [c.sum_logprob for c in chunks if c.sum_logprob is not None]
-    return Chunk(
-        text="".join([c.text for c in chunks]),
-        token_ids=[token for c in chunks for token in c.token_ids],
-        logprobs=logprobs,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        cached_tokens=last.cached_tokens,
-        index=last.index,
-        sum_logprob=sum(sums) if sums else None,
-        prompt_logprobs=first.prompt_logprobs,
-    )
+            chunks.append(chunk)
+    return chunks, None
 
 
 def _usage(request: Request, completion_tokens: int, last: Chunk) -> pb.Usage:

@@ -16,7 +16,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ..errors import Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from .assemble import Assembled, Deliver
-from .grpc_server import SERVICE_NAME, GenerationService, Mailbox
+from .engine_link import LocalLink, Mailbox
+from .grpc_server import SERVICE_NAME, GenerationService
 
 MAX_MESSAGE_BYTES = 64 << 20
 """Of a request: a prompt of a million tokens takes 4 MB, which is grpc's own limit."""
@@ -90,7 +91,7 @@ class Server:
         loop = asyncio.get_running_loop()
         mailbox = Mailbox(loop)
         parts = self._parts = await loop.run_in_executor(None, build, mailbox.deliver)
-        self._service.open(parts.engine, parts.intake, mailbox)
+        self._service.open(LocalLink(parts.engine, mailbox), parts.intake)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         return parts
 

@@ -25,8 +25,10 @@ from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
 from quire.serving.choices import Choices
-from quire.serving.grpc_server import Mailbox, _joined
+from quire.serving.engine_link import Mailbox
+from quire.serving.grpc_server import _pushed
 from quire.serving.intake import Intake
+from quire.serving.pending import Pending
 from quire.serving.server import Server
 
 PROMPT = "the quick brown fox"
@@ -406,8 +408,10 @@ def test_what_came_before_an_error_is_the_callers() -> None:
     sampling = SamplingParams(n=2)
     choices = Choices(sampling, lambda: Answer(sampling, None, str))
     ended = RequestOutput("r", finish_reason=FinishReason.ERROR, error=Unavailable("gone"))
-    outputs = [RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)]
-    chunks, error = _joined(choices, [*outputs, ended])
+    pending = Pending()
+    for output in [*(RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)), ended]:
+        pending.put(output)
+    chunks, error = _pushed(choices, asyncio.run(pending.take()))
     assert [(chunk.index, chunk.token_ids) for chunk in chunks] == [(1, [1, 3]), (0, [2])]
     assert error is ended.error
 
