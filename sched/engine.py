@@ -56,6 +56,10 @@ class Engine:
       scheduler: decides which; owned by the engine from now on.
       overlap: launch a step before the results of the last are read.
       on_outputs: gets what a step gave, once per step, from the engine's thread; must not block.
+
+    Attributes:
+      runner_call: when (time.monotonic() seconds) the runner was called that has not come back, and
+        with which step; None while it computes nothing for the engine's thread.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Engine:
         self._on_outputs = on_outputs
         self._ahead = 1 if overlap else 0  # steps left in flight after a launch
         self._flights: deque[tuple[StepPlan, StepHandle]] = deque()
+        self.runner_call: tuple[float, StepPlan] | None = None
         self._thread: threading.Thread | None = None
 
         self._wake = threading.Condition()  # guards what follows
@@ -169,18 +174,24 @@ class Engine:
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
+            self.runner_call = time.monotonic(), plan
             self._flights.append((plan, self._runner.launch(plan)))
+            self.runner_call = None
 
     def _collect(self, ahead: int) -> tuple[StepPlan, StepOutputs] | None:
         """Reads the oldest step in flight, unless the host may run ahead of it."""
         if len(self._flights) <= ahead:
             return None
         plan, handle = self._flights.popleft()
-        return plan, self._runner.collect(handle)
+        self.runner_call = time.monotonic(), plan
+        outputs = self._runner.collect(handle)
+        self.runner_call = None
+        return plan, outputs
 
     def _recover(self, fault: Exception) -> None:
         log.exception("a device step failed; running requests start over", exc_info=fault)
         self._flights.clear()
+        self.runner_call = None
         self._runner.reset()
         self._scheduler.requeue_all(fault)
 

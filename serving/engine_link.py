@@ -49,7 +49,15 @@ class EngineLink(Protocol):
         ...
 
     async def stats(self) -> EngineStats:
-        """The engine's counters as they are now."""
+        """The engine's counters as they are now.
+
+        Raises:
+          Unavailable: the engine is gone.
+        """
+        ...
+
+    async def close(self, why: str) -> None:
+        """Ends what is open with Unavailable, and takes no more."""
         ...
 
 
@@ -78,7 +86,7 @@ class Mailbox:
     @contextmanager
     def pending(self, request_id: str) -> Iterator[Pending]:
         """Where the outputs of a request go that is about to be submitted."""
-        pending = self._pending[request_id] = Pending()
+        pending = self._pending[request_id] = Pending(request_id)
         try:
             yield pending
         finally:

@@ -197,7 +197,7 @@ def _pushed(
 ) -> tuple[list[Chunk], QuireError | None]:
     """The chunks that outputs make; and the error that ended the request, to be raised when the
     caller has what came before it."""
-    chunks = []
+    chunks: list[Chunk] = []
     for output in outputs:
         try:
             chunk = choices.push(output)

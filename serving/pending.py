@@ -8,15 +8,25 @@ token ids, which the answer's length bounds.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..sched.request import RequestOutput, TokenLogprobs
 
 
 class Pending:
-    """The unread outputs of one request. One handler reads it."""
+    """The unread outputs of one request. One handler reads it.
 
-    def __init__(self) -> None:
+    Args:
+      request_id: of the request.
+    """
+
+    __slots__ = ("_answers", "_cached", "_error", "_id", "_reader", "_tokens")
+
+    def __init__(self, request_id: str) -> None:
+        self._id = request_id
+        self._tokens: list[int] = []  # of choice 0, where nothing else is known of it
+        self._cached = 0  # prompt tokens found in the prefix index, as last heard
         self._answers: dict[int, RequestOutput | _Sum] = {}  # by choice
         self._error: RequestOutput | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -26,33 +36,59 @@ class Pending:
         if output.error is not None:
             self._error = output
         else:
-            held = self._answers.get(output.choice)
-            if held is None:
-                self._answers[output.choice] = output
-            elif isinstance(held, _Sum):
-                held.add(output)
-            else:
-                self._answers[output.choice] = _Sum(held, output)
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+            self._gather(output)
+        self._wake()
+
+    def put_tokens(self, tokens: Iterable[int]) -> None:
+        """Adds tokens of choice 0 that came with nothing else that is new."""
+        if 0 in self._answers:
+            self._gather(self._plain(tokens))
+        else:
+            self._tokens += tokens
+        self._wake()
 
     async def take(self) -> list[RequestOutput]:
         """Waits until there is something; one output for each answer that got on, and then the
         error that ended the request, if one did."""
-        while not self._answers and self._error is None:
+        while not self._tokens and not self._answers and self._error is None:
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
-        outputs = [
-            held.output() if isinstance(held, _Sum) else held for held in self._answers.values()
-        ]
-        self._answers = {}
+        outputs = []
+        if self._tokens:
+            outputs.append(self._plain(self._tokens))
+            self._tokens = []
+        if self._answers:
+            outputs += [
+                held.output() if isinstance(held, _Sum) else held for held in self._answers.values()
+            ]
+            self._answers = {}
         if self._error is not None:
             outputs.append(self._error)
             self._error = None
         return outputs
+
+    def _gather(self, output: RequestOutput) -> None:
+        self._cached = output.cached_tokens
+        if self._tokens and not output.choice:
+            before, self._tokens = self._plain(self._tokens), []
+            self._answers[0] = before
+        held = self._answers.get(output.choice)
+        if held is None:
+            self._answers[output.choice] = output
+        elif isinstance(held, _Sum):
+            held.add(output)
+        else:
+            self._answers[output.choice] = _Sum(held, output)
+
+    def _plain(self, tokens: Iterable[int]) -> RequestOutput:
+        return RequestOutput(self._id, tuple(tokens), cached_tokens=self._cached)
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class _Sum:
@@ -73,9 +109,10 @@ class _Sum:
             self._logprobs += output.logprobs
 
     def output(self) -> RequestOutput:
+        has_logprobs = self._first.logprobs is not None or self._last.logprobs is not None
         return replace(
             self._last,
             tokens=tuple(self._tokens),
-            logprobs=None if self._first.logprobs is None else tuple(self._logprobs),
+            logprobs=tuple(self._logprobs) if has_logprobs else None,
             prompt_logprobs=self._first.prompt_logprobs,
         )

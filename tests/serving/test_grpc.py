@@ -396,7 +396,7 @@ def test_the_engine_hears_why_a_call_ended(
     served.stub.Generate(ask(), timeout=60)
     assert heard == []  # it ended the request itself
     served.stub.Generate(ask(stop=["a", "e", "o"], max_tokens=200), timeout=60)
-    assert heard == ["stop"]
+    eventually(lambda: heard == ["stop"])
     stream = served.stub.StreamGenerate(long(), timeout=60)
     next(stream)
     stream.cancel()
@@ -408,7 +408,7 @@ def test_what_came_before_an_error_is_the_callers() -> None:
     sampling = SamplingParams(n=2)
     choices = Choices(sampling, lambda: Answer(sampling, None, str))
     ended = RequestOutput("r", finish_reason=FinishReason.ERROR, error=Unavailable("gone"))
-    pending = Pending()
+    pending = Pending("r")
     for output in [*(RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)), ended]:
         pending.put(output)
     chunks, error = _pushed(choices, asyncio.run(pending.take()))
@@ -451,7 +451,7 @@ def test_a_drain_lets_running_calls_end_and_takes_no_more(folder: Path) -> None:
         begin = time.monotonic()
         running.run(running.server.stop)
         assert time.monotonic() - begin < 15
-        assert not running.engine.healthy
+        assert not running.link.healthy
 
 
 def test_a_stop_ends_running_calls_with_unavailable(folder: Path) -> None:
@@ -464,11 +464,10 @@ def test_a_stop_ends_running_calls_with_unavailable(folder: Path) -> None:
         stopping.result(20)
 
 
-def test_an_engine_that_dies_ends_its_calls_and_health_says_so(folder: Path) -> None:
+def test_an_engine_that_dies_ends_its_calls(folder: Path) -> None:
     with Running(folder).open() as running, held(running.parts) as go:
-        watching = running.start(running.server.engine_failed)
         streams = [running.stub.StreamGenerate(long(), timeout=60) for _ in range(6)]
-        eventually(lambda: running.server._service._calls == 6)
+        eventually(lambda: len(running.engine._live) == 6)
 
         def broken(*_: Any) -> Any:
             raise RuntimeError("the device is gone")
@@ -480,10 +479,25 @@ def test_an_engine_that_dies_ends_its_calls_and_health_says_so(folder: Path) -> 
             error = refused(lambda: stream)  # noqa: B023
             assert error.code() == StatusCode.INTERNAL
             assert "the engine failed" in error.details()
-        watching.result(20)
-        assert running.health() == "NOT_SERVING"
+        assert not running.engine.healthy
         error = refused(lambda: running.stub.Generate(ask(), timeout=60))
         assert error.code() == StatusCode.UNAVAILABLE
+
+
+def test_a_server_without_its_engine_says_so_until_there_is_another(folder: Path) -> None:
+    with Running(folder).open() as running:
+        stream = running.stub.StreamGenerate(long(), timeout=60)
+        next(stream)
+        running.run(lambda: running._internal.stop(0))
+        assert refused(lambda: stream).code() == StatusCode.UNAVAILABLE
+        running.run(running.link.lost)
+        at_rest(running.engine)  # it has heard that the frontend is gone
+        running.run(lambda: running.server.pause("no engine"))
+        assert running.health() == running.health(SERVICE) == "NOT_SERVING"
+        error = refused(lambda: running.stub.Generate(ask(), timeout=60))
+        assert error.code() == StatusCode.UNAVAILABLE and error.details() == "no engine"
+        running.run(lambda: running.server.serve(running.link, running.parts.intake))
+        assert running.health() == "SERVING"
 
 
 def test_a_taken_port_is_an_error(served: Running) -> None:

@@ -41,7 +41,9 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
 SERVER: dict[str, tuple[list[str], Any]] = {
     "host": (["--host=::1"], "::1"),
     "port": (["--port=0"], 0),
+    "frontends": (["--frontends=2"], 2),
     "drain_timeout": (["--drain-timeout=5"], 5),
+    "step_timeout": (["--step-timeout=9"], 9),
 }
 
 

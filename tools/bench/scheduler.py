@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..collector import quiet_collector
+from ...serving.collector import quiet_collector
 from ..flags import from_zero, positive, positives
 from .report import add_output, check_output, finish, table
 
