@@ -15,6 +15,7 @@ BENCHES = {
     "startup": "seconds from process start to first token, by phase, cold and warm",
     "kernels": "attention and KV write alone, beside the device's own limits",
     "scheduler": "host time of a step, without a device",
+    "frontend": "what frontend processes cost and add, without a device",
 }
 
 

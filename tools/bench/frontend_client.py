@@ -1,0 +1,67 @@
+"""A client process of `quire bench frontend`; not for people.
+
+    python -P -m quire.tools.bench.frontend_client ADDRESS STREAMS TOKENS VOCAB BEGIN END
+
+Opens its streams at once, reads messages, and looks at what came between BEGIN and END (seconds of
+time.monotonic). Prints one JSON object. It does as little as it can: it may share cores with what
+is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+
+import grpc
+
+from ...protos.v1 import generation_pb2 as pb
+from .paced_engine import age
+
+
+class Seen:
+    """What came."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.tokens = 0
+        self.delays: Counter[int] = Counter()  # ms since a token was made, how often
+
+
+async def _read(
+    channel: grpc.aio.Channel, request: bytes, seen: Seen, vocab: int, begin: float, end: float
+) -> None:
+    call = channel.unary_stream("/quire.v1.GenerationService/StreamGenerate")(request)
+    async for message in call:
+        now = time.monotonic()
+        if begin <= now < end:
+            tokens = pb.GenerateChunk.FromString(message).token_ids
+            seen.messages += 1
+            seen.tokens += len(tokens)
+            for token in tokens:
+                seen.delays[age(token, vocab, now)] += 1
+
+
+async def main(
+    address: str, streams: int, tokens: int, vocab: int, begin: float, end: float
+) -> None:
+    """Runs the streams to their end."""
+    request = pb.GenerateRequest(
+        text="Say something.",
+        sampling=pb.SamplingParams(temperature=0, ignore_eos=True, max_tokens=tokens),
+    ).SerializeToString()
+    seen = Seen()
+    async with grpc.aio.insecure_channel(address) as channel:
+        await asyncio.gather(
+            *(_read(channel, request, seen, vocab, begin, end) for _ in range(streams))
+        )
+    said = {"messages": seen.messages, "tokens": seen.tokens, "delays": dict(seen.delays)}
+    sys.stdout.write(json.dumps(said) + "\n")
+
+
+if __name__ == "__main__":
+    where, *numbers = sys.argv[1:]
+    first, second, third = map(int, numbers[:3])
+    asyncio.run(main(where, first, second, third, *map(float, numbers[3:])))
