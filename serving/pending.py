@@ -3,6 +3,9 @@
 Made by an EngineLink, read by the request's handler, both on the event loop. A handler that is slow
 finds one output for each answer, however many steps it missed; what grows meanwhile is a list of
 token ids, which the answer's length bounds.
+
+A message to a caller costs a frontend the same whether it holds one token or ten. So with many
+requests open, a `Pace` lets each reader wait for more, a little.
 """
 
 from __future__ import annotations
@@ -14,22 +17,60 @@ from dataclasses import replace
 from ..sched.request import RequestOutput, TokenLogprobs
 
 
+class Pace:
+    """How often the readers of one event loop are woken for tokens that end nothing.
+
+    A reader that was woken less than `interval` ago waits for the first tokens that come after
+    that, but with tokens in hand no longer than `patience`. Both are seconds, and follow the number
+    of readers: alone, none waits.
+    """
+
+    PER_READER = 60e-6
+    """Of `interval`: what a message costs, so that a core sends as many as it can."""
+
+    LONGEST = 0.05
+
+    PATIENCE = 0.8
+    """Of `interval`."""
+
+    def __init__(self) -> None:
+        self.interval = self.patience = 0.0
+
+    def set(self, readers: int) -> None:
+        self.interval = min(readers * self.PER_READER, self.LONGEST)
+        self.patience = self.interval * self.PATIENCE
+
+
 class Pending:
     """The unread outputs of one request. One handler reads it.
 
     Args:
       request_id: of the request.
+      pace: of all readers.
     """
 
-    __slots__ = ("_answers", "_cached", "_error", "_id", "_reader", "_tokens")
+    __slots__ = (
+        "_answers",
+        "_cached",
+        "_error",
+        "_id",
+        "_pace",
+        "_reader",
+        "_taken",
+        "_timer",
+        "_tokens",
+    )
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, pace: Pace | None = None) -> None:
         self._id = request_id
+        self._pace = pace or Pace()
         self._tokens: list[int] = []  # of choice 0, where nothing else is known of it
         self._cached = 0  # prompt tokens found in the prefix index, as last heard
         self._answers: dict[int, RequestOutput | _Sum] = {}  # by choice
         self._error: RequestOutput | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._taken = 0.0  # when it was last read, loop.time()
 
     def put(self, output: RequestOutput) -> None:
         """Adds what a step gave."""
@@ -37,7 +78,10 @@ class Pending:
             self._error = output
         else:
             self._gather(output)
-        self._wake()
+        if output.finish_reason is None:
+            self._wake_soon()
+        else:
+            self._wake()
 
     def put_tokens(self, tokens: Iterable[int]) -> None:
         """Adds tokens of choice 0 that came with nothing else that is new."""
@@ -45,7 +89,7 @@ class Pending:
             self._gather(self._plain(tokens))
         else:
             self._tokens += tokens
-        self._wake()
+        self._wake_soon()
 
     async def take(self) -> list[RequestOutput]:
         """Waits until there is something; one output for each answer that got on, and then the
@@ -56,6 +100,10 @@ class Pending:
                 await self._reader
             finally:
                 self._reader = None
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+        self._taken = asyncio.get_running_loop().time()
         outputs = []
         if self._tokens:
             outputs.append(self._plain(self._tokens))
@@ -85,6 +133,16 @@ class Pending:
 
     def _plain(self, tokens: Iterable[int]) -> RequestOutput:
         return RequestOutput(self._id, tuple(tokens), cached_tokens=self._cached)
+
+    def _wake_soon(self) -> None:
+        reader = self._reader
+        if reader is None or reader.done():
+            return
+        loop, pace = reader.get_loop(), self._pace
+        if loop.time() - self._taken >= pace.interval:
+            reader.set_result(None)
+        elif self._timer is None:
+            self._timer = loop.call_later(pace.patience, self._wake)
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

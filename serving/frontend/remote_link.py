@@ -30,7 +30,7 @@ from ..engine_wire import (
     stats_of,
     submit_message,
 )
-from ..pending import Pending
+from ..pending import Pace, Pending
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class RemoteLink:
         self._channel, self._call = channel, call
         self._open: dict[int, tuple[str, Pending]] = {}  # by handle
         self._handles: dict[str, int] = {}  # by request id
+        self._pace = Pace()
         self._draw = itertools.count(1)
         self._next = pb.ToEngine()
         self._news = asyncio.Event()
@@ -98,8 +99,9 @@ class RemoteLink:
     def open(self, request: Request) -> Iterator[Pending]:
         if self._why_closed is not None:
             raise Unavailable(self._why_closed)
-        handle, pending = next(self._draw), Pending(request.id)
+        handle, pending = next(self._draw), Pending(request.id, self._pace)
         self._open[handle] = request.id, pending
+        self._pace.set(len(self._open))
         self._handles[request.id] = handle
         self._next.submits.append(submit_message(handle, request))
         self._news.set()
@@ -107,6 +109,7 @@ class RemoteLink:
             yield pending
         finally:
             self._open.pop(handle, None)
+            self._pace.set(len(self._open))
             self._handles.pop(request.id, None)
 
     def finish(

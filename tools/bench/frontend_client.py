@@ -18,7 +18,7 @@ from collections import Counter
 import grpc
 
 from ...protos.v1 import generation_pb2 as pb
-from .paced_engine import age
+from .paced_engine import Clock
 
 
 class Seen:
@@ -34,14 +34,15 @@ async def _read(
     channel: grpc.aio.Channel, request: bytes, seen: Seen, vocab: int, begin: float, end: float
 ) -> None:
     call = channel.unary_stream("/quire.v1.GenerationService/StreamGenerate")(request)
+    clock = Clock(vocab)
     async for message in call:
         now = time.monotonic()
+        tokens = pb.GenerateChunk.FromString(message).token_ids
+        ages = [clock.age(token, now) for token in tokens]
         if begin <= now < end:
-            tokens = pb.GenerateChunk.FromString(message).token_ids
             seen.messages += 1
             seen.tokens += len(tokens)
-            for token in tokens:
-                seen.delays[age(token, vocab, now)] += 1
+            seen.delays.update(ages)
 
 
 async def main(

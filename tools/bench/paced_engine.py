@@ -32,18 +32,26 @@ FIRST_TOKEN = 256
 
 
 def stamp(vocab: int, now: float) -> int:
-    """The token id that says when it was made, in ms; it comes again after `span(vocab)` ms."""
-    return FIRST_TOKEN + int(now * 1e3) % span(vocab)
+    """The token id that says when it was made: in ms, by so many that the vocabulary can tell."""
+    return FIRST_TOKEN + int(now * 1e3) % (vocab - FIRST_TOKEN)
 
 
-def age(token: int, vocab: int, now: float) -> int:
-    """Milliseconds since a token was made."""
-    return (int(now * 1e3) - (token - FIRST_TOKEN)) % span(vocab)
+class Clock:
+    """When the tokens of one stream were made. The first is less old than what ids can tell, and
+    so are those after it against the ones before them."""
 
+    def __init__(self, vocab: int):
+        self._span = vocab - FIRST_TOKEN
+        self._made: int | None = None
 
-def span(vocab: int) -> int:
-    """Milliseconds that can be told apart."""
-    return vocab - FIRST_TOKEN
+    def age(self, token: int, now: float) -> int:
+        """Milliseconds since the stream's next token was made."""
+        since = int(now * 1e3)
+        stamped = token - FIRST_TOKEN
+        if self._made is None:
+            self._made = since - (since - stamped) % self._span
+        self._made += (stamped - self._made) % self._span
+        return since - self._made
 
 
 class PacedRunner:
@@ -73,7 +81,7 @@ class PacedRunner:
 
 
 def build(config: EngineConfig, deliver: Callable[[list[RequestOutput]], None]) -> main.Built:
-    """An engine with the tokenizer of `config.model`, and as many slots and pages as it is asked."""
+    """An engine with the tokenizer of `config.model`, and the slots and pages it is asked for."""
     folder = locate(config.model, Silent(), revision=config.revision, offline=config.offline)
     model = Checkpoint.open(folder, weights=False).config
     slots, length = config.max_num_seqs or 256, config.max_model_len or 4096
