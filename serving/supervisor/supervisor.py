@@ -52,6 +52,10 @@ class Supervisor:
       say: gets lines for people and scripts: "listening on HOST:PORT" once all frontends are,
         "ready on HOST:PORT" once they serve, and what happens later.
       engine_module: what the engine process runs; see serving/lifeline.py.
+
+    Attributes:
+      engine, frontends: who plays which part.
+      engine_address: where the engine process listens.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Supervisor:
         self._engine_module = engine_module
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
+        self.engine_address = ""
         self.engine: Role | None = None
         self.frontends: list[Role] = []
 
@@ -80,10 +85,11 @@ class Supervisor:
           QuireError: the port is taken, or a process cannot be started.
         """
         with hold(self._config.host, self._config.port) as port, _private_folder() as folder:
+            self.engine_address = f"unix:{folder / 'engine'}"
             shared = {
                 "engine": asdict(self._engine_config),
                 "server": asdict(self._config),
-                "engine_address": f"unix:{folder / 'engine'}",
+                "engine_address": self.engine_address,
                 "port": port,
             }
             self.engine = self._role("the engine", self._engine_module, shared, "ready")

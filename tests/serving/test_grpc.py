@@ -25,7 +25,7 @@ from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
 from quire.serving.choices import Choices
-from quire.serving.engine_link import Mailbox
+from quire.serving.engine_host.host import EngineHost
 from quire.serving.grpc_server import _pushed
 from quire.serving.intake import Intake
 from quire.serving.pending import Pending
@@ -543,9 +543,9 @@ def test_an_ipv6_address() -> None:
 
 def test_outputs_after_the_loop_has_closed_do_no_harm() -> None:
     loop = asyncio.new_event_loop()
-    mailbox = Mailbox(loop)
+    host = EngineHost(loop)
     loop.close()
-    engine_thread = threading.Thread(target=mailbox.deliver, args=([RequestOutput("x")],))
+    engine_thread = threading.Thread(target=host.deliver, args=([RequestOutput("x")],))
     engine_thread.start()
     engine_thread.join(10)
-    mailbox.deliver([RequestOutput("x")])
+    host.deliver([RequestOutput("x")])
