@@ -3,8 +3,8 @@
     with link.open(request) as pending:
         ... await pending.take()
 
-Made by serving/frontend/remote_link.py. Calls are made on the frontend's event loop, and never block
-it.
+Made by serving/frontend/remote_link.py. Its calls come from the frontend's event loop, which they
+never block.
 """
 
 from __future__ import annotations
