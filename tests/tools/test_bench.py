@@ -17,7 +17,15 @@ import pytest
 from quire.errors import InvalidConfig
 from quire.model.kernels.attention import api
 from quire.model.plan import StepPlan
-from quire.tools.bench import device_limits, kernel_cases, kernels, latency, report
+from quire.tools.bench import (
+    device_limits,
+    engine_run,
+    kernel_cases,
+    kernels,
+    latency,
+    report,
+    startup,
+)
 from quire.tools.bench.models import DATA, shipped_configs
 from quire.tools.bench.null_runner import NullRunner, null_spec
 from quire.tools.bench.scheduler import ClosedLoop
@@ -132,11 +140,6 @@ def test_throughput_counts_what_ran(bench: Bench, folder: Path, tmp_path: Path) 
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_throughput_refuses_what_does_not_fit(refused: Any, folder: Path) -> None:
-    said = refused("throughput", f"--model={folder}", "--max-model-len=300", *SMALL)
-    assert "request 0 has 127 + 198 tokens, must be at most 300" in said and "--clip" in said
-
-
 def test_latency_by_its_method(bench: Bench, folder: Path) -> None:
     said = bench(
         "latency", f"--model={folder}", "--batch=1,2,99", "--prompt-tokens=8",
@@ -192,9 +195,26 @@ def test_startup_finds_programs_stored_the_second_time(bench: Bench, folder: Pat
     assert said["stored_bytes"] > 0 and said["device"]["platform"] == "cpu"
 
 
-def test_startup_says_why_a_run_failed(refused: Any, tmp_path: Path) -> None:
-    said = refused("startup", f"--model={tmp_path / 'nowhere'}")
-    assert "the cold run failed: " in said and "nowhere: does not exist" in said
+def test_startup_says_why_a_run_failed(refused: Any, folder: Path) -> None:
+    said = refused("startup", f"--model={folder}", "--memory=1KiB", *SMALL)
+    assert "the cold run failed: memory: got 1,024 bytes" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["startup", "--prompt-tokens=300"], "prompt_tokens: got 300, must be at most 299: what 1"),
+        (["latency", "--prompt-tokens=29"], "prompt_tokens: got 29, must be at most 28: what 272"),
+        (["throughput"], "request 0 has 127 + 198 tokens, must be at most 300"),
+        (["startup", "--model=nowhere"], "nowhere: does not exist"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_anything_loads(
+    refused: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
+) -> None:
+    monkeypatch.setattr(startup, "_child", None)  # calling it would be a TypeError
+    monkeypatch.setattr(engine_run, "assemble", None)
+    assert says in refused(argv[0], f"--model={folder}", "--max-model-len=300", *argv[1:])
 
 
 # The scheduler alone

@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..flags import from_zero, positive, positives
-from .models import add_engine, engine_config
+from .models import add_engine, check_fits, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     check_output(args)
     config = engine_config(args)
     _check(args)
+    # The others say what they leave out: their defaults are for long contexts.
+    check_fits(config, "prompt_tokens", args.prompt_tokens, args.output_tokens)
     from ...serving.progress import Terminal
     from .engine_run import TokenEngine
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Internal
 from ..flags import positive
-from .models import add_engine, engine_config
+from .models import add_engine, check_fits, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_output(args)
     config = engine_config(args)
+    check_fits(config, "prompt_tokens", args.prompt_tokens, 1)
     from ...serving.progress import Terminal
 
     reporter = Terminal()

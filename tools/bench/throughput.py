@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
 from ..flags import from_zero, positive
-from .models import add_engine, engine_config
+from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from .trace import read_trace
 
     trace = read_trace(args.trace).first(args.requests)
+    if not args.clip:
+        trace.fitted(context_of(config), clip=False)  # refused before anything is loaded
     settings, trace, repetitions = measure(config, trace, args.clip, args.repeat, args.seed)
     rates = [r["output_tok_s"] for r in repetitions]
     results = {
