@@ -36,7 +36,7 @@ class Defaults:
     programs: int
 
 
-_DEFAULTS = {"cpu": Defaults(16, 256, 14)}  # compiling is slow there, padding cheap
+_DEFAULTS = {"cpu": Defaults(16, 256, 15)}  # compiling is slow there, padding cheap
 _ACCELERATOR = Defaults(256, 2048, MAX_PROGRAMS)
 
 
