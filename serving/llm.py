@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from types import TracebackType
@@ -304,6 +304,8 @@ class LLM:
             each = [self._intake.default_sampling(len(p)) for p in prompts]
         elif isinstance(sampling, SamplingParams):
             each = [sampling] * len(prompts)
+        elif isinstance(sampling, str | bytes | Mapping) or not isinstance(sampling, Iterable):
+            raise invalid("sampling_params", sampling, "SamplingParams, or a list of them")
         else:
             each = list(sampling)
         if len(each) != len(prompts):
@@ -314,7 +316,7 @@ class LLM:
         requests = []
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(params, SamplingParams):
-                raise invalid("sampling_params", type(params).__name__, "SamplingParams")
+                raise invalid(f"sampling_params[{i}]", params, "SamplingParams")
             if streamed:
                 _naming(i, prompts, check_streamable, params)
             request = _naming(i, prompts, self._intake.request, prompt, params)
