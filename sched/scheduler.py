@@ -365,6 +365,9 @@ class Scheduler:
                 self._end_with(seq.group, Internal(why))
             else:
                 seq.requeues += 1
+                # What was counted as computed: of decode rows, those whose tokens came.
+                counted = min(seq.scheduled, max(seq.prefilled, len(seq.tokens) - 1))
+                seq.recompute_until = max(seq.recompute_until, counted)
                 self._roster.suspend(seq)
         self._cache.clear()
 

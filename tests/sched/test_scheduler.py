@@ -500,6 +500,29 @@ def test_who_ran_starts_over_once_and_then_ends() -> None:
     assert d.tokens["c"] == d.answer(c)
 
 
+@pytest.mark.parametrize(
+    ("depth", "steps", "again"),
+    [
+        (0, 4, 5 + 3),  # four tokens came, and the last one's KV was not yet computed
+        (1, 4, 5 + 2),  # one fewer came
+        (1, 1, 5),  # the prompt is on its way, and counted
+    ],
+)
+def test_what_starts_over_is_counted_as_computed_again(depth: int, steps: int, again: int) -> None:
+    d = Driver(make_spec(), depth=depth)
+    d.submit(a := make_request("a", prompt(1, 5), max_tokens=9))
+    for _ in range(steps):
+        d.step()
+    d.flights.clear()
+    d.runner.reset()
+    d.scheduler.requeue_all(RuntimeError("device gone"))
+    d.run()
+    assert d.tokens["a"] == d.answer(a)
+    stats = d.scheduler.stats()
+    # Useful: each position once, the last token's never.
+    assert (stats.recomputed_tokens, stats.useful_tokens) == (again, 5 + 9 - 1)
+
+
 def test_results_come_in_the_order_of_their_plans() -> None:
     d = Driver(make_spec(), depth=2)
     d.submit(make_request())
