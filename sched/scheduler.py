@@ -361,8 +361,10 @@ class Scheduler:
             if seq.ended:  # with another choice of its request
                 continue
             if seq.requeues:
-                why = f"request {seq.id!r}: a device step failed for the second time: {fault}"
-                self._end_with(seq.group, Internal(why))
+                why = "a device step failed for the second time; the engine's log says why"
+                error = Internal(f"request {seq.id!r}: {why}")
+                error.__cause__ = fault
+                self._end_with(seq.group, error)
             else:
                 seq.requeues += 1
                 # What was counted as computed: of decode rows, those whose tokens came.

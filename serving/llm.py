@@ -338,14 +338,17 @@ def _raise_first(results: list[Generation]) -> None:
     """Raises the error of the first request that failed, with all results."""
     failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
     for i, error in failed[:1]:
-        error = copy.copy(error)  # an engine that closes tells all its callers with one
+        error, cause = (
+            copy.copy(error),
+            error.__cause__,
+        )  # the one in the results shall not hold them
         error.results = results
         if len(results) > 1:
             error.add_note(
                 f"prompt {i} of {len(results)} (from 0); {len(failed)} of them failed, and the "
                 "answers to the others are in the error's `results`"
             )
-        raise error
+        raise error from cause
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
