@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import HubSettings
+from ..config import HubSettings, without_secrets
 from ..errors import CheckpointError
 from ..model.memory import human_bytes
 from .disk import require_space
@@ -251,10 +251,10 @@ def _cached_instead(
         folder = _cached(name, revision, settings)
     except CheckpointError:
         raise CheckpointError(
-            f"{name}: {settings.endpoint} cannot be reached ({_first_line(error)}), and the cache "
-            f"({settings.cache}) does not have all of it"
+            f"{name}: {settings.shown_endpoint} cannot be reached ({_first_line(error)}), and the "
+            f"cache ({settings.cache}) does not have all of it"
         ) from error
-    reporter.note(f"{settings.endpoint} cannot be reached: {name} is taken from the cache")
+    reporter.note(f"{settings.shown_endpoint} cannot be reached: {name} is taken from the cache")
     return folder
 
 
@@ -268,7 +268,9 @@ def _status(error: Exception) -> int | None:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What huggingface_hub says first; it quotes URLs as they are."""
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return without_secrets(first)
 
 
 def _explained(
@@ -276,30 +278,27 @@ def _explained(
 ) -> CheckpointError:
     from huggingface_hub import errors
 
-    page = f"{settings.endpoint}/{name}"
+    hub = settings.shown_endpoint
+    page = f"{hub}/{name}"
     has_token = settings.token is not None
     mend = (
         "the token in HF_TOKEN has no access"
         if has_token
-        else f"set HF_TOKEN to a token of an account that has access ({settings.endpoint}"
-        "/settings/tokens)"
+        else f"set HF_TOKEN to a token of an account that has access ({hub}/settings/tokens)"
     )
     if isinstance(error, errors.GatedRepoError):
         text = f"gated: ask for access at {page}; {mend}"
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"has no revision {revision or 'main'!r}; {page}/tree/main lists what it has"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        text = (
-            f"neither a folder here nor a model at {settings.endpoint}{hint}. If it is private, "
-            f"{mend}"
-        )
+        text = f"neither a folder here nor a model at {hub}{hint}. If it is private, {mend}"
     elif _status(error) == 401:
-        text = f"{settings.endpoint} does not accept the token in HF_TOKEN"
+        text = f"{hub} does not accept the token in HF_TOKEN"
     elif _status(error) == 403:
-        text = f"{settings.endpoint} forbids it ({_first_line(error)}); {mend}"
+        text = f"{hub} forbids it ({_first_line(error)}); {mend}"
     else:
         text = (
-            f"cannot be downloaded from {settings.endpoint}: {_first_line(error)}; run it again to "
+            f"cannot be downloaded from {hub}: {_first_line(error)}; run it again to "
             "go on with the files that are missing"
         )
     return CheckpointError(f"{name}: {text}")

@@ -185,7 +185,7 @@ def hub(m: Machine) -> Iterator[Check]:
         "HF_TOKEN is set" if m.hub.token else "a token is stored" if m.token_stored else "no token"
     )
     mode = ", offline" if m.hub.offline else ""
-    yield Check("hub", OK, f"{m.hub.endpoint}{mode}, {token}")
+    yield Check("hub", OK, f"{m.hub.shown_endpoint}{mode}, {token}")
 
 
 CHECKS: tuple[Callable[[Machine], Iterator[Check]], ...] = (

@@ -48,6 +48,11 @@ def results(**changes: Any) -> dict[str, Check]:
     return {check.name: check for check in all_checks(dataclasses.replace(PLAIN, **changes))}
 
 
+def test_a_password_of_the_hub_is_not_shown() -> None:
+    hub = dataclasses.replace(PLAIN.hub, endpoint="https://me:hush@it@hub/x")
+    assert results(hub=hub)["hub"].found.startswith("https://***@hub/x,")
+
+
 def failing(**changes: Any) -> dict[str, Check]:
     """Those that are not ok."""
     return {name: check for name, check in results(**changes).items() if check.status != "ok"}

@@ -217,6 +217,28 @@ def test_an_unreachable_hub_is_said_and_the_cache_used(hub: FakeHub, monkeypatch
 # Refusals
 
 
+def test_a_password_in_the_endpoint_is_in_no_message(hub: FakeHub, monkeypatch: Any) -> None:
+    """Nor in those that huggingface_hub words."""
+    host = hub.endpoint.removeprefix("http://")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://me:hush%2F@{host}")
+    hub.repos["org/broken"] = Repo(hub.repos["org/tiny"].revisions, broken=True)
+    said = []
+    for name in ("org/none", "org/broken"):
+        with pytest.raises(CheckpointError, match=rf"http://\*\*\*@{host}") as caught:
+            get(name)
+        said.append(str(caught.value))
+    get("org/tiny")
+    reporter = Notes()
+    hub.repos["org/tiny"].down = True
+    assert locate("org/tiny", reporter, revision=None, offline=False)
+    assert reporter.said == [
+        f"http://***@{host} cannot be reached: org/tiny is taken from the cache"
+    ]
+    with pytest.raises(CheckpointError, match=r"cannot be reached \(.*\*\*\*@") as caught:
+        get("org/tiny", revision="v9")
+    assert not any("hush" in text for text in (*said, str(caught.value), repr(hub_settings())))
+
+
 def test_a_gated_model_is_explained(hub: FakeHub, monkeypatch: Any) -> None:
     hub.repos["org/tiny"].gated = True
     refused(r"org/tiny: gated: ask for access at http.*/org/tiny; set HF_TOKEN to a token of an")
