@@ -50,12 +50,9 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
-    def bos_id(self) -> int | None:
-        return self._named_id("bos_token")
-
-    @property
     def eos_id(self) -> int | None:
-        return self._named_id("eos_token")
+        token = self.special_tokens.get("eos_token")
+        return None if token is None else self.token_to_id(token)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, *, field: str = "text"
@@ -93,10 +90,6 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         found: int | None = self._backend.token_to_id(token)
         return found
-
-    def _named_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        return None if token is None else self.token_to_id(token)
 
 
 def _special_ids(backend: Backend) -> frozenset[int]:

@@ -28,7 +28,7 @@ from quire.checkpoints.convert import convert
 from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.hf_config import read_config
 from quire.checkpoints.manifest import MANIFEST, damaged_files, read_manifest
-from quire.checkpoints.names import param_shapes
+from quire.checkpoints.names import parameters
 from quire.checkpoints.params import save_params
 from quire.checkpoints.tensors import open_tensors
 from quire.errors import CheckpointError
@@ -448,7 +448,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     fields = {**tiny_checkpoint.CONFIG, **sizes, **layers, "torch_dtype": "bfloat16"}
     (big / "config.json").write_text(json.dumps(fields))
     config = read_config(big)
-    arrays = {n: np.ones(s, ml_dtypes.bfloat16) for n, s in param_shapes(config).items()}
+    arrays = {p.name: np.ones(p.shape, ml_dtypes.bfloat16) for p in parameters(config)}
     save_params(big, config, arrays)
     on_disk = (big / "model.safetensors").stat().st_size
     largest = 4096 * 1024 * 2
