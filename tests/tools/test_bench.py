@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from quire.errors import InvalidConfig
 from quire.model.kernels.attention import api
@@ -25,6 +26,7 @@ from quire.tools.bench import (
     latency,
     report,
     startup,
+    throughput,
 )
 from quire.tools.bench.models import DATA, shipped_configs
 from quire.tools.bench.null_runner import NullRunner, null_spec
@@ -358,3 +360,50 @@ def test_a_plot_that_cannot_be_made_is_refused_first(
     assert "--plot: needs matplotlib; install it by pip install 'quire[bench]'" in said
     said = refused("kernels", "--backends=fast")
     assert "backends: got 'fast', must be among reference, blockwise" in said
+
+
+# Plots
+
+
+def drawn(draw: Callable[[Any, Any], None], results: dict[str, Any]) -> Any:
+    """The first axes of a picture."""
+    figure = Figure()
+    draw(figure, results)
+    figure.draw_without_rendering()
+    return figure.axes[0]
+
+
+@pytest.mark.parametrize("sizes", [[8], [1, 64]])
+def test_ticks_stand_at_what_was_measured(sizes: list[int]) -> None:
+    steps = {str(size): {"median": 5.0} for size in sizes}
+    axes = drawn(latency._draw, {"decode_step_ms": steps, "ttft_ms": {}})
+    assert axes.get_xticks().tolist() == sizes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(map(str, sizes))
+    assert axes.get_xlim()[0] < sizes[0] and sizes[-1] < axes.get_xlim()[1]
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 5
+    axes = drawn(latency._draw, {"decode_step_ms": {}, "ttft_ms": {}})
+    assert [text.get_text() for text in axes.texts] == ["nothing was measured"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_few_bars_are_no_wider_than_several(count: int) -> None:
+    runs = [{"output_tok_s": 100.0}] * count
+    names = {"settings": {"model": "m"}, "trace": {"name": "t"}}
+    axes = drawn(throughput._draw, {"repetitions": runs, **names})
+    assert axes.patches[0].get_width() <= np.ptp(axes.get_xlim()) / 4
+    row = {"name": "case", "backend": "gpu", "share_of_limit": 0.5}
+    axes = drawn(kernels._draw, {"attention": [{**row, "name": str(n)} for n in range(count)]})
+    assert axes.patches[0].get_height() <= abs(np.ptp(axes.get_ylim())) / 4
+    assert axes.get_xlim() == (0, 1) and len(axes.get_yticks()) == count
+
+
+def test_phases_of_a_start_are_not_added_up() -> None:
+    """They overlap: the bar of all is as long as the run was."""
+    cold = {"phases": {"programs": 9.0, "lowering": 5.0}, "seconds": 10.0}
+    warm = {"phases": {"programs": 2.0}, "seconds": 3.0}
+    settings = {"model": "m"}
+    axes = drawn(startup._draw, {"cold": cold, "warm": [warm], "settings": settings})
+    assert [bar.get_width() for bar in axes.patches] == [9, 5, 10, 2, 0, 3]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "programs", "lowering", "to first token",
+    ]  # fmt: skip

@@ -157,6 +157,10 @@ def _table(results: dict[str, Any]) -> Any:
 def _draw(figure: Any, results: dict[str, Any]) -> None:
     axes = figure.subplots()
     rates = [r["output_tok_s"] for r in results["repetitions"]]
-    axes.bar([f"run {at + 1}" for at in range(len(rates))], rates)
+    bars = axes.bar([f"run {at + 1}" for at in range(len(rates))], rates)
+    axes.bar_label(bars, fmt="{:,.0f}")
+    half = max(len(rates), 4) / 2  # few bars are no wider than several
+    axes.set_xlim((len(rates) - 1) / 2 - half, (len(rates) - 1) / 2 + half)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("output tokens per second")
     axes.set_title(f"{results['settings']['model']}, {results['trace']['name']}")
