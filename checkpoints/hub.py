@@ -1,8 +1,9 @@
 """A model of the Hugging Face hub -> its folder in the hub's cache. Used by locate.py.
 
 huggingface_hub does the downloading: files that are whole stay, a connection that breaks goes on
-from where it broke, and every program on the machine shares the cache. Decided here: which files
-are needed (never a pickle), whether they fit the disk, and what to tell people when it fails.
+from where it broke, and every program on the machine shares the cache; hub_resume.py makes a
+download that was ended go on too. Decided here: which files are needed (never a pickle), whether
+they fit the disk, and what to tell people when it fails.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..config import HubSettings, without_secrets
 from ..errors import CheckpointError
 from ..model.memory import human_bytes
 from .disk import require_space
+from .hub_resume import LargeFile, bring
 from .json_fields import read_json
 from .manifest import MANIFEST
 from .reporting import Reporter, Update
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
 
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SMALL_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY")
-_AT_ONCE = 2
-"""Files downloaded at once. huggingface_hub 2 goes on within a file while it runs, and starts anew
-the files that were under way when it was ended: the fewer, the less is lost."""
-
 _LOOK_EVERY = 0.2
 """Seconds between looks at how much has arrived."""
 
@@ -129,13 +127,17 @@ def _download(
 ) -> Path:
     """Downloads the files that the cache lacks; returns the folder of the revision's commit."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     blobs = _storage(name, settings) / "blobs"
-    missing = {n: files[n].size or 0 for n in wanted if n in files and not _has(blobs, files[n])}
-    needed = sum(missing.values())
-    if missing:
+    large = _large(name, revision, settings, [files[n] for n in wanted if n in files])
+    others = [files[n] for n in wanted if n in files and n not in large]
+    needed = sum(file.missing for file in large.values())
+    needed += sum(file.size or 0 for file in others if not _has(blobs, file))
+    if needed:
         require_space(settings.cache, needed, f"downloading {name}")
     with _progress(name, blobs, needed, reporter), _no_bars():
+        bring(list(large.values()), build_hf_headers(token=settings.token))
         folder = snapshot_download(
             name,
             revision=revision,
@@ -143,12 +145,32 @@ def _download(
             cache_dir=settings.cache,
             endpoint=settings.endpoint,
             token=settings.token,
-            max_workers=_AT_ONCE,
         )
     lacking = [name for name in wanted if not (Path(folder) / name).exists()]
     if lacking:
         raise CheckpointError(f"{name}: the hub does not have {', '.join(lacking[:3])}")
     return Path(folder)
+
+
+def _large(
+    name: str, revision: str | None, settings: HubSettings, wanted: list[RepoSibling]
+) -> dict[str, LargeFile]:
+    """The files that go on where they stopped, by name: those that the hub serves in one piece and
+    tells the SHA-256 of."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
+
+    storage = _storage(name, settings)
+    return {
+        file.rfilename: LargeFile(
+            url=hf_hub_url(name, file.rfilename, revision=revision, endpoint=settings.endpoint),
+            blob=storage / "blobs" / file.lfs.sha256,
+            lock=settings.cache / ".locks" / storage.name / f"{file.lfs.sha256}.lock",
+            size=file.lfs.size,
+        )
+        for file in wanted
+        if file.lfs is not None and file.lfs.size <= MAX_HTTP_DOWNLOAD_SIZE
+    }
 
 
 def _literally(file: str) -> str:
