@@ -237,10 +237,20 @@ class HubSettings:
       offline: HF_HUB_OFFLINE.
     """
 
-    endpoint: str
+    endpoint: str = field(repr=False)
     token: str | None = field(repr=False)
     cache: Path
     offline: bool
+
+    @property
+    def shown_endpoint(self) -> str:
+        """The endpoint as messages show it."""
+        return without_secrets(self.endpoint)
+
+
+def without_secrets(text: str) -> str:
+    """Text in which the user and password of each URL are masked."""
+    return re.sub(r"(?<=://)[^/\s'\"]+@", "***@", text)
 
 
 def hub_settings() -> HubSettings:

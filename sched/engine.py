@@ -138,7 +138,7 @@ class Engine:
         self._close("the engine was stopped")
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(JOIN_GRACE)
-        self._abandon(Unavailable(self._why_closed))
+        self._abandon(Unavailable, self._why_closed)
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
@@ -202,7 +202,7 @@ class Engine:
         except Exception as fault:
             self._die(fault)
         self._close("the engine was stopped")
-        self._abandon(Unavailable(self._why_closed))
+        self._abandon(Unavailable, self._why_closed)
 
     def _wait_for_work(self) -> bool:
         """Blocks while there is nothing to do; False when the loop shall end.
@@ -265,11 +265,13 @@ class Engine:
 
     def _die(self, fault: Exception) -> None:
         log.critical("the engine failed and closes", exc_info=fault)
-        why = f"the engine failed: {type(fault).__name__}: {fault}"
+        why = "the engine failed; its log says why"  # callers elsewhere need not read our faults
         self._close(why)
-        self._abandon(Internal(why))
+        self._abandon(Internal, why, fault)
 
-    def _abandon(self, error: QuireError) -> None:
+    def _abandon(
+        self, kind: type[QuireError], why: str, cause: BaseException | None = None
+    ) -> None:
         """Tells all who still wait for an end that this is it."""
         with self._wake:
             ended = sorted(self._live)
@@ -279,13 +281,12 @@ class Engine:
         if not ended:
             return
         try:
-            self._on_outputs(
-                [
-                    RequestOutput(
-                        request_id, finish_reason=FinishReason.ERROR, error=error, ended=True
-                    )
-                    for request_id in ended
-                ]
-            )
+            outputs = []
+            for id in ended:
+                error = kind(f"request {id!r}: {why}")
+                error.__cause__ = cause
+                reason = FinishReason.ERROR
+                outputs.append(RequestOutput(id, finish_reason=reason, error=error, ended=True))
+            self._on_outputs(outputs)
         except Exception:
             log.exception("outputs could not be handed over while closing")

@@ -361,10 +361,15 @@ class Scheduler:
             if seq.ended:  # with another choice of its request
                 continue
             if seq.requeues:
-                why = f"request {seq.id!r}: a device step failed for the second time: {fault}"
-                self._end_with(seq.group, Internal(why))
+                why = "a device step failed for the second time; the engine's log says why"
+                error = Internal(f"request {seq.id!r}: {why}")
+                error.__cause__ = fault
+                self._end_with(seq.group, error)
             else:
                 seq.requeues += 1
+                # What was counted as computed: of decode rows, those whose tokens came.
+                counted = min(seq.scheduled, max(seq.prefilled, len(seq.tokens) - 1))
+                seq.recompute_until = max(seq.recompute_until, counted)
                 self._roster.suspend(seq)
         self._cache.clear()
 

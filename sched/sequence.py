@@ -54,7 +54,7 @@ class Sequence:
     # does not walk it.
     tokens: array[int] = field(init=False)
     cached_tokens: int = 0  # prompt tokens the request's first choice found in the prefix index
-    recompute_until: int = 0  # positions that were computed before a preemption
+    recompute_until: int = 0  # positions that were computed before it had to start over
     requeues: int = 0  # device failures survived
     ended: bool = False
 

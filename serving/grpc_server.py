@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -17,14 +18,14 @@ from urllib.parse import quote
 
 import grpc
 
-from ..errors import Overloaded, QuireError, Unavailable, invalid
+from ..errors import Internal, Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.request import Request, RequestOutput
 from .answer import Chunk, Completion
 from .choices import Choices, best, check_streamable
 from .engine_link import EngineLink
-from .intake import Intake, Prompt
+from .intake import MAX_NAME_LENGTH, Intake, Prompt
 from .wire import chunk_message, labels_of, prompt_of, response_message, sampling_of
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        async with self._call(context), aclosing(self._chunks(request, context)) as chunks:
+        chunks_of = self._chunks(request, context)
+        async with self._call(request, context), aclosing(chunks_of) as chunks:
             completions: dict[int, Completion] = {}
             scores = None
             async for asked, chunk, is_last in chunks:
@@ -90,7 +92,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         chunks_of = self._chunks(request, context, streamed=True)
-        async with self._call(context), aclosing(chunks_of) as chunks:
+        async with self._call(request, context), aclosing(chunks_of) as chunks:
             total, request_id = 0, None
             async for asked, chunk, is_last in chunks:
                 total += len(chunk.token_ids)
@@ -143,8 +145,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                     link.finish(request.id, reason, choice)
 
     @asynccontextmanager
-    async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Counts a call, and ends it with the status that an error stands for."""
+    async def _call(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[None]:
+        """Counts a call, and ends it with the status that an error stands for.
+
+        Of a fault of ours the caller gets the request's id, and the log what it was.
+        """
         self._calls += 1
         self._idle.clear()
         try:
@@ -152,12 +159,16 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except QuireError as error:
             if isinstance(error, Overloaded):
                 context.set_trailing_metadata((("retry-after", f"{error.retry_after:g}"),))
+            if isinstance(error, Internal):
+                log.error("a call failed: %s", error)
             await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
         except grpc.aio.AbortError:
             raise
         except Exception:
-            log.exception("a call failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "a fault in Quire; see the server's log")
+            name = request.request_id[:MAX_NAME_LENGTH] or secrets.token_hex(8)
+            log.exception("request %r: a call failed", name)
+            why = f"request {name!r}: a fault in Quire; the server's log says more"
+            await context.abort(grpc.StatusCode.INTERNAL, why)
         finally:
             self._calls -= 1
             if not self._calls:

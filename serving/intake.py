@@ -193,7 +193,7 @@ class Intake:
     def _encode(self, field: str, text: str, **how: Any) -> list[int]:
         if self._tokenizer is None:
             raise no_tokenizer(field)
-        return self._tokenizer.encode(text, **how)
+        return self._tokenizer.encode(text, field=field, **how)
 
 
 def no_tokenizer(field: str) -> InvalidRequest:

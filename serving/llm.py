@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from types import TracebackType
@@ -304,6 +304,8 @@ class LLM:
             each = [self._intake.default_sampling(len(p)) for p in prompts]
         elif isinstance(sampling, SamplingParams):
             each = [sampling] * len(prompts)
+        elif isinstance(sampling, str | bytes | Mapping) or not isinstance(sampling, Iterable):
+            raise invalid("sampling_params", sampling, "SamplingParams, or a list of them")
         else:
             each = list(sampling)
         if len(each) != len(prompts):
@@ -314,7 +316,7 @@ class LLM:
         requests = []
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(params, SamplingParams):
-                raise invalid("sampling_params", type(params).__name__, "SamplingParams")
+                raise invalid(f"sampling_params[{i}]", params, "SamplingParams")
             if streamed:
                 _naming(i, prompts, check_streamable, params)
             request = _naming(i, prompts, self._intake.request, prompt, params)
@@ -336,14 +338,17 @@ def _raise_first(results: list[Generation]) -> None:
     """Raises the error of the first request that failed, with all results."""
     failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
     for i, error in failed[:1]:
-        error = copy.copy(error)  # an engine that closes tells all its callers with one
+        error, cause = (
+            copy.copy(error),
+            error.__cause__,
+        )  # the one in the results shall not hold them
         error.results = results
         if len(results) > 1:
             error.add_note(
                 f"prompt {i} of {len(results)} (from 0); {len(failed)} of them failed, and the "
                 "answers to the others are in the error's `results`"
             )
-        raise error
+        raise error from cause
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
@@ -222,14 +223,18 @@ def test_invalid_requests_name_the_field(
 
 
 def test_a_fault_of_ours_is_internal_and_tells_no_secrets(
-    served: Running, monkeypatch: pytest.MonkeyPatch
+    served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("secret")
 
     monkeypatch.setattr(served.parts.intake, "request", broken)
-    error = refused(lambda: served.stub.Generate(ask(), timeout=60))
-    assert error.code() == StatusCode.INTERNAL and "secret" not in error.details()
+    for name, shown in (("mine", "'mine'"), ("", r"'[0-9a-f]{16}'")):
+        error = refused(lambda: served.stub.Generate(ask(request_id=name), timeout=60))  # noqa: B023
+        assert error.code() == StatusCode.INTERNAL
+        says = rf"(request {shown}): a fault in Quire; the server's log says more"
+        assert (found := re.fullmatch(says, error.details()))
+        assert f"{found[1]}: a call failed" in caplog.text and "secret" in caplog.text
 
 
 def test_a_full_queue_is_resource_exhausted_and_says_when_to_retry(folder: Path) -> None:
@@ -478,7 +483,9 @@ def test_an_engine_that_dies_ends_its_calls(folder: Path) -> None:
         for stream in streams:
             error = refused(lambda: stream)  # noqa: B023
             assert error.code() == StatusCode.INTERNAL
-            assert "the engine failed" in error.details()
+            assert re.fullmatch(
+                "request '.*': the engine failed; its log says why", error.details()
+            )
         assert not running.engine.healthy
         error = refused(lambda: running.stub.Generate(ask(), timeout=60))
         assert error.code() == StatusCode.UNAVAILABLE

@@ -103,7 +103,13 @@ def test_text_is_what_the_tokens_say(llm: LLM) -> None:
         ([[1], [1]], [GREEDY, greedy(max_tokens=4096)], "prompt 1 of 2 .*max_tokens: got 4096"),
         ([[1], [1]], [GREEDY], "sampling_params: got 1, must be one or as many as prompts"),
         ([1], [GREEDY, GREEDY], "sampling_params: got 2"),
-        ([1], [{"max_tokens": 3}], "sampling_params: got 'dict'"),
+        (
+            [1],
+            [{"max_tokens": 3}],
+            r"sampling_params\[0\]: got {'max_tokens': 3}, must be Sampling",
+        ),
+        ([1], {"n": 1}, "sampling_params: got {'n': 1}, must be SamplingParams, or a list of them"),
+        ([1], 5, "sampling_params: got 5, must be SamplingParams"),
     ],
 )
 def test_if_one_is_refused_none_runs(llm: LLM, prompts: Any, sampling: Any, says: str) -> None:
