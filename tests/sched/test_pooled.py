@@ -98,5 +98,5 @@ def test_prompts_may_be_as_long_as_the_context() -> None:
 
 def test_there_is_nothing_to_choose() -> None:
     request, sampled = make_request("a", pooled=True), make_request("a", temperature=0.5)
-    with pytest.raises(InvalidRequest, match="sampling: got .* POOLED_SAMPLING"):
+    with pytest.raises(InvalidRequest, match=r"sampling: got .* POOLED_SAMPLING"):
         Driver(make_spec()).submit(replace(request, sampling=sampled.sampling))
