@@ -19,7 +19,7 @@ from ..checkpoints.folder import Checkpoint
 from ..errors import CheckpointError, InvalidRequest, invalid
 from ..model.plan import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_IDS, RunnerSpec
 from ..sched.limits import check_request, context_limit
-from ..sched.request import Request, SamplingParams
+from ..sched.request import POOLED_SAMPLING, Request, SamplingParams
 from .answer import Answer
 from .choices import Choices
 
@@ -118,24 +118,34 @@ class Intake:
         Raises:
           InvalidRequest: it can never be served as asked.
         """
-        for field in ("name", "tenant", "cache_salt"):
-            value = getattr(labels, field)
-            if len(value) > MAX_NAME_LENGTH:
-                # Callers know the name as request_id.
-                field = "request_id" if field == "name" else field
-                limit = f"at most {MAX_NAME_LENGTH} characters"
-                raise invalid(field, f"{len(value)} characters", limit)
+        _check_labels(labels)
         if sampling.stop and self._tokenizer is None:
             raise invalid("stop", list(sampling.stop), f"empty: {_NO_TOKENIZER}")
+        return self._checked(prompt, _seeded(self._with_bad_words_as_ids(sampling)), labels)
+
+    def embedding(self, prompt: tuple[int, ...], labels: Labels = Labels()) -> Request:
+        """A request for a prompt's embedding (serving/embedding.py follows it); raises likewise."""
+        _check_labels(labels)
+        return self._checked(prompt, POOLED_SAMPLING, labels, pooled=True)
+
+    def _checked(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        labels: Labels,
+        *,
+        pooled: bool = False,
+    ) -> Request:
         request = Request(
             id=_drawn_id(labels.name),
             prompt=prompt,
-            sampling=_seeded(self._with_bad_words_as_ids(sampling)),
+            sampling=sampling,
             eos_ids=self._eos_ids,
             priority=labels.priority,
             tenant=labels.tenant,
             deadline=labels.deadline,
             cache_salt=labels.cache_salt,
+            pooled=pooled,
         )
         check_request(request, self._spec)
         return request
@@ -249,6 +259,16 @@ def _check_messages(messages: object) -> None:
     for at, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise invalid(f"messages[{at}]", message, limit)
+
+
+def _check_labels(labels: Labels) -> None:
+    for field in ("name", "tenant", "cache_salt"):
+        value = getattr(labels, field)
+        if len(value) > MAX_NAME_LENGTH:
+            # Callers know the name as request_id.
+            field = "request_id" if field == "name" else field
+            limit = f"at most {MAX_NAME_LENGTH} characters"
+            raise invalid(field, f"{len(value)} characters", limit)
 
 
 def _drawn_id(name: str) -> str:
