@@ -1,4 +1,4 @@
-"""Embeddings of a checkpoint that transformers saved: transformers' own, however they are batched."""
+"""Embeddings of a checkpoint that transformers saved are transformers' own, however batched."""
 
 from __future__ import annotations
 

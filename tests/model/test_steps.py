@@ -378,7 +378,7 @@ def test_state_is_donated_to_every_program(runner):
 
 
 def a_bit_of_everything(runner):
-    """Answers under controls, prompt scores, an embedding, k tokens at once: tokens, then real numbers."""
+    """Answers under controls, scores, an embedding, k tokens at once; whole numbers first."""
     controlled, logprobs = answers(runner, Sampler.FULL, range(ROWS), SAMPLED, CONTROLS, steps=4)
     plan = prompt_plan(
         PROMPTS[2], MIXED[Sampler.FULL], inits=(SlotInit(slot=0, position=0, remaining=5),),
