@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 from engines import at_rest, eventually, held
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import StatusCode
-from running import Running
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from running import SERVICE, Running
 
 from quire import LLM, SamplingParams, __version__
 from quire.errors import InvalidRequest
@@ -444,6 +448,17 @@ def test_bad_values_of_other_methods(
 def test_text_without_a_tokenizer(bare: Running, method: str, request_: Any, start: str) -> None:
     details = refused(lambda: getattr(bare.stub, method)(request_, timeout=60))
     assert details.startswith(start), details
+
+
+def test_tools_find_the_contract_by_reflection(served: Running) -> None:
+    found = ProtoReflectionDescriptorDatabase(served.channel)
+    services = set(found.get_services())
+    assert {SERVICE, "grpc.health.v1.Health"} <= services
+    pool = DescriptorPool(found)
+    methods = pool.FindServiceByName(SERVICE).methods_by_name
+    assert set(methods) == set(pb.DESCRIPTOR.services_by_name["GenerationService"].methods_by_name)
+    chunk = methods["StreamGenerate"].output_type
+    assert chunk.fields_by_name["timing"].number == 10
 
 
 def test_methods_that_are_not_open_yet(folder: Path) -> None:
