@@ -4,7 +4,7 @@ the `dev` extra. Run by `make protos`, `make protos-check` (a part of `make lint
 
     python -P -m quire.tools.protos write    generate the stubs of every .proto anew
     python -P -m quire.tools.protos check    fail if stubs are stale, or a promise is broken
-    python -P -m quire.tools.protos accept   take additions to the public contract into its golden file
+    python -P -m quire.tools.protos accept   take additions to the contract into its golden file
 
 The golden file is the public contract as clients may know it: a FileDescriptorSet as text. Whatever
 was added to the .proto must be accepted into it, or `check` fails, so that nothing goes unguarded.
