@@ -22,7 +22,7 @@ from google.protobuf.descriptor_pb2 import (
 
 def breaking_changes(before: FileDescriptorSet, after: FileDescriptorSet) -> list[str]:
     """One line a change that breaks a client of `before`: where, what it was, what it is."""
-    found = []
+    found: list[str] = []
     for old, new, name in _pairs(before.file, after.file):
         found += [f"{name}: removed"] if new is None else _in_file(old, new)
     return found
