@@ -68,11 +68,14 @@ def test_every_prompt_at_every_regular_chunking(kind: str, prompt: str) -> None:
 def test_any_tokens_at_any_chunking_with_any_stops(kind: str, data: st.DataObject) -> None:
     """Tokens that a model may as well emit in any order, so characters break anywhere."""
     tokens = tokenizer(kind)
+    top = tokens.vocab_size
+    spelled = [tokens.token_to_id(f"<0x{byte:02X}>") for byte in b" \xe4\xbd\xf0\n"]
+    awkward = st.sampled_from([i for i in spelled if i is not None] + list(range(top - 12, top)))
     pieces = data.draw(
         st.lists(
             st.one_of(
                 st.sampled_from(PROMPTS).map(tokens.encode),
-                st.lists(st.integers(0, tokens.vocab_size + 3), max_size=5),
+                st.lists(st.one_of(awkward, st.integers(0, top + 3)), max_size=6),
             ),
             max_size=4,
         )
