@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
+
 from ..errors import (
     DeadlineExceeded,
     Internal,
@@ -88,6 +90,7 @@ def submit_message(handle: int, request: Request) -> pb.Submit:
         seconds_left=left,
         adapter=request.adapter,
         cache_salt=request.cache_salt,
+        pooled=request.pooled,
     )
 
 
@@ -104,6 +107,7 @@ def request_of(message: pb.Submit) -> Request:
         deadline=time.monotonic() + message.seconds_left if has_deadline else None,
         adapter=message.adapter,
         cache_salt=message.cache_salt,
+        pooled=message.pooled,
     )
 
 
@@ -150,6 +154,7 @@ def output_message(handle: int, output: RequestOutput) -> pb.Output:
         error=None if output.error is None else error_message(output.error),
         cached_tokens=output.cached_tokens,
         ended=output.ended,
+        pooled=None if output.pooled is None else output.pooled.astype("<f4").tobytes(),
     )
 
 
@@ -168,6 +173,7 @@ def output_of(message: pb.Output, request_id: str) -> RequestOutput:
         choice=message.choice,
         ended=message.ended,
         prompt_logprobs=None if scores is None else (*unknown, *_logprobs_of(scores)),
+        pooled=np.frombuffer(message.pooled, "<f4") if message.HasField("pooled") else None,
     )
 
 

@@ -9,31 +9,50 @@ serving/server.py gives the service its life from bind to drain.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import TypeVar
 from urllib.parse import quote
 
 import grpc
 
-from ..errors import Internal, Overloaded, QuireError, Unavailable, invalid
+from ..errors import Internal, InvalidRequest, Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.request import Request, RequestOutput
 from .answer import Chunk, Completion
 from .choices import Choices, best, check_streamable
+from .embedding import embed_all
 from .engine_link import EngineLink
-from .intake import MAX_NAME_LENGTH, Intake, Prompt
-from .wire import chunk_message, labels_of, prompt_of, response_message, sampling_of
+from .intake import MAX_NAME_LENGTH, Chat, Intake, Labels, Prompt, check_labels
+from .model_info import model_info
+from .wire import (
+    chunk_message,
+    embed_message,
+    labels_of,
+    prompt_of,
+    response_message,
+    sampling_of,
+)
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 _LONG_TEXT = 16_384
 """Characters from which on a prompt is tokenized off the event loop (a millisecond or more)."""
+
+_MANY_TOKENS = 4_096
+"""Token ids from which on they are made text off the event loop."""
+
+MAX_INPUTS = 2_048
+"""Of one call of Embed."""
 
 _MOST_DETAILS = 6_000
 """Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
@@ -44,6 +63,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     def __init__(self) -> None:
         self._backend: tuple[EngineLink, Intake] | None = None
+        self._info = pb.ModelInfo()
         self._closed_because = "the engine is starting; try again when health says SERVING"
         self._names: set[str] = set()  # what callers call their unfinished requests
         self._calls = 0
@@ -52,6 +72,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
     def open(self, link: EngineLink, intake: Intake) -> None:
         """Starts answering."""
+        self._info = model_info(intake)
         self._backend = link, intake
 
     def refuse(self, why: str) -> None:
@@ -67,7 +88,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
         chunks_of = self._chunks(request, context)
-        async with self._call(request, context), aclosing(chunks_of) as chunks:
+        async with self._call(context, request.request_id), aclosing(chunks_of) as chunks:
             completions: dict[int, Completion] = {}
             scores = None
             async for asked, chunk, is_last in chunks:
@@ -92,7 +113,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         chunks_of = self._chunks(request, context, streamed=True)
-        async with self._call(request, context), aclosing(chunks_of) as chunks:
+        async with self._call(context, request.request_id), aclosing(chunks_of) as chunks:
             total, request_id = 0, None
             async for asked, chunk, is_last in chunks:
                 total += len(chunk.token_ids)
@@ -115,16 +136,12 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[tuple[Request, Chunk, bool], None]:
         """Submits a request and yields its chunks, and whether each is the last; what is pending
         together for one answer comes as one."""
-        if self._backend is None:
-            raise Unavailable(self._closed_because)
-        link, intake = self._backend
+        link, intake = self._open_backend()
         prompt = await _tokens(intake, prompt_of(message))
         sampling = intake.default_sampling(len(prompt), **sampling_of(message))
         if streamed:
             check_streamable(sampling)
-        left = context.time_remaining()
-        deadline = None if left is None else time.monotonic() + left
-        request = intake.request(prompt, sampling, labels_of(message, deadline))
+        request = intake.request(prompt, sampling, labels_of(message, _deadline(context)))
         choices = intake.choices(sampling)
         with self._name(message.request_id), link.open(request) as pending:
             try:
@@ -144,9 +161,71 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 for reason, choice in choices.news(leaving=True):
                     link.finish(request.id, reason, choice)
 
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        response = pb.TokenizeResponse()
+        async with self._call(context):
+            _, intake = self._open_backend()
+            prompt = prompt_of(request)
+            if not isinstance(prompt, str):
+                if request.HasField("add_special_tokens"):
+                    limit = "unset with chat, whose special tokens the template writes"
+                    raise invalid("add_special_tokens", request.add_special_tokens, limit)
+                tokens = await _tokens(intake, prompt)
+            else:
+                special = request.add_special_tokens or not request.HasField("add_special_tokens")
+                encode = functools.partial(intake.encode, prompt, add_special_tokens=special)
+                tokens = await _off_loop(encode, if_above=_LONG_TEXT, size=len(prompt))
+            spellings = intake.spellings(tokens) if request.return_tokens else ()
+            response = pb.TokenizeResponse(token_ids=tokens, tokens=spellings)
+        return response
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        response = pb.DetokenizeResponse()
+        async with self._call(context):
+            _, intake = self._open_backend()
+            ids = list(request.token_ids)
+            skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+            decode = functools.partial(intake.decode, ids, skip_special_tokens=skip)
+            text = await _off_loop(decode, if_above=_MANY_TOKENS, size=len(ids))
+            response = pb.DetokenizeResponse(text=text)
+        return response
+
+    async def Embed(
+        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EmbedResponse:
+        response = pb.EmbedResponse()
+        async with self._call(context, request.request_id):
+            link, intake = self._open_backend()
+            if not 0 < len(request.inputs) <= MAX_INPUTS:
+                limit = f"1 to {MAX_INPUTS}"
+                raise invalid("inputs", f"{len(request.inputs)} inputs", limit)
+            labels = labels_of(request, _deadline(context))
+            asked = await asyncio.to_thread(_embed_requests, intake, request, labels)
+            with self._name(request.request_id):
+                outputs = await embed_all(link, asked)
+            request_id = request.request_id or asked[0].id
+            response = embed_message(request_id, asked, outputs)
+        return response
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ModelInfo:
+        async with self._call(context):
+            self._open_backend()
+        return self._info
+
+    def _open_backend(self) -> tuple[EngineLink, Intake]:
+        if self._backend is None:
+            raise Unavailable(self._closed_because)
+        return self._backend
+
     @asynccontextmanager
     async def _call(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, context: grpc.aio.ServicerContext, request_id: str = ""
     ) -> AsyncIterator[None]:
         """Counts a call, and ends it with the status that an error stands for.
 
@@ -165,7 +244,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except grpc.aio.AbortError:
             raise
         except Exception:
-            name = request.request_id[:MAX_NAME_LENGTH] or secrets.token_hex(8)
+            name = request_id[:MAX_NAME_LENGTH] or secrets.token_hex(8)
             log.exception("request %r: a call failed", name)
             why = f"request {name!r}: a fault in Quire; the server's log says more"
             await context.abort(grpc.StatusCode.INTERNAL, why)
@@ -197,10 +276,34 @@ def _details(error: QuireError) -> str:
     return text
 
 
-async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:
-    if isinstance(prompt, str) and len(prompt) >= _LONG_TEXT:
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left
+
+
+async def _tokens(intake: Intake, prompt: Prompt | Chat) -> tuple[int, ...]:
+    if isinstance(prompt, Chat):  # a template may take its time
         return await asyncio.to_thread(intake.tokens_of, prompt)
-    return intake.tokens_of(prompt)
+    size = len(prompt) if isinstance(prompt, str) else 0
+    encode = functools.partial(intake.tokens_of, prompt)
+    return await _off_loop(encode, if_above=_LONG_TEXT, size=size)
+
+
+async def _off_loop(work: Callable[[], Result], *, if_above: int, size: int) -> Result:
+    """Does work of some size, off the event loop where it is large."""
+    return await asyncio.to_thread(work) if size >= if_above else work()
+
+
+def _embed_requests(intake: Intake, message: pb.EmbedRequest, labels: Labels) -> list[Request]:
+    """One an input of an Embed call; what is wrong with one is said to be its."""
+    check_labels(labels)
+    requests = []
+    for at, given in enumerate(message.inputs):
+        try:
+            requests.append(intake.embedding(intake.tokens_of(prompt_of(given)), labels))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"inputs[{at}]: {error}") from error
+    return requests
 
 
 def _pushed(

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast, overload
 
 from ..config import EngineConfig, check_names
 from ..errors import InvalidRequest, QuireError, invalid
+from ..model.plan import FloatArray
 from ..sched.request import Request, SamplingParams
 from ..sched.stats import EngineStats
 from . import beam
@@ -27,6 +28,7 @@ from .answer import Chunk, Completion, Logprob, PositionLogprobs
 from .assemble import Assembled, assemble
 from .beam import Beam, BeamSearchParams, BeamSearchResult
 from .choices import Choices, best, check_streamable
+from .embedding import Embedding
 from .intake import Messages, Prompt
 from .progress import Reporter, Silent
 from .streams import Routes, Stream
@@ -161,6 +163,28 @@ class LLM:
         if not return_errors:
             _raise_first(results)
         return results
+
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[FloatArray]:
+        """Embeddings of prompts, all in one batch; they come in the order of the prompts.
+
+        Each is float32 [hidden size]: the hidden state after the final norm at the prompt's last
+        token, scaled to length 1. Prompts are as for `generate`; a text gets the tokenizer's
+        special tokens.
+
+        Raises:
+          InvalidRequest: a prompt cannot be served; then none of them runs.
+          QuireError: a request failed on the way; then all of them end.
+        """
+        tokens = self._tokens(_as_list(prompts))
+        requests = [
+            (_naming(i, tokens, self._intake.embedding, ids), Embedding())
+            for i, ids in enumerate(tokens)
+        ]
+        found = Stream(
+            self._engine, self._routes, requests, lambda i, vector: (i, vector), keep=self
+        )
+        with found:
+            return [vector for _, vector in sorted(found, key=lambda item: item[0])]
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams

@@ -10,6 +10,7 @@ import socket
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from ..errors import Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
@@ -53,6 +54,9 @@ class Server:
             self._service, self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         self.port = 0
 
     @property

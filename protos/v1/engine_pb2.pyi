@@ -25,7 +25,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "id", "prompt", "sampling", "eos_ids", "priority", "tenant", "seconds_left", "adapter", "cache_salt")
+    __slots__ = ("handle", "id", "prompt", "sampling", "eos_ids", "priority", "tenant", "seconds_left", "adapter", "cache_salt", "pooled")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Submit(_message.Message):
     SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -46,7 +47,8 @@ class Submit(_message.Message):
     seconds_left: float
     adapter: int
     cache_salt: str
-    def __init__(self, handle: _Optional[int] = ..., id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., eos_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., seconds_left: _Optional[float] = ..., adapter: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    pooled: bool
+    def __init__(self, handle: _Optional[int] = ..., id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., eos_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., seconds_left: _Optional[float] = ..., adapter: _Optional[int] = ..., cache_salt: _Optional[str] = ..., pooled: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "seed", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "n", "best_of")
@@ -131,16 +133,20 @@ class FromEngine(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., stats: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "folder", "ignore_config_fields", "limits")
+    __slots__ = ("protocol", "folder", "ignore_config_fields", "limits", "name", "dtype")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     IGNORE_CONFIG_FIELDS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     folder: str
     ignore_config_fields: _containers.RepeatedScalarFieldContainer[str]
     limits: Limits
-    def __init__(self, protocol: _Optional[int] = ..., folder: _Optional[str] = ..., ignore_config_fields: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    name: str
+    dtype: str
+    def __init__(self, protocol: _Optional[int] = ..., folder: _Optional[str] = ..., ignore_config_fields: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., name: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("num_slots", "num_pages", "page_size", "max_pages_per_seq", "max_model_len", "vocab_size", "max_k", "ladder")
@@ -187,7 +193,7 @@ class Step(_message.Message):
     def __init__(self, handles: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("handle", "choice", "tokens", "logprobs", "prompt_logprobs", "finish_reason", "stop_token", "error", "cached_tokens", "ended")
+    __slots__ = ("handle", "choice", "tokens", "logprobs", "prompt_logprobs", "finish_reason", "stop_token", "error", "cached_tokens", "ended", "pooled")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +204,7 @@ class Output(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     choice: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -208,7 +215,8 @@ class Output(_message.Message):
     error: Error
     cached_tokens: int
     ended: bool
-    def __init__(self, handle: _Optional[int] = ..., choice: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., finish_reason: _Optional[str] = ..., stop_token: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., ended: bool = ...) -> None: ...
+    pooled: bytes
+    def __init__(self, handle: _Optional[int] = ..., choice: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., finish_reason: _Optional[str] = ..., stop_token: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., ended: bool = ..., pooled: _Optional[bytes] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("tokens", "logprobs", "ranks", "top_tokens", "top_logprobs", "after_unknown")

@@ -34,6 +34,7 @@ from ..engine_wire import (
     request_of,
     stats_values,
 )
+from ..intake import Served
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
@@ -54,7 +55,12 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         self._routes: dict[str, _Route] = {}  # of all unfinished requests, by id
 
     def open(
-        self, engine: Engine, spec: RunnerSpec, folder: str, ignore_config_fields: tuple[str, ...]
+        self,
+        engine: Engine,
+        spec: RunnerSpec,
+        folder: str,
+        ignore_config_fields: tuple[str, ...],
+        served: Served,
     ) -> None:
         """Starts serving an engine that delivers here.
 
@@ -63,6 +69,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
           spec: its limits.
           folder: of the model; where frontends find its tokenizer.
           ignore_config_fields: as the engine's own.
+          served: for those who ask which model it is.
         """
         self._engine = engine
         self._welcome = pb.Welcome(
@@ -70,6 +77,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             folder=folder,
             ignore_config_fields=ignore_config_fields,
             limits=limits_message(spec),
+            name=served.name,
+            dtype=served.dtype,
         )
         self._opened.set()
 

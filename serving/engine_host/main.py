@@ -21,6 +21,7 @@ from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.engine import Engine
 from ...sched.request import RequestOutput
 from ..engine_wire import OPTIONS
+from ..intake import Served
 from ..lifeline import Lifeline
 from .host import EngineHost
 from .watchdog import watch
@@ -39,6 +40,7 @@ class Built:
     engine: Engine
     spec: RunnerSpec
     folder: str
+    served: Served
 
 
 Build = Callable[[EngineConfig, Callable[[list[RequestOutput]], None]], Built]
@@ -65,7 +67,7 @@ async def serve(news: int, build: Build | None = None) -> int:
         if not building.done():
             os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
         built = building.result()
-        host.open(built.engine, built.spec, built.folder, config.ignore_config_fields)
+        host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
         watch(built.engine, settings.step_timeout)
         line.say(ready=True)
         failed = asyncio.ensure_future(_failed(built.engine))
@@ -92,4 +94,5 @@ def _assembled(config: EngineConfig, deliver: Callable[[list[RequestOutput]], No
 
     parts = assemble(config, deliver, Terminal())
     quiet_collector()
-    return Built(parts.engine, parts.sizes.spec, str(parts.checkpoint.folder))
+    folder = str(parts.checkpoint.folder)
+    return Built(parts.engine, parts.sizes.spec, folder, parts.intake.served)

@@ -83,5 +83,5 @@ class _Intakes:
             checkpoint = Checkpoint.open(
                 link.folder, ignore_fields=link.ignore_config_fields, weights=False
             )
-            self._made = link.welcome, Intake(checkpoint, link.spec)
+            self._made = link.welcome, Intake(checkpoint, link.spec, link.served)
         return self._made[1]

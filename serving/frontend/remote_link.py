@@ -30,6 +30,7 @@ from ..engine_wire import (
     stats_of,
     submit_message,
 )
+from ..intake import Served
 from ..pending import Pace, Pending
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
@@ -44,6 +45,7 @@ class RemoteLink:
     Attributes:
       welcome: how the engine introduced itself.
       spec: its limits.
+      served: what model it is.
       folder: of the model.
       ignore_config_fields: with which the folder is to be opened.
     """
@@ -51,6 +53,7 @@ class RemoteLink:
     def __init__(self, channel: grpc.aio.Channel, call: Any, welcome: pb.Welcome):
         self.welcome = welcome
         self.spec = spec_of(welcome.limits)
+        self.served = Served(welcome.name, welcome.dtype)
         self.folder = welcome.folder
         self.ignore_config_fields = tuple(welcome.ignore_config_fields)
         self._channel, self._call = channel, call

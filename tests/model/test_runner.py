@@ -180,7 +180,7 @@ def test_what_is_packed_is_unpacked(fresh):
 def test_what_the_runner_does_not_serve_is_refused(fresh):
     with pytest.raises(ValueError, match=r"plan\.k: got 2, must be its bucket's 1"):
         fresh.launch(dataclasses.replace(decode_plan(0), k=2))
-    with pytest.raises(ValueError, match=r"plan\.emits"):
+    with pytest.raises(ValueError, match=r"plan\.emits: POOLED: needs a FULL bucket with prompt"):
         fresh.launch(prompt_plan((1,), emit=Emit.POOLED))
     rich = LADDER.choose(1, 1, Sampler.FULL, decode_only=True)
     for plan in (prompt_plan((1, 2)), decode_plan(0, bucket=rich)):
@@ -216,6 +216,8 @@ def test_warmup_compiles_everything_and_arms_the_guard():
             continue
         scored = (ScoredRow(0, ints(2, 5)),) if bucket.sampler == Sampler.FULL else ()
         run(runner, prompt_plan((1, 2), bucket=bucket, scored=scored, **more))
+        if bucket.sampler == Sampler.FULL:
+            run(runner, prompt_plan((1, 2), bucket=bucket, emit=Emit.POOLED, inits=(init,)))
     run(runner, decode_plan(0, page_copies=ints((1, 2)).reshape(1, 2)))
     runner.reset()
     assert runner.compiles_after_ready == 0

@@ -80,7 +80,8 @@ class Running:
         self._internal.add_insecure_port(self.engine_address)
         await self._internal.start()
         self.parts = parts = await loop.run_in_executor(None, assemble, self._config, host.deliver)
-        host.open(parts.engine, parts.sizes.spec, str(parts.checkpoint.folder), ())
+        folder, served = str(parts.checkpoint.folder), parts.intake.served
+        host.open(parts.engine, parts.sizes.spec, folder, (), served)
         self.link = await RemoteLink.attach(self.engine_address)
         await self.server.serve(self.link, parts.intake)
 

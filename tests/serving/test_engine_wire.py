@@ -6,6 +6,7 @@ import time
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quire.errors import (
@@ -57,6 +58,7 @@ REQUEST: dict[str, Any] = {
     "deadline": 1e9,
     "adapter": 1,
     "cache_salt": "salt",
+    "pooled": True,
 }
 
 OUTPUT: dict[str, Any] = {
@@ -68,7 +70,9 @@ OUTPUT: dict[str, Any] = {
     ),
     "finish_reason": FinishReason.STOP,
     "stop_token": 0,
-    "error": None,  # is not compared; see below
+    # Are not compared; see below.
+    "error": None,
+    "pooled": None,
     "cached_tokens": 32,
     "choice": 3,
     "ended": True,
@@ -80,7 +84,7 @@ def unlike_defaults(kind: Any, given: dict[str, Any], leaving_out: set[str]) -> 
     """Every field is given, and not as it is by itself, so that one left behind would be seen."""
     assert {f.name for f in fields(kind)} - leaving_out == set(given)
     for f in fields(kind):
-        if f.name in given and f.name != "error":
+        if f.name in given and f.name not in ("error", "pooled"):
             assert given[f.name] != f.default
 
 
@@ -136,6 +140,14 @@ def test_an_output_arrives_whole() -> None:
     assert received(RequestOutput("r", (1,))) == RequestOutput("r", (1,))
     empty = RequestOutput("r", (), logprobs=(), prompt_logprobs=(None,))
     assert received(empty) == empty
+
+
+def test_an_embedding_arrives_bit_for_bit() -> None:
+    given = np.array([0.1, -1e-30, 3e38], np.float32)
+    arrived = received(RequestOutput("r", pooled=given)).pooled
+    assert arrived is not None and arrived.dtype == np.float32
+    assert arrived.tolist() == given.tolist()
+    assert received(RequestOutput("r")).pooled is None
 
 
 @pytest.mark.parametrize("kind", [InvalidRequest, DeadlineExceeded, Unavailable, Internal])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,6 @@ from quire.serving.pending import Pending
 from quire.serving.server import Server
 
 PROMPT = "the quick brown fox"
-
-
-@pytest.fixture(scope="session")
-def served(folder: Path) -> Iterator[Running]:
-    with Running(folder) as running:
-        yield running.open()
 
 
 def ask(prompt: Any = PROMPT, request_id: str = "", **sampling: Any) -> pb.GenerateRequest:

@@ -22,6 +22,7 @@ from ...sched.request import RequestOutput
 from ...sched.scheduler import Scheduler
 from ...serving.collector import quiet_collector
 from ...serving.engine_host import main
+from ...serving.intake import Served
 from ...serving.progress import Silent
 
 STEP = 0.01
@@ -104,7 +105,7 @@ def build(config: EngineConfig, deliver: Callable[[list[RequestOutput]], None]) 
     engine = Engine(PacedRunner(spec), scheduler, overlap=True, on_outputs=deliver)
     engine.start()
     quiet_collector()
-    return main.Built(engine, spec, str(folder))
+    return main.Built(engine, spec, str(folder), Served(config.model, "none"))
 
 
 async def serve(news: int) -> int:
