@@ -62,10 +62,11 @@ async def _serve_engines(server: Server, address: str, line: Lifeline) -> None:
             continue
         try:
             intake = await asyncio.to_thread(intakes.of, link)
-            await server.serve(link, intake)
-            line.say(ready=True)
-            await link.lost()
-            line.say(ready=False)
+            if link.healthy:
+                await server.serve(link, intake)
+                line.say(ready=True)
+                await link.lost()
+                line.say(ready=False)
         finally:
             if not link.healthy:
                 await server.pause(_LOST)

@@ -32,7 +32,7 @@ from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.stats import EngineStats
 from quire.serving.frontend.remote_link import RemoteLink
-from quire.serving.supervisor import supervisor
+from quire.serving.supervisor import child, supervisor
 from quire.serving.supervisor.port import hold
 from quire.serving.supervisor.supervisor import Supervisor
 
@@ -232,6 +232,18 @@ def test_a_frontend_that_hangs_is_detached(folder: Path, monkeypatch: pytest.Mon
         os.kill(victim, signal.SIGSTOP)
         eventually(lambda: 0 < service.stats().finished < 8)
         os.kill(victim, signal.SIGKILL)
+
+
+def test_an_engine_that_hangs_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "SILENCE", 3.0)
+    with running(folder) as service:
+        stream = service.stream(3000)
+        next(stream)
+        os.kill(service.engine_pid(), signal.SIGSTOP)
+        assert failed(stream) == StatusCode.UNAVAILABLE
+        service.heard(r"(the engine: hung; started again in 0\.1 s)")
+        service.heard(r"(ready again on .*)")
+        assert tokens_of(service.stream(5)) == 5
 
 
 def test_a_step_that_hangs_ends_the_engine(

@@ -33,7 +33,8 @@ class Seen:
 async def _read(
     channel: grpc.aio.Channel, request: bytes, seen: Seen, vocab: int, begin: float, end: float
 ) -> None:
-    call = channel.unary_stream("/quire.v1.GenerationService/StreamGenerate")(request)
+    method = "/quire.v1.GenerationService/StreamGenerate"
+    call = channel.unary_stream(method, None, None)(request)  # bytes both ways
     clock = Clock(vocab)
     async for message in call:
         now = time.monotonic()
