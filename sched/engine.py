@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from enum import Enum
 
@@ -82,7 +82,7 @@ class Engine:
         self._state = State.OPEN
         self._why_closed = "the engine was stopped"
         self._inbox: list[Request | tuple[str, FinishReason, int | None]] = []
-        self._pending = 0  # requests in the inbox
+        self._pending: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._live: set[str] = set()  # accepted, and not told yet that they ended
 
     # ---- any thread
@@ -102,10 +102,11 @@ class Engine:
                 raise Unavailable(f"request {request.id!r}: {self._why_closed}")
             if request.id in self._live:
                 raise invalid("id", request.id, "unlike that of every unfinished request")
-            self._scheduler.check_queue(self._pending)
+            pending = self._pending
+            self._scheduler.check_queue(request.tenant, pending.total(), pending[request.tenant])
             self._live.add(request.id)
             self._inbox.append(request)
-            self._pending += 1
+            pending[request.tenant] += 1
             self._wake.notify_all()
 
     def finish(
@@ -230,7 +231,7 @@ class Engine:
                 else:
                     self._scheduler.finish(*message)
             self._inbox.clear()
-            self._pending = 0
+            self._pending.clear()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:
@@ -275,7 +276,7 @@ class Engine:
             ended = sorted(self._live)
             self._live.clear()
             self._inbox.clear()
-            self._pending = 0
+            self._pending.clear()
         if not ended:
             return
         try:
