@@ -6,10 +6,13 @@ computed and asks who is next. Owns what is known of each tenant.
 Each tenant has a virtual time: the cost of what was computed for it, by its weight. Of the requests
 of the best priority that wait, those of the tenant with the least virtual time go first (within a
 tenant: by priority, then arrival). This is start-time fair queueing with costs counted as they
-arise, because nobody knows an answer's length beforehand: a tenant that begins to wait is brought
-up to the virtual time at which the last request was admitted, so that nobody gains credit by asking
-little, and whoever asks all the time gets its weight's share of the tokens, however many requests
-it has waiting. With a single tenant nothing is counted.
+arise, because nobody knows an answer's length beforehand: whoever asks all the time gets its
+weight's share of the tokens, however many requests it has waiting.
+
+Who asks at random times needs more than its share now and less then. So a tenant that begins to
+wait keeps what it left unused of its share in the last CREDIT_SECONDS, and is brought up to the
+virtual time of then if it is behind that: nobody gains more credit by asking little. With a single
+tenant nothing is counted.
 
 Virtual times only grow, so a heap with entries that may be out of date finds the least of them:
 O(log tenants) an admission.
@@ -18,25 +21,37 @@ O(log tenants) an admission.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from .sequence import Sequence
 from .tenant import Tenant
 
 OUTPUT_COST = 4.0
 """Cost of an output token, in prompt tokens; about what both take of a device that serves many."""
+CREDIT_SECONDS = 60.0
+"""How long unused share counts."""
+
+_NOTE_EVERY = 1.0  # seconds between notes of the virtual time
+
 
 class FairQueue(Collection[Sequence]):
-    """The sequences that wait, in order of service."""
+    """The sequences that wait, in order of service.
 
-    def __init__(self) -> None:
-        self.tenants: dict[str, Tenant] = {}  # the active ones, and those ahead of the rest
+    Args:
+      clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.tenants: dict[str, Tenant] = {}  # the active ones, and those that were lately
         self.active_weight = 0.0
         self._weights: Mapping[str, float] = {}
         self._active = 0
-        self._now = 0.0  # virtual time of the latest admission
+        self._now = 0.0  # the latest virtual time at which a request was admitted
+        self._notes: deque[tuple[float, float]] = deque()  # clock, and the virtual time then
         self._heap: list[tuple[int, float, int, Tenant]] = []
-        self._ahead: list[tuple[float, str]] = []  # inactive tenants, until `_now` reaches them
+        self._ahead: list[tuple[float, str]] = []  # inactive tenants, until `_floor` reaches them
         self._count = 0
 
     def __len__(self) -> int:
@@ -75,7 +90,7 @@ class FairQueue(Collection[Sequence]):
     def tenant(self, name: str) -> Tenant:
         """The one of this name, for a request that is about to wait."""
         found = self.tenants.get(name)
-        return found or Tenant(name, self._weights.get(name, 1.0), self._now)
+        return found or Tenant(name, self._weights.get(name, 1.0), self._floor)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Shares of the tenants from now on; 1 for those not named."""
@@ -101,7 +116,7 @@ class FairQueue(Collection[Sequence]):
         tenant = seq.group.tenant
         self._activate(tenant)
         if not tenant.waiting:
-            tenant.time = max(tenant.time, self._now)
+            tenant.time = max(tenant.time, self._floor)
         tenant.waiting.add(seq)
         self._count += 1
         if tenant.waiting.first is seq:
@@ -112,8 +127,7 @@ class FairQueue(Collection[Sequence]):
         tenant = seq.group.tenant
         tenant.running += 1
         if tenant.time > self._now:
-            self._now = tenant.time
-            self._forget()
+            self._advance(tenant.time)
         self._take(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -140,7 +154,7 @@ class FairQueue(Collection[Sequence]):
         weight = sum(tenant.weight for tenant in active)
         if len(active) != self._active or abs(weight - self.active_weight) > 1e-6 * weight:
             raise RuntimeError("active tenants are miscounted")
-        if any(not t.active and t.time <= self._now for t in tenants):
+        if any(not t.active and t.time <= self._floor for t in tenants):
             raise RuntimeError("a tenant that is gone is remembered")
         if self._count:
             first, key = self.first, self._key
@@ -189,16 +203,36 @@ class FairQueue(Collection[Sequence]):
             self.tenants.clear()
             self._heap.clear()
             self._ahead.clear()
+            self._notes.clear()
             self.active_weight = 0.0
-        elif tenant.time <= self._now:
+        elif tenant.time <= self._floor:
             del self.tenants[tenant.name]
-        elif tenant.time > tenant.ahead:  # it had more than the rest, which counts if it comes back
+        else:  # what it had counts if it comes back
+            self._remember(tenant)
+
+    @property
+    def _floor(self) -> float:
+        """The virtual time of CREDIT_SECONDS ago."""
+        return self._notes[0][1] if self._notes else self._now
+
+    def _advance(self, now: float) -> None:
+        """The virtual time moves on; forgets tenants that nothing sets apart from new ones."""
+        notes, clock = self._notes, self._clock()
+        if not notes or clock - notes[-1][0] >= _NOTE_EVERY:
+            notes.append((clock, self._now))
+        self._now = now
+        while len(notes) > 1 and notes[1][0] <= clock - CREDIT_SECONDS:
+            notes.popleft()
+        while self._ahead and self._ahead[0][0] <= self._floor:
+            tenant = self.tenants.get(heapq.heappop(self._ahead)[1])
+            if tenant is None or tenant.active:
+                continue
+            if tenant.time <= self._floor:
+                del self.tenants[tenant.name]
+            else:  # results that came after it had gone
+                self._remember(tenant)
+
+    def _remember(self, tenant: Tenant) -> None:
+        if tenant.time > tenant.ahead:  # else it is noted
             tenant.ahead = tenant.time
             heapq.heappush(self._ahead, (tenant.time, tenant.name))
-
-    def _forget(self) -> None:
-        """Tenants that nothing sets apart from new ones any more."""
-        while self._ahead and self._ahead[0][0] <= self._now:
-            tenant = self.tenants.get(heapq.heappop(self._ahead)[1])
-            if tenant is not None and not tenant.active and tenant.time <= self._now:
-                del self.tenants[tenant.name]

@@ -12,12 +12,15 @@ from collections.abc import Collection, Iterable
 
 from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import RunnerSpec
-from .fairness import FairQueue
+from .fairness import OUTPUT_COST, FairQueue
 from .ranked import Ranked
 from .sequence import Sequence
 
 MAX_RECOMPUTE_RATIO = 0.1
 """Recomputed per useful token above which admission reserves the worst case."""
+
+LONG_ANSWER = 1024
+"""Tokens that an answer is taken to have at most where nobody knows."""
 
 MAX_FAIR_RECOMPUTE_RATIO = 0.05
 """Recomputed per useful token above which nobody gives way to a newcomer of another tenant."""
@@ -102,16 +105,20 @@ def gives_way(running: Ranked[Sequence], queue: FairQueue) -> Sequence:
 def gives_place(running: Ranked[Sequence], queue: FairQueue) -> Sequence | None:
     """Who makes room for the first in the queue, which found no slot or no pages; None: it waits.
 
-    A place is taken from a tenant that runs more answers than its weight's share of them, for one
-    that runs fewer, and neither changes sides by that; so places are not taken back and forth. The
-    tenant with most answers for its weight loses its youngest, unless that has a better priority.
+    A place is taken for a tenant that runs fewer answers than its weight's share of them, from the
+    one that runs most for its weight, and neither changes sides by that; so places are not taken
+    back and forth. A tenant that has had less than others lately may also run more than its share:
+    as many more as it can before it has caught up with the one that has had most, which gives way,
+    but for its last answer. The youngest goes, unless it has a better priority.
     """
     newcomer, total = queue.first, len(running)
-    tenant = newcomer.group.tenant
-    if not running or tenant.running + 1 > queue.share(tenant, total):
-        return None
-    most = max(queue.tenants.values(), key=lambda t: t.running / t.weight)
-    if most.running - 1 < queue.share(most, total):
-        return None
-    loser = next(seq for seq in reversed(running) if seq.group.tenant is most)
-    return None if loser.rank[0] < newcomer.rank[0] else loser
+    tenant, tenants = newcomer.group.tenant, queue.tenants.values()
+    extra = tenant.running + 1 - queue.share(tenant, total)
+    loser = max(tenants, key=lambda t: t.running / t.weight)
+    if extra > 0 or loser.running - 1 < queue.share(loser, total):
+        loser = max((t for t in tenants if t.running), key=lambda t: t.time)
+        cost = max(extra, 1) * min(newcomer.max_tokens, LONG_ANSWER) * OUTPUT_COST
+        if loser.running == 1 or (loser.time - tenant.time) * tenant.weight < cost:
+            return None
+    seq = next(seq for seq in reversed(running) if seq.group.tenant is loser)
+    return None if seq.rank[0] < newcomer.rank[0] else seq

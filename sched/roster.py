@@ -11,6 +11,8 @@ are given back in `_vacate`, each exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import QuireError, invalid
 from ..kv.cache import KVCache, PrefixHit
 from .fairness import FairQueue
@@ -32,11 +34,11 @@ def by_deadline(group: Group) -> tuple[float, int]:
 class Roster:
     """All requests that have not ended."""
 
-    def __init__(self, num_slots: int, cache: KVCache):
+    def __init__(self, num_slots: int, cache: KVCache, clock: Callable[[], float]):
         self._cache = cache
         self._by_id: dict[str, Group] = {}
         self._deadlines = Ranked[Group](by_deadline)
-        self.waiting = FairQueue()
+        self.waiting = FairQueue(clock)
         self.running = Ranked(by_rank)
         self.prefilling: set[Sequence] = set()  # running, with prompt tokens not yet scheduled
         self.outbox: list[RequestOutput] = []

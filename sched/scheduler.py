@@ -66,7 +66,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._clock = clock
         self._cache = KVCache(spec.num_pages, spec.page_size, prefix_caching=prefix_caching)
-        self._roster = Roster(spec.num_slots, self._cache)
+        self._roster = Roster(spec.num_slots, self._cache, clock)
         self._flights: deque[Flight] = deque()  # planned, results not read; oldest first
         self._resting: Sequence | None = None  # sits out this step, so as to give way in the next
         self._asked: Sequence | None = None  # shall sit out the next, because it is in this one
