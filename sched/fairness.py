@@ -71,6 +71,11 @@ class FairQueue(Collection[Sequence]):
         return len(self.tenants) > 1
 
     @property
+    def credit(self) -> float:
+        """Virtual time that a tenant may be behind by what it left unused."""
+        return self._now - self._floor
+
+    @property
     def first(self) -> Sequence:
         """Who is served next."""
         heap = self._heap

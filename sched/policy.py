@@ -103,22 +103,28 @@ def gives_way(running: Ranked[Sequence], queue: FairQueue) -> Sequence:
 
 
 def gives_place(running: Ranked[Sequence], queue: FairQueue) -> Sequence | None:
-    """Who makes room for the first in the queue, which found no slot or no pages; None: it waits.
+    """Who makes room for the first in the queue, which found no slot or no pages; None: nobody.
 
-    A place is taken for a tenant that runs fewer answers than its weight's share of them, from the
-    one that runs most for its weight, and neither changes sides by that; so places are not taken
-    back and forth. A tenant that has had less than others lately may also run more than its share:
-    as many more as it can before it has caught up with the one that has had most, which gives way,
-    but for its last answer. The youngest goes, unless it has a better priority.
+    Two reasons to take a place, so that neither is taken back and forth:
+
+    - The newcomer's tenant runs fewer answers than its weight's share of them, and another far more
+      than its own: twice as many, or half of what others should have besides.
+    - The newcomer's tenant has had much less than another lately, though it may run its share: by
+      half of what may be kept unused (fairness.py), and what it is about to get.
+
+    The tenant in question loses its youngest, unless that is its last or has a better priority.
     """
     newcomer, total = queue.first, len(running)
+    if not running:
+        return None
     tenant, tenants = newcomer.group.tenant, queue.tenants.values()
     extra = tenant.running + 1 - queue.share(tenant, total)
     loser = max(tenants, key=lambda t: t.running / t.weight)
-    if extra > 0 or loser.running - 1 < queue.share(loser, total):
+    share = queue.share(loser, total)
+    if extra > 0 or loser.running - 1 < min(2 * share, (share + total) / 2):
         loser = max((t for t in tenants if t.running), key=lambda t: t.time)
-        cost = max(extra, 1) * min(newcomer.max_tokens, LONG_ANSWER) * OUTPUT_COST
-        if loser.running == 1 or (loser.time - tenant.time) * tenant.weight < cost:
+        cost = max(extra, 1) * min(newcomer.max_tokens, LONG_ANSWER) * OUTPUT_COST / tenant.weight
+        if loser.running == 1 or loser.time - tenant.time < queue.credit / 2 + cost:
             return None
     seq = next(seq for seq in reversed(running) if seq.group.tenant is loser)
     return None if seq.rank[0] < newcomer.rank[0] else seq

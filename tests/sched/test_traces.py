@@ -280,7 +280,7 @@ class Trace:
 
 
 @settings(
-    max_examples=300,
+    max_examples=1700,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
