@@ -23,6 +23,9 @@ from .request import Request, RequestOutput
 MAX_RETRY_AFTER = 60.0
 """Seconds; the longest hint where nobody knows when an answer ends."""
 
+_NOTHING = 1e-9
+"""Share of a bucket that rounding may miss."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -59,7 +62,8 @@ class Bucket:
     def wait_for(self, amount: float, now: float) -> float:
         """Seconds until so much is there, if nothing is taken meanwhile."""
         self._fill(now)
-        return max(0.0, (amount - self._level) * 60 / self.capacity)
+        missing = amount - self._level
+        return missing * 60 / self.capacity if missing > _NOTHING * self.capacity else 0.0
 
     def take(self, amount: float, now: float) -> None:
         """May leave less than nothing."""
