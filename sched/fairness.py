@@ -147,7 +147,7 @@ class FairQueue(Collection[Sequence]):
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Proves that counts, order and memory are what they should be."""
-        counts = {name: 0 for name in self.tenants}
+        counts = dict.fromkeys(self.tenants, 0)
         for seq in running:
             counts[seq.group.tenant.name] += 1
         tenants = list(self.tenants.values())

@@ -12,6 +12,7 @@ from ..errors import InvalidRequest
 from ..protos.v1 import generation_pb2 as pb
 from ..sched.sampling_params import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
+from .auth.caller import tenant_for
 from .intake import Labels, Prompt
 
 _SCALARS = (
@@ -77,11 +78,11 @@ def _bad_word(word: pb.BadWord) -> str | tuple[int, ...]:
 
 
 def labels_of(request: pb.GenerateRequest, deadline: float | None) -> Labels:
-    """Everything else the request says."""
+    """Everything else the request says; its tenant is the API key's, where there are keys."""
     return Labels(
         name=request.request_id,
         priority=request.priority,
-        tenant=request.tenant,
+        tenant=tenant_for(request.tenant),
         cache_salt=request.cache_salt,
         deadline=deadline,
     )

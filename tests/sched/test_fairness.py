@@ -6,7 +6,6 @@ What is shown in virtual time here (simulation.py) needs no device and no clock.
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 from driver import Driver
@@ -14,7 +13,6 @@ from fake_runner import make_request, make_spec
 from simulation import Load, capacity, simulate
 
 from quire.errors import Overloaded
-from quire.sched import fairness
 
 
 def queue_of(*tenants: str, slots: int = 1, **more: object) -> Driver:
@@ -227,7 +225,9 @@ def test_pages_are_taken_from_who_holds_most_for_its_weight() -> None:
 # ---- a flood
 
 
-def p95(times: float, *, rho: float, slots: int, output: int, seconds: float, tenants: int) -> float:
+def p95(
+    times: float, *, rho: float, slots: int, output: int, seconds: float, tenants: int
+) -> float:
     """Seconds to the first token that 95 % of the well-behaved tenants' requests need at most,
     while one tenant asks for so many times its share."""
     share = rho * capacity(slots, output) / tenants

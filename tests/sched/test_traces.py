@@ -2,9 +2,9 @@
 
 Each trace mixes arrivals, priorities, tenants, shared prefixes, aborts, stops, deadlines, tiny page
 pools, random chunking and budgets, a device that gives 0 to k tokens a row, and now and then
-several choices, controls and log-probabilities of prompts. After every step pages and slots must add up; at
-the end every choice of every request has ended once, with exactly the tokens it would have got
-alone.
+several choices, controls and log-probabilities of prompts. After every step pages and slots must
+add up; at the end every choice of every request has ended once, with exactly the tokens it would
+have got alone.
 """
 
 from __future__ import annotations
