@@ -71,7 +71,9 @@ def tls_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """
     reader = _Reader(files)
     return grpc.dynamic_ssl_server_credentials(
-        reader.first, reader, require_client_authentication=files.client_ca is not None
+        reader.first,
+        reader,  # type: ignore[arg-type]  # the type stubs know no None, which keeps the last
+        require_client_authentication=files.client_ca is not None,
     )
 
 

@@ -45,7 +45,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         try:
             tenant = self._tenant(handler_call_details.invocation_metadata)
         except Unauthenticated as error:
-            log.warning("refused a call of %s: %s", method, error)
+            log.info("refused a call of %s: %s", method, error)
             return _refusal(handler, str(error))
         set_tenant(tenant)
         return handler

@@ -131,6 +131,8 @@ def check_limits(name: str, given: Mapping[str, Any]) -> Limits:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not (math.isfinite(value) and 0.001 <= value <= 1000):
                 raise InvalidConfig(f"{where}: got {value!r}, must be a number in [0.001, 1000]")
+        elif value is None:
+            continue  # no limit
         elif isinstance(value, bool) or not isinstance(value, int):
             raise InvalidConfig(f"{where}: got {value!r}, must be a whole number")
         elif value < _LOWEST.get(setting, value):
