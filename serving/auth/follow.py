@@ -1,4 +1,4 @@
-"""Keeps what a process knows of API keys as the file says: each frontend, and the engine process."""
+"""Keeps what a process knows of API keys as the file says: frontends, and the engine process."""
 
 from __future__ import annotations
 

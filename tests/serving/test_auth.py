@@ -10,11 +10,15 @@ from typing import Any
 
 import grpc
 import pytest
+from engines import eventually
 from frontends import ASK, Frontend
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from test_supervisor import Service
 
+from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
+from quire.protos.v1.generation_pb2_grpc import GenerationServiceStub
 from quire.sched.quota import Limits
 from quire.serving import watched_file
 from quire.serving.auth.follow import follow_keys
@@ -194,3 +198,49 @@ def test_it_is_new_keys_that_count(folder: Path) -> None:
         table, (new,) = make_table("acme")
         checks.use(table)
         assert [ask(ACME), ask(new)] == [StatusCode.UNAUTHENTICATED, StatusCode.OK]
+
+
+def test_limits_hold_across_frontends_and_follow_the_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    table, (key,) = make_table("acme")
+    write_keys(file, KeyTable({"acme": Limits(requests_per_minute=6)}, table.keys))
+    metadata = [("x-api-key", key)]
+    with Service(folder, frontends=2, api_keys=str(file)).ready() as service:
+        answered, refused = 0, []
+        for _ in range(20):  # each has a connection of its own, to whichever frontend takes it
+            stub = GenerationServiceStub(service.channel())
+            try:
+                stub.Generate(ASK, metadata=metadata, timeout=20)
+                answered += 1
+            except grpc.RpcError as error:
+                assert error.code() is StatusCode.RESOURCE_EXHAUSTED
+                refused.append(error)
+        assert answered == 6
+        assert "requests_per_minute: tenant 'acme' is at its limit of 6" in refused[-1].details()
+        assert 0 < float(dict(refused[-1].trailing_metadata())["retry-after"]) <= 10
+
+        write_keys(file, KeyTable({"acme": Limits()}, table.keys))
+        stub = GenerationServiceStub(service.channel())
+        eventually(
+            lambda: (
+                code_of(lambda: stub.Generate(ASK, metadata=metadata, timeout=20))[0]
+                is StatusCode.OK
+            )
+        )
+        write_keys(file, KeyTable())
+        for _ in range(6):
+            stub = GenerationServiceStub(service.channel())
+            eventually(
+                lambda stub=stub: (
+                    code_of(lambda: stub.Generate(ASK, metadata=metadata, timeout=20))[0]
+                    is StatusCode.UNAUTHENTICATED
+                )
+            )
+
+
+def test_a_file_that_cannot_be_read_ends_the_start(folder: Path, tmp_path: Path) -> None:
+    with Service(folder, api_keys=str(tmp_path / "none")) as service:
+        service.ended()
+    assert isinstance(service.error, QuireError) and "none: cannot be read" in str(service.error)

@@ -92,7 +92,7 @@ class Tap:
 
     def __enter__(self) -> Tap:
         self._server = self._frontend.run(lambda: asyncio.start_server(self._join, "127.0.0.1", 0))
-        self.address = "127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     def __exit__(self, *error: object) -> None:
