@@ -87,7 +87,11 @@ def read_keys(path: str | Path) -> KeyTable:
 
 
 def write_keys(path: str | Path, table: KeyTable) -> None:
-    """Replaces the file in one go; only its owner can read it, whoever could before."""
+    """Replaces the file in one go; only its owner can read it, whoever could before.
+
+    Raises:
+      InvalidConfig: it cannot be written.
+    """
     content = {
         "tenants": {name: _settings(limits) for name, limits in table.tenants.items()},
         "keys": [
@@ -103,8 +107,14 @@ def write_keys(path: str | Path, table: KeyTable) -> None:
     }
     path = Path(path).resolve()  # a link stays one
     text = _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
-    # mkstemp makes files of mode 0600.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        _replace(path, text)
+    except OSError as error:
+        raise InvalidConfig(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # of mode 0600
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)

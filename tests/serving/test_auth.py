@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,6 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_supervisor import Service
 
-from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1.generation_pb2_grpc import GenerationServiceStub
 from quire.sched.quota import Limits
@@ -200,19 +201,18 @@ def test_it_is_new_keys_that_count(folder: Path) -> None:
         assert [ask(ACME), ask(new)] == [StatusCode.UNAUTHENTICATED, StatusCode.OK]
 
 
-def test_limits_hold_across_frontends_and_follow_the_file(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limits_hold_across_frontends_and_follow_the_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     table, (key,) = make_table("acme")
     write_keys(file, KeyTable({"acme": Limits(requests_per_minute=6)}, table.keys))
     metadata = [("x-api-key", key)]
+    short = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=1))
     with Service(folder, frontends=2, api_keys=str(file)).ready() as service:
         answered, refused = 0, []
         for _ in range(20):  # each has a connection of its own, to whichever frontend takes it
             stub = GenerationServiceStub(service.channel())
             try:
-                stub.Generate(ASK, metadata=metadata, timeout=20)
+                stub.Generate(short, metadata=metadata, timeout=20)
                 answered += 1
             except grpc.RpcError as error:
                 assert error.code() is StatusCode.RESOURCE_EXHAUSTED
@@ -225,7 +225,7 @@ def test_limits_hold_across_frontends_and_follow_the_file(
         stub = GenerationServiceStub(service.channel())
         eventually(
             lambda: (
-                code_of(lambda: stub.Generate(ASK, metadata=metadata, timeout=20))[0]
+                code_of(lambda: stub.Generate(short, metadata=metadata, timeout=20))[0]
                 is StatusCode.OK
             )
         )
@@ -234,13 +234,17 @@ def test_limits_hold_across_frontends_and_follow_the_file(
             stub = GenerationServiceStub(service.channel())
             eventually(
                 lambda stub=stub: (
-                    code_of(lambda: stub.Generate(ASK, metadata=metadata, timeout=20))[0]
+                    code_of(lambda: stub.Generate(short, metadata=metadata, timeout=20))[0]
                     is StatusCode.UNAUTHENTICATED
                 )
             )
 
 
 def test_a_file_that_cannot_be_read_ends_the_start(folder: Path, tmp_path: Path) -> None:
-    with Service(folder, api_keys=str(tmp_path / "none")) as service:
-        service.ended()
-    assert isinstance(service.error, QuireError) and "none: cannot be read" in str(service.error)
+    command = [sys.executable, "-P", "-m", "quire.tools.cli", "serve", str(folder), "--port=0"]
+    file = tmp_path / "none"
+    ended = subprocess.run(
+        [*command, f"--api-keys={file}"], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"quire: {file}: cannot be read")

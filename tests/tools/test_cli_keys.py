@@ -50,7 +50,7 @@ def test_add_list_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["add", "FILE", "--tenant="], "tenant: got '', must be a text"),
         (["remove", "FILE", "nobody"], "FILE: cannot be read"),
         (["list", "FILE"], "FILE: cannot be read"),
-        (["add", "none/FILE", "--tenant=x"], "No such file"),
+        (["add", "none/FILE", "--tenant=x"], "FILE: cannot be written: No such file"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
