@@ -17,6 +17,7 @@ from ..protos.v1 import generation_pb2 as pb
 from ..sched.request import Request, RequestOutput
 from ..sched.sampling_params import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
+from .auth.caller import tenant_for
 from .intake import Chat, Labels, Prompt
 
 _SCALARS = (
@@ -190,11 +191,11 @@ def _no_constant(name: str) -> None:
 
 
 def labels_of(request: pb.GenerateRequest | pb.EmbedRequest, deadline: float | None) -> Labels:
-    """Everything else the request says."""
+    """Everything else the request says; its tenant is the API key's, where there are keys."""
     return Labels(
         name=request.request_id,
         priority=request.priority,
-        tenant=request.tenant,
+        tenant=tenant_for(request.tenant),
         cache_salt=request.cache_salt,
         deadline=deadline,
     )
