@@ -20,16 +20,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from ..errors import DeadlineExceeded, Internal, Overloaded, QuireError
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import Emit, FloatArray, LogprobArrays, RunnerSpec, StepOutputs, StepPlan
+from ..model.plan import LogprobArrays, RunnerSpec, StepOutputs, StepPlan
 from . import policy
 from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
 from .request import FinishReason, Request, RequestOutput
-from .results import accept, gather_scores, logprobs_of
+from .results import accept, embedding_of, gather_scores, logprobs_of, pooled_rows
 from .roster import Roster, by_deadline
 from .sequence import Group, Sequence
 from .stats import EngineStats, Meters
@@ -341,10 +339,7 @@ class Scheduler:
                 if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
                     bad.add(scored.row)
         receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
-        pooled: dict[int, FloatArray] = {}
-        if outputs.pooled is not None:
-            places = (plan.emits == Emit.POOLED).nonzero()[0].tolist()
-            pooled = dict(zip(places, outputs.pooled, strict=True))
+        pooled = pooled_rows(plan, outputs, bad)
         # Every row of every step passes here: what most of them are is looked for first.
         rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
         for row, (seq, generation, promised, count, token) in enumerate(rows):
@@ -365,7 +360,7 @@ class Scheduler:
                     tokens = outputs.tokens[row, :count].tolist()
                     self._receive(seq, tokens, row, outputs.logprobs)
                 elif row in pooled:
-                    self._receive_pooled(seq, pooled[row])
+                    self._roster.end(seq, FinishReason.STOP, embedding_of(seq, pooled[row]))
                 elif promised and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
         if self._roster.waiting.contended:
@@ -404,14 +399,6 @@ class Scheduler:
             self._roster.outbox.append(output)
         else:
             self._roster.end(seq, reason, output)
-
-    def _receive_pooled(self, seq: Sequence, vector: FloatArray) -> None:
-        """What a request for an embedding waits for."""
-        if not np.isfinite(vector).all():
-            self._fail(seq, "its hidden state held an inf or NaN")
-            return
-        output = RequestOutput(seq.id, cached_tokens=seq.cached_tokens, pooled=vector)
-        self._roster.end(seq, FinishReason.STOP, output)
 
     def _fail(self, seq: Sequence, why: str) -> None:
         """Ends one request whose results are bad, and lets nobody find its KV.
