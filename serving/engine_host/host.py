@@ -52,6 +52,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         self._engine: Engine | None = None
         self._welcome = pb.Welcome()
         self._opened = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._frontends: set[_Frontend] = set()
         self._routes: dict[str, _Route] = {}  # of all unfinished requests, by id
 
     def open(
@@ -80,6 +82,14 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             name=served.name,
             dtype=served.dtype,
         )
+        self._opened.set()
+
+    async def close(self, seconds: float) -> None:
+        """Sends frontends away, once they have what was delivered, or so many seconds are over."""
+        end = self._loop.time() + seconds
+        while any(f.behind for f in self._frontends) and self._loop.time() < end:
+            await asyncio.sleep(0.005)
+        self._closed.set()
         self._opened.set()
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
@@ -118,10 +128,14 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             said = f"protocol: got {hello.hello.protocol}, must be {PROTOCOL}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, said)
         await self._opened.wait()
+        if self._closed.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is closed")
         frontend = _Frontend()
+        self._frontends.add(frontend)
         tasks = [
             asyncio.ensure_future(self._read(frontend, context)),
             asyncio.ensure_future(frontend.write(self._welcome, context)),
+            asyncio.ensure_future(self._closed.wait()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -177,6 +191,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
 
     def _detach(self, frontend: _Frontend) -> None:
         """Ends all that a frontend left unfinished."""
+        self._frontends.discard(frontend)
         assert self._engine is not None
         for request_id in frontend.live.values():
             self._routes.pop(request_id, None)
@@ -189,15 +204,18 @@ class _Frontend:
 
     Attributes:
       live: its unfinished requests: handle to id.
+      behind: there is something that it has not been sent.
     """
 
     def __init__(self) -> None:
         self.live: dict[int, str] = {}
+        self.behind = False
         self._next = pb.FromEngine()
         self._news = asyncio.Event()
 
     def send(self, step: pb.Step) -> None:
         self._next.steps.append(step)
+        self.behind = True
         self._news.set()
 
     def send_stats(self, values: dict[str, float]) -> None:
@@ -216,7 +234,9 @@ class _Frontend:
                 pass  # then the message is empty
             self._news.clear()
             message, self._next = self._next, pb.FromEngine()
+            self.behind = True
             await context.write(message)
+            self.behind = self._news.is_set()
 
 
 class _Route:

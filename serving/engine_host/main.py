@@ -82,6 +82,7 @@ async def serve(news: int, build: Build | None = None) -> int:
         line.say(error=str(error))
         return 1
     finally:
+        await host.close(LAST_WORDS)
         await server.stop(LAST_WORDS)
 
 
