@@ -178,9 +178,11 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             return
         except QuireError as refusal:
             error = refusal
-        except Exception as fault:
-            log.exception("a request could not be submitted")
-            error = Internal(f"request {message.id!r}: {type(fault).__name__}: {fault}")
+        except Exception:
+            log.exception("request %r could not be submitted", message.id)
+            error = Internal(
+                f"request {message.id!r}: a fault in Quire; the engine's log says more"
+            )
         said = pb.Output(
             handle=message.handle,
             finish_reason=FinishReason.ERROR,

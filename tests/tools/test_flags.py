@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import quire
 from quire import EngineConfig, ServerConfig
 from quire.config import parse_bytes, settings_of
 from quire.errors import InvalidConfig
@@ -153,7 +152,7 @@ def test_what_is_no_size(text: str) -> None:
 
 # What documentation says of them
 
-ROOT = Path(quire.__file__).parent
+ROOT = Path(__file__).parents[2]
 DOCS = ["README.md", "docs/configuration.md", "docs/benchmarks.md", "docs/performance.md"]
 
 
