@@ -93,13 +93,15 @@ class Scheduler:
         `max_queue` waiting; n that flood have 2 / (n + 1) of it each, and leave as much free, so
         that others are not refused because of them.
 
+        Who had to give way does not count: a tenant that floods gives way often.
+
         Safe from any thread: behind the back of whoever submits, the queue only gets shorter, or
-        longer by preemption, which may go above the limit anyway.
+        longer by further answers to requests that were accepted, which is harmless.
         """
         queue = self._roster.waiting
         known = queue.tenants.get(tenant)
-        waiting = pending_of_tenant + (len(known.waiting) if known else 0)
-        most = 2 * self._max_queue - len(queue) - pending
+        waiting = pending_of_tenant + (known.new if known else 0)
+        most = 2 * self._max_queue - queue.new - pending
         if waiting >= most:
             last_wait = known.last_wait if known else 0.0
             hint = min(max(last_wait, 1.0), MAX_RETRY_AFTER)

@@ -62,7 +62,7 @@ class Sequence:
 
     # Set at admission.
     slot: int = -1
-    generation: int = 0
+    generation: int = 0  # 0: it never ran
     kv: Holding = field(init=False, repr=False)
     target: int = 0  # tokens to prefill: the prompt, and the output known at admission
     prefilled: int = 0
