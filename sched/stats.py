@@ -97,7 +97,9 @@ class StepTimes:
     """
 
     def __init__(self) -> None:
-        self.counts = {kind: [0] * (len(STEP_BOUNDS) + 1) for kind in ("decode", "mixed", "prefill")}
+        self.counts = {
+            kind: [0] * (len(STEP_BOUNDS) + 1) for kind in ("decode", "mixed", "prefill")
+        }
         self.seconds = dict.fromkeys(self.counts, 0.0)
 
     def count(self, plan: StepPlan, seconds: float) -> None:

@@ -1,0 +1,47 @@
+"""The port that metrics are read from: prometheus_client's own server over one registry."""
+
+from __future__ import annotations
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+
+from ...errors import Unavailable
+
+
+def new_registry() -> CollectorRegistry:
+    """A registry with what is known of the process itself: memory, CPU time, open files."""
+    # A second series for each of ours, to say when it was made.
+    prometheus_client.disable_created_metrics()
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+class Endpoint:
+    """Serves http://HOST:PORT/metrics from threads of its own, until closed.
+
+    Args:
+      host: address to bind.
+      port: 0 takes a free one.
+      registry: what is served.
+
+    Raises:
+      Unavailable: the address cannot be bound.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry):
+        try:
+            self._server, self._thread = prometheus_client.start_http_server(port, host, registry)
+        except OSError as error:
+            shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            raise Unavailable(
+                f"metrics_host, metrics_port: cannot bind {shown}: {error}"
+            ) from error
+        bound = f"[{host}]" if ":" in host else host
+        self.address = f"{bound}:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
