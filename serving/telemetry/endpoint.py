@@ -11,7 +11,7 @@ from ...errors import Unavailable
 def new_registry() -> CollectorRegistry:
     """A registry with what is known of the process itself: memory, CPU time, open files."""
     # A second series for each of ours, to say when it was made.
-    prometheus_client.disable_created_metrics()
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
@@ -34,14 +34,16 @@ class Endpoint:
         try:
             self._server, self._thread = prometheus_client.start_http_server(port, host, registry)
         except OSError as error:
-            shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             raise Unavailable(
-                f"metrics_host, metrics_port: cannot bind {shown}: {error}"
+                f"metrics_host, metrics_port: cannot bind {_shown(host, port)} ({error})"
             ) from error
-        bound = f"[{host}]" if ":" in host else host
-        self.address = f"{bound}:{self._server.server_port}"
+        self.address = _shown(host, self._server.server_port)
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

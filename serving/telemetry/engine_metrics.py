@@ -15,7 +15,6 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from ... import __version__
 from ...model.plan import RunnerSpec
@@ -158,7 +157,7 @@ def _step_seconds(times: StepTimes) -> Metric:
         "From when the device could begin with a step until its results were read.",
         labels=["kind"],
     )
-    names = [floatToGoString(bound) for bound in (*STEP_BOUNDS, float("inf"))]
+    names = [*(str(bound) for bound in STEP_BOUNDS), "+Inf"]
     for kind, counts in times.counts.items():
         total, buckets = 0, []
         for name, count in zip(names, counts, strict=True):

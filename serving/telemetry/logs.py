@@ -43,7 +43,7 @@ def set_up_logs(format: str, level: str) -> None:
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Quire has its own; absl would remark on it
-    flags.FLAGS.logtostderr = True  # to stderr as it is then, not as it was at the import
+    flags.FLAGS["logtostderr"].value = True  # to stderr as it is then, not as it was at the import
     absl_logging.use_absl_handler()
     formatter = JsonFormatter() if format == "json" else TextFormatter()
     absl_logging.get_absl_handler().setFormatter(formatter)

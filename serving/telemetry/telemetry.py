@@ -20,6 +20,8 @@ from .report import Report, report_of, report_of_refused
 from .request_log import RequestLog, TextOf
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from .engine_metrics import EngineCollector, Source
     from .request_spans import RequestSpans
 
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 MOST_PENDING = 10_000
 """Requests whose account is still to be given. More than that come together only where something
 does not get on, such as a stderr that nobody reads; then the next are dropped, and counted."""
+
+
+_Heard = list[RequestOutput | Report]
 
 
 class Account(Protocol):
@@ -50,7 +55,7 @@ class Telemetry:
         self._request_log: RequestLog | None = None
         self._collector: EngineCollector | None = None
         self._closing = ExitStack()
-        self._pending: queue.SimpleQueue[list[RequestOutput | Report] | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[_Heard | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="quire-telemetry", daemon=True)
         self._thread.start()
 
@@ -65,22 +70,29 @@ class Telemetry:
         self._request_log = RequestLog(prompts=prompts)
         self.add(self._request_log)
 
-    def serve_metrics(self, host: str, port: int) -> None:
-        """Serves metrics, of a service that has no engine yet.
-
-        Raises:
-          Unavailable: the address cannot be bound.
-        """
-        from .endpoint import Endpoint, new_registry
+    def keep_metrics(self) -> CollectorRegistry:
+        """Returns where metrics are, those of a service that has no engine yet."""
+        from .endpoint import new_registry
         from .engine_metrics import EngineCollector
         from .request_metrics import RequestMetrics
 
         registry = new_registry()
         self._collector = EngineCollector(lambda: self.dropped)
         registry.register(self._collector)
-        endpoint = Endpoint(host, port, registry)
+        self.add(RequestMetrics(registry))
+        return registry
+
+    def serve_metrics(self, host: str, port: int) -> None:
+        """Lets metrics be scraped.
+
+        Raises:
+          Unavailable: the address cannot be bound.
+        """
+        from .endpoint import Endpoint
+
+        endpoint = Endpoint(host, port, self.keep_metrics())
         self.address = endpoint.address
-        self.add(RequestMetrics(registry), endpoint.close)
+        self._closing.callback(endpoint.close)
 
     def watch(self, source: Source, text_of: TextOf | None = None) -> None:
         """The engine is there.
@@ -96,7 +108,7 @@ class Telemetry:
 
     def on_outputs(self, outputs: list[RequestOutput]) -> None:
         """Hears of what a step gave. Called on the engine's thread, and costs it a look at each."""
-        ended: list[RequestOutput | Report] = [output for output in outputs if output.ended]
+        ended: _Heard = [output for output in outputs if output.ended]
         if ended:
             self._put(ended)
 
@@ -104,21 +116,30 @@ class Telemetry:
         """Hears of a call that failed without the engine, or behind its back. From any thread."""
         self._put([report_of_refused(error, request_id, tenant)])
 
+    def flush(self, timeout: float | None = None) -> None:
+        """Returns when account is given of all that was heard until now, or after so long."""
+        done = threading.Event()
+        self._pending.put(done)
+        done.wait(timeout)
+
     def close(self) -> None:
         """Returns when account is given of all that was heard. Idempotent."""
         self._pending.put(None)
         self._thread.join()
         self._closing.close()
 
-    def _put(self, reports: list[RequestOutput | Report]) -> None:
+    def _put(self, reports: _Heard) -> None:
         if self._pending.qsize() >= MOST_PENDING:
             self.dropped += len(reports)
         else:
             self._pending.put(reports)
 
     def _run(self) -> None:
-        while (reports := self._pending.get()) is not None:
-            for found in reports:
+        while (heard := self._pending.get()) is not None:
+            if isinstance(heard, threading.Event):
+                heard.set()
+                continue
+            for found in heard:
                 report = found if isinstance(found, Report) else report_of(found)
                 for account in self._accounts:
                     try:
