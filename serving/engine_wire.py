@@ -23,7 +23,14 @@ from ..errors import (
 )
 from ..model.plan import Bucket, Ladder, RunnerSpec, Sampler
 from ..protos.v1 import engine_pb2 as pb
-from ..sched.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from ..sched.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Timing,
+    TokenLogprobs,
+)
 from ..sched.stats import EngineStats
 
 PROTOCOL = 1
@@ -91,6 +98,7 @@ def submit_message(handle: int, request: Request) -> pb.Submit:
         adapter=request.adapter,
         cache_salt=request.cache_salt,
         pooled=request.pooled,
+        traceparent=request.traceparent,
     )
 
 
@@ -108,6 +116,7 @@ def request_of(message: pb.Submit) -> Request:
         adapter=message.adapter,
         cache_salt=message.cache_salt,
         pooled=message.pooled,
+        traceparent=message.traceparent,
     )
 
 
@@ -155,6 +164,7 @@ def output_message(handle: int, output: RequestOutput) -> pb.Output:
         cached_tokens=output.cached_tokens,
         ended=output.ended,
         pooled=None if output.pooled is None else output.pooled.astype("<f4").tobytes(),
+        timing=None if output.timing is None else pb.Timing(**asdict(output.timing)),
     )
 
 
@@ -174,7 +184,12 @@ def output_of(message: pb.Output, request_id: str) -> RequestOutput:
         ended=message.ended,
         prompt_logprobs=None if scores is None else (*unknown, *_logprobs_of(scores)),
         pooled=np.frombuffer(message.pooled, "<f4") if message.HasField("pooled") else None,
+        timing=_timing_of(message.timing) if message.HasField("timing") else None,
     )
+
+
+def _timing_of(message: pb.Timing) -> Timing:
+    return Timing(**{f.name: getattr(message, f.name) for f in fields(Timing)})
 
 
 def _logprobs_message(entries: Sequence[TokenLogprobs | None] | None) -> pb.Logprobs | None:
@@ -213,6 +228,11 @@ def error_of(message: pb.Error) -> QuireError:
     if issubclass(kind, Overloaded):
         return kind(message.message, retry_after=message.retry_after)
     return kind(message.message)
+
+
+def refused_message(error: QuireError, request_id: str, tenant: str) -> pb.Refused:
+    """An error that the engine process has not heard of."""
+    return pb.Refused(request_id=request_id, tenant=tenant, error=error_message(error))
 
 
 # What the engine says of itself

@@ -132,9 +132,13 @@ class Supervisor:
         await self._until(lambda: all(f.news("listening") for f in self.frontends))
         address = self.frontends[0].news("listening")
         self._say(f"listening on {address}")
-        again = ""
+        again, metrics = "", None
         while True:
             await self._until(lambda: self._ready)
+            assert self.engine is not None
+            if (where := self.engine.news("metrics")) != metrics:
+                metrics = where
+                self._say(f"metrics on http://{metrics}/metrics")
             self._say(f"ready {again}on {address}")
             await self._until(lambda: not self._ready)
             again = "again "

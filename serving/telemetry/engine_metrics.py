@@ -6,7 +6,6 @@ docs/metrics.md lists them. Those of requests are in request_metrics.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from prometheus_client import Metric
 from prometheus_client.core import (
@@ -17,8 +16,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ... import __version__
-from ...model.plan import RunnerSpec
 from ...sched.stats import STEP_BOUNDS, EngineStats, StepTimes
+from .source import Source
 
 _Read = Callable[[EngineStats], float]
 
@@ -79,22 +78,6 @@ _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
         lambda s: s.failed_steps,
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the figures of one engine come from; each is called at every scrape, from any thread.
-
-    Attributes:
-      compiles: programs compiled since ready.
-    """
-
-    model: str
-    spec: RunnerSpec
-    healthy: Callable[[], bool]
-    stats: Callable[[], EngineStats]
-    step_times: Callable[[], StepTimes]
-    compiles: Callable[[], int]
 
 
 class EngineCollector(Collector):

@@ -22,8 +22,9 @@ from .request_log import RequestLog, TextOf
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from .engine_metrics import EngineCollector, Source
+    from .engine_metrics import EngineCollector
     from .request_spans import RequestSpans
+    from .source import Source
 
 log = logging.getLogger(__name__)
 

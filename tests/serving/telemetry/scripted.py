@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire.sched.engine import Engine
 from quire.sched.request import Request
 from quire.sched.scheduler import Scheduler
-from quire.serving.telemetry.engine_metrics import Source
 from quire.serving.telemetry.report import Report
+from quire.serving.telemetry.source import Source
 from quire.serving.telemetry.telemetry import Telemetry
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
