@@ -170,6 +170,9 @@ def output_message(handle: int, output: RequestOutput) -> pb.Output:
 
 def output_of(message: pb.Output, request_id: str) -> RequestOutput:
     """The output, of the request that has the message's handle."""
+    error = error_of(message.error) if message.HasField("error") else None
+    if error is not None:
+        error.accounted = True  # by the engine process, where it comes from
     scores = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
     unknown = (None,) if scores is not None and scores.after_unknown else ()
     return RequestOutput(
@@ -178,7 +181,7 @@ def output_of(message: pb.Output, request_id: str) -> RequestOutput:
         logprobs=_logprobs_of(message.logprobs) if message.HasField("logprobs") else None,
         finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
         stop_token=message.stop_token if message.HasField("stop_token") else None,
-        error=error_of(message.error) if message.HasField("error") else None,
+        error=error,
         cached_tokens=message.cached_tokens,
         choice=message.choice,
         ended=message.ended,

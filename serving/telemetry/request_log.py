@@ -65,7 +65,8 @@ class RequestLog:
             said["trace_id"] = trace_id_of(report.traceparent)
         if self._prompts:
             said |= self._contents(report)
-        log.log(level, "request", extra=fields(**said))
+        what = "refused" if report.account is None else "ended"
+        log.log(level, "request %s", what, extra=fields(**said))
 
     def _contents(self, report: Report) -> dict[str, Any]:
         account = report.account
