@@ -335,6 +335,9 @@ class SlowContext:
     def time_remaining(self) -> None:
         return None
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     async def write(self, message: pb.GenerateChunk) -> None:
         self.messages.append(message)
         await self.may_read.wait()
