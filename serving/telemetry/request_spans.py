@@ -11,6 +11,8 @@ traces are wanted.
 
 from __future__ import annotations
 
+import threading
+
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -19,6 +21,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ... import __version__
 from .report import Report
+
+LAST_SPANS = 2.0
+"""Seconds that a server which ends waits for the last spans to be taken."""
 
 
 class RequestSpans:
@@ -30,6 +35,7 @@ class RequestSpans:
     """
 
     def __init__(self, exporter: SpanExporter, model: str):
+        self._exporter = exporter
         resource = Resource.create({"service.name": "quire", "service.version": __version__})
         # Not shut down by the interpreter's exit: `close` does it, in order.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -81,5 +87,10 @@ class RequestSpans:
         span.end(end)
 
     def close(self) -> None:
-        """Sends what was not sent yet."""
+        """Sends what was not sent yet, to a collector that takes it in time."""
+        # The provider would wait for as long as the exporter tries again.
+        giving_up = threading.Timer(LAST_SPANS, self._exporter.shutdown)
+        giving_up.daemon = True
+        giving_up.start()
         self._provider.shutdown()
+        giving_up.cancel()

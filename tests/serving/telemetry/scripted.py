@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from dataclasses import replace
 
 from fake_runner import FakeRunner, make_request, make_spec
 from prometheus_client.parser import text_string_to_metric_families
@@ -49,8 +50,9 @@ class Scripted:
             compiles=lambda: self.compiles,
         )
 
-    def submit(self, *args: object, **more: object) -> Request:
+    def submit(self, *args: object, traceparent: str = "", **more: object) -> Request:
         request = make_request(*args, **more)  # type: ignore[arg-type]
+        request = replace(request, traceparent=traceparent)
         self.engine.submit(request)
         return request
 
