@@ -76,7 +76,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
-        return json.dumps(found, ensure_ascii=False, default=str)
+        return json.dumps(found, default=str)
 
 
 class LogReporter:
@@ -97,7 +97,8 @@ class LogReporter:
 def _shown(value: Any) -> str:
     if isinstance(value, str) and value and _PLAIN.issuperset(value):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    readable = isinstance(value, str) and value.isprintable()
+    return json.dumps(value, ensure_ascii=not readable, default=str)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
