@@ -122,7 +122,7 @@ def test_counters_and_steps(telemetry: Measured) -> None:
 
 def test_preemptions_and_failed_steps(telemetry: Measured) -> None:
     s = Scripted(telemetry, pages=9, prefix_caching=False)
-    s.runner.fail_collect = (2,)
+    s.runner.fail_collect = (40,)
     telemetry.watch(s.source)
     for n in range(3):
         s.submit(f"r{n}", prompt=(n + 1,) * 4, max_tokens=20)
