@@ -132,7 +132,7 @@ def _source(model: str, built: Built) -> Source:
 
 
 def _assembled(
-    config: EngineConfig, deliver: Callable[[list[RequestOutput]], None], *, as_log: bool
+    config: EngineConfig, deliver: Callable[[list[RequestOutput]], None], *, as_log: bool = False
 ) -> Built:
     """The engine that serves; its start is told as it goes, in a terminal or in the log."""
     from ..assemble import assemble

@@ -52,6 +52,7 @@ def set_up_logs(format: str, level: str) -> None:
     logging.getLogger(__package__.partition(".")[0]).setLevel(own)
     logging.captureWarnings(True)
     sys.excepthook, threading.excepthook = _uncaught, _uncaught_in_thread
+    sys.unraisablehook = _ignored
 
 
 class TextFormatter(absl_logging.PythonFormatter):
@@ -113,3 +114,9 @@ def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread else None
         error = (args.exc_type, args.exc_value, args.exc_traceback)
         log.critical("uncaught error in a thread", exc_info=error, extra=fields(thread=name))
+
+
+def _ignored(args: sys.UnraisableHookArgs) -> None:
+    if args.exc_value is not None:
+        error = (args.exc_type, args.exc_value, args.exc_traceback)
+        log.error("error ignored in %r", args.object, exc_info=error)

@@ -27,12 +27,12 @@ def as_before() -> Iterator[None]:
     """Of the process's logs, which these tests set up."""
     root, own, absl = (logging.getLogger(name) for name in (None, "quire", "absl"))
     handlers, levels = root.handlers[:], [logger.level for logger in (root, own, absl)]
-    hooks = sys.excepthook, threading.excepthook
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
     handler = absl_logging.get_absl_handler().python_handler
     formatter, verbosity = handler.formatter, absl_logging.get_verbosity()
     yield
     logging.captureWarnings(False)
-    sys.excepthook, threading.excepthook = hooks
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
     handler.setFormatter(formatter)
     absl_logging.set_verbosity(verbosity)
     root.handlers[:] = handlers
@@ -161,9 +161,16 @@ def test_uncaught_errors_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
         raise RuntimeError("boom")
     except RuntimeError as error:
         sys.excepthook(type(error), error, error.__traceback__)
-    in_thread, in_main = json_lines(capsys)
+
+    class Untidy:
+        def __del__(self) -> None:
+            raise RuntimeError("too late")
+
+    Untidy()
+    in_thread, in_main, ignored = json_lines(capsys)
     assert in_thread["thread"] == "worker" and "ZeroDivisionError" in in_thread["exception"]
     assert in_main["level"] == "CRITICAL" and "boom" in in_main["exception"]
+    assert "Untidy" in ignored["message"] and "too late" in ignored["exception"]
 
 
 def test_exceptions_come_with_the_fields_of_their_request(

@@ -43,10 +43,10 @@ class Told:
         def written() -> bool:
             lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
             found[:] = [x for x in lines if x.get("request_id", "").split("/")[0] == name]
-            return any(line["message"].startswith("request ") for line in found)
+            return any(line["message"] in ("request ended", "request refused") for line in found)
 
         eventually(written)
-        return found[-1]
+        return next(line for line in found if "code" in line)
 
 
 @pytest.fixture(scope="module")
