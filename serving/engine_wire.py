@@ -18,7 +18,9 @@ from ..errors import (
     Internal,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     QuireError,
+    Unauthenticated,
     Unavailable,
 )
 from ..model.plan import Bucket, Ladder, RunnerSpec, Sampler
@@ -53,7 +55,15 @@ OPTIONS = (
 
 _ERRORS: dict[str, type[QuireError]] = {
     kind.grpc_code: kind
-    for kind in (InvalidRequest, Overloaded, DeadlineExceeded, Unavailable, Internal)
+    for kind in (
+        InvalidRequest,
+        Overloaded,
+        Unauthenticated,
+        PermissionDenied,
+        DeadlineExceeded,
+        Unavailable,
+        Internal,
+    )
 }
 
 _SAME = (

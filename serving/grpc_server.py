@@ -26,6 +26,7 @@ from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.request import Request, RequestOutput, Timing
 from .answer import Chunk, Completion
+from .auth.caller import own_tenant
 from .choices import Choices, best, check_streamable
 from .embedding import embed_all
 from .engine_link import EngineLink
@@ -243,7 +244,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             raise Unavailable(self._closed_because)
         return self._backend
 
-    def _account(self, error: QuireError, request: Any) -> None:
+    def account(self, error: QuireError, request: Any = None) -> None:
         """Lets metrics and log have an error that the engine process does not know of."""
         if self._backend is not None and not error.accounted:
             self._backend[0].refused(error, *_who(request))
@@ -263,7 +264,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 context.set_trailing_metadata((("retry-after", f"{error.retry_after:g}"),))
             if isinstance(error, Internal) and not error.accounted:
                 log.error("a call failed: %s", error)
-            self._account(error, request)
+            self.account(error, request)
             await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
         except grpc.aio.AbortError:
             raise
@@ -273,7 +274,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             said = fields(request_id=name, tenant=tenant)
             log.exception("request %r: a call failed", name, extra=said)
             why = f"request {name!r}: a fault in Quire; the server's log says more"
-            self._account(Internal(why), request)
+            self.account(Internal(why), request)
             await context.abort(grpc.StatusCode.INTERNAL, why)
         finally:
             self._calls -= 1
@@ -296,11 +297,11 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
 
 
 def _who(request: Any) -> tuple[str, str]:
-    """The id and the tenant that a message names, where its kind has them and it did not choose
-    them too long."""
-    names = (getattr(request, field, "") for field in ("request_id", "tenant"))
-    request_id, tenant = (name[:MAX_NAME_LENGTH] for name in names)
-    return request_id, tenant
+    """The id that a message gives, where its kind has one, and the tenant that it is of; cut where
+    they are too long."""
+    request_id, said = (getattr(request, name, "") for name in ("request_id", "tenant"))
+    tenant = own_tenant()
+    return request_id[:MAX_NAME_LENGTH], (said if tenant is None else tenant)[:MAX_NAME_LENGTH]
 
 
 def _details(error: QuireError) -> str:

@@ -38,6 +38,7 @@ async def serve(news: int) -> int:
     )
     try:
         if checks is not None:
+            checks.refused = server.account
             _followed = follow_keys(str(settings.api_keys), checks.use)
         await server.bind()
         line.say(listening=server.address)

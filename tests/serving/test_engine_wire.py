@@ -14,7 +14,9 @@ from quire.errors import (
     Internal,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     QuireError,
+    Unauthenticated,
     Unavailable,
 )
 from quire.model.ladder import make_ladder
@@ -161,7 +163,10 @@ def test_an_embedding_arrives_bit_for_bit() -> None:
     assert received(RequestOutput("r")).pooled is None
 
 
-@pytest.mark.parametrize("kind", [InvalidRequest, DeadlineExceeded, Unavailable, Internal])
+@pytest.mark.parametrize(
+    "kind",
+    [InvalidRequest, Unauthenticated, PermissionDenied, DeadlineExceeded, Unavailable, Internal],
+)
 def test_an_error_stays_what_it_is(kind: type[QuireError]) -> None:
     output = RequestOutput("r", finish_reason=FinishReason.ERROR, error=kind("why"), ended=True)
     error = received(output).error
