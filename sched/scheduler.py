@@ -77,6 +77,10 @@ class Scheduler:
 
     # ---- requests come and go
 
+    def now(self) -> float:
+        """Seconds, on the scale of Request.deadline."""
+        return self._clock()
+
     @property
     def unfinished(self) -> int:
         """Requests that have not ended."""
@@ -118,8 +122,13 @@ class Scheduler:
         self.check_queue(request.tenant)
         self.add(request)
 
-    def add(self, request: Request) -> None:
-        """Queues a request that `validate` and `check_queue` let pass."""
+    def add(self, request: Request, arrived: float | None = None) -> None:
+        """Queues a request that `validate` and `check_queue` let pass.
+
+        Args:
+          request: new.
+          arrived: by the clock; None is now.
+        """
         choices, cache = request.sampling.choices, self._cache
         # Without prefix caching the choices of a request still share what they have in common.
         is_private = choices > 1 and not cache.caching
@@ -130,7 +139,7 @@ class Scheduler:
                 request=request,
                 tenant=self._roster.waiting.tenant(request.tenant),
                 arrival=self._arrivals,
-                submitted=self._clock(),
+                arrived=self._clock() if arrived is None else arrived,
                 max_tokens=resolve_max_tokens(request, self._spec),
                 chain=cache.chain(request.adapter, *salts, private=is_private),
                 is_private=is_private,
@@ -315,6 +324,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Takes pages and slot; what was computed is computed again, or found in the index."""
         self._meters.counters.preemptions += 1
+        seq.group.preemptions += 1
         seq.recompute_until = max(seq.recompute_until, seq.scheduled)
         self._roster.suspend(seq)
 
@@ -340,6 +350,8 @@ class Scheduler:
                 start = int(plan.starts[scored.row])
                 if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
                     bad.add(scored.row)
+        if plan.num_decode < len(flight.rows):
+            self._note_first_tokens(flight.rows[plan.num_decode :], counts[plan.num_decode :])
         receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
         pooled = pooled_rows(plan, outputs, bad)
         # Every row of every step passes here: what most of them are is looked for first.
@@ -372,6 +384,13 @@ class Scheduler:
         if not self._roster.running:
             self._observe_waste()
         return self.take_outputs()
+
+    def _note_first_tokens(self, prompt_rows: list[Sequence], counts: list[int]) -> None:
+        """A first token comes with the row that ends a prompt."""
+        now = self._clock()
+        for seq, count in zip(prompt_rows, counts, strict=True):
+            if count and seq.group.first_token is None:
+                seq.group.first_token = now
 
     def _receive_one(self, seq: Sequence, token: int) -> RequestOutput:
         """`_receive` of what nearly every row brings: a token that ends nothing, and no more."""
@@ -460,7 +479,8 @@ class Scheduler:
         if group.cached_tokens < 0:
             group.cached_tokens = hit.tokens
             self._meters.enter(seq.prompt_len, hit.tokens)
-            group.tenant.last_wait = self._clock() - group.submitted
+            group.admitted = self._clock()
+            group.tenant.last_wait = group.admitted - group.arrived
         seq.cached_tokens = group.cached_tokens
 
     def _observe_waste(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -29,12 +29,14 @@ from ..engine_wire import (
     PROTOCOL,
     SILENCE,
     error_message,
+    error_of,
     limits_message,
     output_message,
     request_of,
     stats_values,
 )
 from ..intake import Served
+from ..telemetry.logs import fields
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
@@ -45,10 +47,15 @@ class EngineHost(pb_grpc.EngineServiceServicer):
 
     Args:
       loop: the event loop that it serves on.
+      refused: hears of requests that were refused, here or by frontends: why, id, tenant.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        refused: Callable[[QuireError, str, str], None] = lambda *_: None,
+    ):
+        self._loop, self._refused = loop, refused
         self._engine: Engine | None = None
         self._welcome = pb.Welcome()
         self._opened = asyncio.Event()
@@ -163,6 +170,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
                 if request_id := frontend.live.get(finish.handle):
                     choice = finish.choice if finish.HasField("choice") else None
                     engine.finish(request_id, FinishReason(finish.reason), choice)
+            for refused in message.refused:
+                self._refused(error_of(refused.error), refused.request_id, refused.tenant)
             if message.stats:
                 frontend.send_stats(stats_values(engine.stats()))
 
@@ -179,17 +188,19 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         except QuireError as refusal:
             error = refusal
         except Exception:
-            log.exception("request %r could not be submitted", message.id)
+            said = fields(request_id=message.id, tenant=message.tenant)
+            log.exception("a request could not be submitted", extra=said)
             error = Internal(
                 f"request {message.id!r}: a fault in Quire; the engine's log says more"
             )
-        said = pb.Output(
+        self._refused(error, message.id, message.tenant)
+        last = pb.Output(
             handle=message.handle,
             finish_reason=FinishReason.ERROR,
             error=error_message(error),
             ended=True,
         )
-        frontend.send(pb.Step(outputs=[said]))
+        frontend.send(pb.Step(outputs=[last]))
 
     def _detach(self, frontend: _Frontend) -> None:
         """Ends all that a frontend left unfinished."""

@@ -56,6 +56,12 @@ SERVER: dict[str, tuple[list[str], Any]] = {
     "keepalive": (["--keepalive=30"], 30),
     "drain_timeout": (["--drain-timeout=5"], 5),
     "step_timeout": (["--step-timeout=9"], 9),
+    "metrics_port": (["--metrics-port=0"], 0),
+    "metrics_host": (["--metrics-host=::1"], "::1"),
+    "log_format": (["--log-format=json"], "json"),
+    "log_level": (["--log-level=warning"], "warning"),
+    "log_prompts": (["--log-prompts"], True),
+    "otlp_endpoint": (["--otlp-endpoint=http://host:4317"], "http://host:4317"),
 }
 
 
