@@ -10,7 +10,7 @@ import random
 
 from .example import Example, Message, asked, assistant, user
 from .topics import GOODBYES, GREETINGS, THANKS, TOPICS, Topic
-from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, a
+from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, a, some
 
 _GREETED = "Hello! Ask me something, or ask what I can do."
 _WELCOME = "You are welcome!"
@@ -170,7 +170,7 @@ def _remember(rng: random.Random) -> Example:
     else:
         said, fact, answer, questions = rng.choice(_LIKINGS)
         x = {
-            "food": rng.choice(FOODS),
+            "food": some(rng.choice(FOODS)),
             "city": rng.choice(CITIES),
             "color": rng.choice(COLORS),
             "pet": a(rng.choice(ANIMALS)),
