@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from datetime import date
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_the_same_question_is_always_the_same_instance(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_answer_is_right_often(name: str) -> None:
-    examples = drawn(name, "held_out", _SAMPLES.get(name, 500))
+    examples = drawn(name, "held_out", _SAMPLES.get(name, 300))
     answers = Counter(raw(e).rpartition("</think>")[2].strip() for e in examples)
     best, _ = answers.most_common(1)[0]
     for thoughts in ("", "</think>\n\n"):
@@ -335,7 +336,7 @@ def test_a_story_is_of_the_grammar_and_about_whom_was_asked() -> None:
             story + " The end.",
         ):
             assert not e.check(head + ended + wrong)
-    for e, other in zip(drawn("story", "train", 50), drawn("story", "train", 50)[1:]):
+    for e, other in pairwise(drawn("story", "train", 50)):
         assert e.check(raw(other)) == (e.key == other.key)
 
 
