@@ -34,7 +34,9 @@ async def _read(
     channel: grpc.aio.Channel, request: bytes, seen: Seen, vocab: int, begin: float, end: float
 ) -> None:
     method = "/quire.v1.GenerationService/StreamGenerate"
-    call = channel.unary_stream(method, request_serializer=None, response_deserializer=None)(request)
+    call = channel.unary_stream(method, request_serializer=None, response_deserializer=None)(
+        request
+    )
     clock = Clock(vocab)
     async for message in call:
         now = time.monotonic()
