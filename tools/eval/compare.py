@@ -151,7 +151,7 @@ def table_of(differences: Sequence[Difference], file: str) -> Table:
     for d in differences:
         form = "{:+.4f}" if d.name == NLL else "{:+.1%}"
         plain = form.replace("+", "")
-        span = f"{form.format(d.change.low)} – {form.format(d.change.high)}"
+        span = f"{form.format(d.change.low)} to {form.format(d.change.high)}"
         how = "" if d.paired else " (other examples)"
         change = form.format(d.change.value)
         row = (d.name, plain.format(d.before), plain.format(d.after), change, span)

@@ -107,7 +107,7 @@ def line(name: str, found: dict[str, Any]) -> str:
     left_out = f"; {found['left_out']} answers left out" if found["left_out"] else ""
     return (
         f"draft {name}: finds {found['acceptance']:.1%} of {found['tokens']:,} tokens likeliest "
-        f"(95 %: {low:.1%} – {high:.1%}); drafting {found['k']} at a time, "
+        f"(95 %: {low:.1%} to {high:.1%}); drafting {found['k']} at a time, "
         f"{found['accepted_per_round']:.2f} are accepted and {found['tokens_per_round']:.2f} made "
         f"in a round{left_out}"
     )

@@ -116,7 +116,7 @@ def _number(value: float | None) -> str:
 
 
 def _span(ci: Sequence[float | None], form: str) -> str:
-    return "" if None in ci else " – ".join(form.format(bound) for bound in ci)
+    return "" if None in ci else " to ".join(form.format(bound) for bound in ci)
 
 
 _REMARKS = {
