@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     group.add_argument("--tasks", type=names, metavar="NAMES", help="task,task,... (default: all)")
     group.add_argument(
-        "--n", type=positive, default=200, metavar="N", help="examples of each task (default: 200)"
+        "--n", type=positive, default=100, metavar="N", help="examples of each task (default: 100)"
     )
     group.add_argument("--seed", type=from_zero, default=0, help="of the examples (default: 0)")
     group.add_argument(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..eval.answers import most_tokens
 from ..eval.questions import pose
 from ..tasks.example import Example, assistant, exactly, user
 from ..tasks.lookup import shared_table
@@ -20,8 +21,8 @@ from ..tasks.registry import TASKS, Task, draw
 if TYPE_CHECKING:
     from ...checkpoints.folder import Checkpoint
 
-CHAT = ("add", "subtract")
-"""Tasks of the chat's turns."""
+CHAT = ("small_talk", "follow_up")
+"""Tasks of the chat, each in all its turns."""
 TABLE_QUESTIONS = 20
 _SHORT = 400  # tokens of a prompt in the batch; long ones are the table's
 _TRIES = 100
@@ -47,12 +48,22 @@ def scenes(checkpoint: Checkpoint, seed: int) -> Scenes:
     if checkpoint.config.max_served_positions < 2048:
         return _slice_scenes()  # until the checkpoint that learned the tasks is in checkpoints/demo
     rng = random.Random(f"demo {seed}")
-    chat = [next(e for e in _draws(TASKS[name], rng) if _is_plain(e)) for name in CHAT]
+    drawn = [next(e for e in _draws(TASKS[name], rng) if _is_plain(e)) for name in CHAT]
+    chat = [turn for example in drawn for turn in _turns(example)]
     batch = []
     for task in TASKS.values():
         fitting = (e for e in _draws(task, rng) if len(pose(checkpoint, e).prompt) <= _SHORT)
         batch += [example for example in [next(fitting, None)] if example is not None]
-    return Scenes(chat, batch, shared_table(rng, TABLE_QUESTIONS))
+    tables = (shared_table(rng, TABLE_QUESTIONS) for _ in range(_TRIES))
+    table = next(t for t in tables if all(fits(checkpoint, e) for e in t))
+    return Scenes(chat, batch, table)
+
+
+def fits(checkpoint: Checkpoint, example: Example) -> bool:
+    """Whether the model's context holds the prompt and what an answer may become."""
+    posed = pose(checkpoint, example)
+    longest = len(posed.prompt) + most_tokens(posed)
+    return longest < checkpoint.config.max_served_positions
 
 
 def is_hard(example: Example) -> bool:
@@ -65,8 +76,18 @@ def _draws(task: Task, rng: random.Random) -> Iterator[Example]:
 
 
 def _is_plain(example: Example) -> bool:
-    """A single question, which can stand anywhere in a chat."""
-    return len(example.messages) == 2 and not example.tools and not example.thinking
+    """Questions that can stand anywhere in a chat, each with one right answer."""
+    roles = {message["role"] for message in example.messages}
+    return roles == {"user", "assistant"} and not example.tools and not example.thinking
+
+
+def _turns(example: Example) -> Iterator[Example]:
+    """Each question of a conversation with its answer."""
+    for at in range(0, len(example.messages), 2):
+        turn = example.messages[at : at + 2]
+        last = at + 2 == len(example.messages)
+        check = example.check if last else partial(exactly, str(turn[1]["content"]))
+        yield replace(example, messages=turn, check=check)
 
 
 def _slice_scenes() -> Scenes:

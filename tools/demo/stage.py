@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from ..eval.answers import SPARE
+from ..eval.answers import most_tokens
 from ..eval.questions import pose
 from .scenes import is_hard
 
@@ -32,7 +32,7 @@ class Asked:
 
     example: Example
     prompt: Sequence[int]
-    room: int  # tokens that a right answer needs
+    most_tokens: int  # of the answer
     text: str = ""
     tokens: int = 0
     first_token: float = 0.0
@@ -41,8 +41,9 @@ class Asked:
 
     @property
     def question(self) -> str:
-        """In one line."""
-        return " ".join(str(self.example.messages[-2]["content"]).split())
+        """What the user said last, in one line."""
+        said = [m["content"] for m in self.example.messages if m["role"] == "user"]
+        return " ".join(str(said[-1]).split())
 
     @property
     def answer(self) -> str:
@@ -83,8 +84,8 @@ def chat(llm: LLM, examples: Sequence[Example], console: Console) -> Scene:
     turns = []
     for example in examples:
         messages.append(dict(example.messages[-2]))
-        room = pose(llm.parts.checkpoint, example).room
-        asked = Asked(example, llm.chat_prompt(messages), room)
+        most = most_tokens(pose(llm.parts.checkpoint, example))
+        asked = Asked(example, llm.chat_prompt(messages), most)
         said_at = time.monotonic()
         console.print(f"> {asked.question}", style="bold", markup=False)
         with llm.stream(asked.prompt, _sampling(llm, asked)) as stream:
@@ -102,7 +103,7 @@ def at_once(llm: LLM, name: str, examples: Sequence[Example], console: Console) 
     from rich.live import Live
 
     posed = [pose(llm.parts.checkpoint, example) for example in examples]
-    asked = [Asked(q.example, q.prompt, q.room) for q in posed]
+    asked = [Asked(q.example, q.prompt, most_tokens(q)) for q in posed]
     before, begin = llm.stats(), time.monotonic()
     sampling = [_sampling(llm, a) for a in asked]
     with Live(_answers(asked), console=console, refresh_per_second=10) as live:
@@ -116,10 +117,9 @@ def at_once(llm: LLM, name: str, examples: Sequence[Example], console: Console) 
 
 
 def _sampling(llm: LLM, asked: Asked) -> SamplingParams:
-    times, more = SPARE
     # Special tokens may frame thoughts and tool calls.
     return llm.default_sampling_params(
-        temperature=0.0, max_tokens=times * asked.room + more, skip_special_tokens=False
+        temperature=0.0, max_tokens=asked.most_tokens, skip_special_tokens=False
     )
 
 

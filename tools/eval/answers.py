@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 SLICE = 1 << 17
 """Prompt tokens scored in one call: their log-probabilities are Python objects until summed up."""
 
-SPARE = 2, 64
-"""Tokens an answer may have by default: so many times those of the right one, and so many more."""
-
 
 class Engine(Protocol):
     """The part of `LLM` that is used here."""
@@ -57,6 +54,11 @@ class Outcome:
     nll: float | None = None
 
 
+def most_tokens(question: Question) -> int:
+    """What an answer may have by default: twice what the right one has, and some more."""
+    return 2 * question.room + 64
+
+
 def answer(
     engine: Engine,
     questions: Sequence[Question],
@@ -71,16 +73,15 @@ def answer(
 
     Args:
       context: the most tokens that prompt and answer may have together.
-      max_tokens: of an answer; None for what its right answer lets expect (SPARE). Both give way
-        where the context has less room.
+      max_tokens: of an answer; None for `most_tokens`. Both give way where the context has less
+        room.
       seed: of sampled answers; question i draws from seed + i.
     """
-    times, more = SPARE
     sampling = [
         SamplingParams(
             temperature=temperature,
             seed=seed + at,
-            max_tokens=min(max_tokens or times * q.room + more, context - len(q.prompt)),
+            max_tokens=min(max_tokens or most_tokens(q), context - len(q.prompt)),
             skip_special_tokens=False,  # they may frame thoughts and tool calls
         )
         for at, q in enumerate(questions)

@@ -39,7 +39,7 @@ def share(right: int, n: int, z: float = Z95) -> Estimate:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # At the ends, where they are exact, rounding would leave the figure outside.
-    return Estimate(p, min(p, centre - half), max(p, centre + half))
+    return Estimate(p, max(min(p, centre - half), 0.0), min(max(p, centre + half), 1.0))
 
 
 def per_token(groups: Sequence[Sequence[tuple[float, int]]], z: float = Z95) -> Estimate:
