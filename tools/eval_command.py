@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(EngineConfig(**settings), reporter)
     if args.draft:
         _check_draft(args.draft, settings, checkpoint, reporter)
-    exam = set_exam(tasks, args.n, args.seed, checkpoint)
+    exam = set_exam(tasks, args.n, args.seed, checkpoint, reporter)
     results = _ask(exam, settings, args, reporter)
     found = report.figures(results)
     tables, lines = [report.table_of(settings["model"], found)], exam.notes

@@ -24,6 +24,7 @@ from quire.tools.eval.questions import Paper
 from quire.tools.eval.report import Result
 from quire.tools.tasks import registry
 from quire.tools.tasks.example import Example, is_held_out
+from quire.tools.train_demo.chat import CHAT_TEMPLATE
 
 SMALL = ["--no-warmup", "--max-num-seqs=4", "--max-batched-tokens=32", "--page-size=16"]
 SILENT = Silent()
@@ -53,7 +54,7 @@ def test_the_same_seed_asks_the_same_held_out_examples() -> None:
 
 def test_a_task_that_has_no_more_gives_what_it_has() -> None:
     few = task(generate=lambda rng: double(random.Random(rng.randrange(100))))
-    assert 0 < len(questions.held_out(few, 50, 0)) < 50
+    assert 0 < len(questions.held_out(few, 12, 0)) < 12
 
 
 def test_unknown_tasks_are_refused_with_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,18 +78,27 @@ def test_a_question_is_what_the_template_makes_of_it(checkpoint: Checkpoint) -> 
     assert posed.room == len(posed.right)
 
 
+def test_every_right_answer_passes_as_the_demos_template_writes_it(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(fake_exam.write(tmp_path, CHAT_TEMPLATE))
+    exam = questions.set_exam(list(registry.TASKS.values()), 2, 0, checkpoint, SILENT)
+    assert exam.notes == [] and len(exam.questions) == 2 * len(registry.TASKS)
+    for posed in exam.questions:
+        written = checkpoint.tokenizer.decode(posed.right, skip_special_tokens=False)
+        assert posed.example.check(written.partition("<|im_end|>")[0]), posed.example
+
+
 def test_what_a_template_ignores_is_said(folder: Path, model: Path) -> None:
     tasks = [
         task("plain"),
         task("calls", lambda rng: _named("calls", double(rng, tools=(fake_exam.TOOL,)))),
         task("thoughts", lambda rng: _named("thoughts", double(rng, thinking=True))),
     ]
-    exam = questions.set_exam(tasks, 3, 0, Checkpoint.open(folder))
+    exam = questions.set_exam(tasks, 3, 0, Checkpoint.open(folder), SILENT)
     assert exam.notes == [
         "the chat template ignores tools: calls asked without",
         "the chat template ignores enable_thinking: thoughts asked without",
     ]
-    assert questions.set_exam(tasks, 3, 0, Checkpoint.open(model)).notes == []
+    assert questions.set_exam(tasks, 3, 0, Checkpoint.open(model), SILENT).notes == []
 
 
 def _named(name: str, e: Example) -> Example:
@@ -99,11 +109,11 @@ def test_what_a_template_refuses_is_counted_and_said(tmp_path: Path) -> None:
     template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + fake_exam.TEMPLATE
     checkpoint = Checkpoint.open(fake_exam.write(tmp_path, template))
     calls = task("calls", lambda rng: double(rng, tools=(fake_exam.TOOL,)))
-    exam = questions.set_exam([task(), calls], 3, 0, checkpoint)
+    exam = questions.set_exam([task(), calls], 3, 0, checkpoint, SILENT)
     assert [(len(p.questions), p.refused) for p in exam.papers] == [(3, 0), (0, 3)]
     assert exam.notes == ["calls: 3 left out: messages: the chat template refused them: no tools"]
     with pytest.raises(InvalidRequest, match=r"nothing can be asked: .*no tools"):
-        questions.set_exam([calls], 3, 0, checkpoint)
+        questions.set_exam([calls], 3, 0, checkpoint, SILENT)
 
 
 def test_a_template_that_renders_another_prompt_with_an_answer_scores_nothing(
@@ -111,7 +121,7 @@ def test_a_template_that_renders_another_prompt_with_an_answer_scores_nothing(
 ) -> None:
     template = fake_exam.TEMPLATE.replace("{% for", "{{ add_generation_prompt }}{% for", 1)
     checkpoint = Checkpoint.open(fake_exam.write(tmp_path, template))
-    exam = questions.set_exam([task()], 3, 0, checkpoint)
+    exam = questions.set_exam([task()], 3, 0, checkpoint, SILENT)
     assert all(not q.right and q.room > 1 for q in exam.questions)
     assert "nll: 3 right answers left out" in exam.notes[0]
 
@@ -336,7 +346,7 @@ def test_the_command(run: Run, model: Path, tmp_path: Path) -> None:
 
     # The figure is the engine's own: minus the log-probabilities of the right answers' tokens.
     checkpoint = Checkpoint.open(model)
-    exam = questions.set_exam([task()], 6, 0, checkpoint)
+    exam = questions.set_exam([task()], 6, 0, checkpoint, SILENT)
     with LLM(model, warmup=False, max_num_seqs=4, max_batched_tokens=32, page_size=16) as llm:
         sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         total = 0.0
@@ -395,7 +405,7 @@ def test_a_context_too_short_is_said(run: Run, model: Path) -> None:
     assert "max_model_len: got 20 tokens, must be more" in err.splitlines()[-1]
     tokens = sorted(
         len(q.prompt) + q.room
-        for q in questions.set_exam([task()], 8, 0, Checkpoint.open(model)).questions
+        for q in questions.set_exam([task()], 8, 0, Checkpoint.open(model), SILENT).questions
     )
     assert tokens[0] < tokens[-1]
     argv = ["--tasks=double", "--n=8", f"--max-model-len={tokens[-1]}", "--json"]

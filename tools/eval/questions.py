@@ -18,6 +18,7 @@ from ...errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ...checkpoints.folder import Checkpoint
+    from ...serving.progress import Reporter
     from ..tasks.example import Example
     from ..tasks.registry import Task
 
@@ -111,7 +112,9 @@ def held_out(task: Task, n: int, seed: int) -> list[Example]:
     return list(found.values())
 
 
-def set_exam(tasks: Sequence[Task], n: int, seed: int, checkpoint: Checkpoint) -> Exam:
+def set_exam(
+    tasks: Sequence[Task], n: int, seed: int, checkpoint: Checkpoint, reporter: Reporter
+) -> Exam:
     """Draws and renders `n` examples of each task.
 
     Raises:
@@ -120,16 +123,10 @@ def set_exam(tasks: Sequence[Task], n: int, seed: int, checkpoint: Checkpoint) -
     """
     check_can_chat(checkpoint)
     papers, ignored = [], _Ignored()
-    for task in tasks:
-        paper = Paper(task, [])
-        for example in held_out(task, n, seed):
-            try:
-                paper.questions.append(pose(checkpoint, example))
-                ignored.look(checkpoint, example)
-            except InvalidRequest as error:
-                paper.refused += 1
-                paper.refusal = paper.refusal or str(error)
-        papers.append(paper)
+    with reporter.phase("questions") as update:
+        for task in tasks:
+            papers.append(_paper(task, n, seed, checkpoint, ignored))
+            update(len(papers), len(tasks))
     exam = Exam(papers, ignored.notes())
     for paper in papers:
         if paper.refused:
@@ -143,6 +140,18 @@ def set_exam(tasks: Sequence[Task], n: int, seed: int, checkpoint: Checkpoint) -
             "another prompt than without"
         )
     return exam
+
+
+def _paper(task: Task, n: int, seed: int, checkpoint: Checkpoint, ignored: _Ignored) -> Paper:
+    paper = Paper(task, [])
+    for example in held_out(task, n, seed):
+        try:
+            paper.questions.append(pose(checkpoint, example))
+            ignored.look(checkpoint, example)
+        except InvalidRequest as error:
+            paper.refused += 1
+            paper.refusal = paper.refusal or str(error)
+    return paper
 
 
 def check_can_chat(checkpoint: Checkpoint) -> None:
