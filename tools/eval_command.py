@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> None:
         lines += notes
     if args.plot is not None:
         plot(args.plot, lambda figure: report.draw(figure, settings["model"], found))
-    show(tables, sys.stderr if args.json else sys.stdout)
-    for line in lines:
-        reporter.note(line)
+    people = sys.stderr if args.json else sys.stdout
+    show(tables, people)
+    people.writelines(f"{line}\n" for line in lines)
     if args.json:
         sys.stdout.write(json.dumps(found) + "\n")
     worse = [d.name for d in differences if d.verdict == "worse"]
