@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig, InvalidRequest, QuireError
@@ -93,9 +93,10 @@ def run(args: argparse.Namespace) -> None:
         lines += notes
     if args.plot is not None:
         plot(args.plot, lambda figure: report.draw(figure, settings["model"], found))
-    people = sys.stderr if args.json else sys.stdout
-    show(tables, people)
-    people.writelines(f"{line}\n" for line in lines)
+    people: TextIO | None = sys.stderr if args.json else sys.stdout
+    if people is not None:  # else the shell closed it
+        show(tables, people)
+        people.writelines(f"{line}\n" for line in lines)
     if args.json:
         sys.stdout.write(json.dumps(found) + "\n")
     worse = [d.name for d in differences if d.verdict == "worse"]
