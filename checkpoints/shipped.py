@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHIPPED = ("demo",)
+_HERE = Path(__file__).parent
+
+SHIPPED = tuple(name for name in ("demo", "demo-draft") if (_HERE / name / "config.json").is_file())
+"""A small model to try Quire with, and a smaller one that guesses its answers."""
 
 
 def resolve(model: str) -> Path:
@@ -13,5 +16,5 @@ def resolve(model: str) -> Path:
     A folder of the user's own that has a shipped model's name is reached as `./demo`.
     """
     if model in SHIPPED:
-        return Path(__file__).parent / model
+        return _HERE / model
     return Path(model).expanduser()

@@ -47,7 +47,13 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest token id."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        return 1 + max(self.vocab.values(), default=-1)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Every token as the vocabulary spells it, with its id."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
 
     @property
     def eos_id(self) -> int | None:

@@ -31,7 +31,7 @@ def test_files_beside_the_code_are_listed():
         for pattern in SETTINGS["package-data"]["quire"]
         for path in ROOT.glob(pattern)
     }
-    needed = {path.relative_to(ROOT) for path in (ROOT / "checkpoints" / "demo").iterdir()}
+    needed = {path.relative_to(ROOT) for path in (ROOT / "checkpoints").glob("demo*/*")}
     needed |= {path.relative_to(ROOT) for path in (ROOT / "tools" / "bench").rglob("*.json")}
     assert needed and needed <= listed
     assert Path("py.typed") in listed

@@ -11,8 +11,10 @@ from ..errors import InvalidRequest
 from . import standard_streams
 from .flags import add_model, add_settings, settings_from
 from .sampling_flags import add_sampling, sampling_from
+from .thoughts import OPEN, Thoughts
 
 if TYPE_CHECKING:
+    from ..checkpoints.chat_template import ChatTemplate
     from ..serving.llm import LLM
     from ..serving.progress import Reporter
 
@@ -22,6 +24,11 @@ _HELP = "/new starts over, /quit (or the end of input) leaves"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="demo")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--thinking",
+        action="store_true",
+        help="have the model think before it answers; its thoughts go to standard error",
+    )
     add_sampling(parser)
     add_settings(parser, EngineConfig, skip=("model", "max_queue"))
 
@@ -32,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from ..serving.progress import Terminal
 
     reporter = Terminal()
-    _check_can_chat(settings, reporter)
+    _check_can_chat(settings, reporter, args.thinking)
     from ..serving.llm import LLM
 
     opening = [{"role": "system", "content": args.system}] if args.system else []
@@ -45,15 +52,15 @@ def run(args: argparse.Namespace) -> None:
                 continue
             messages.append({"role": "user", "content": said})
             try:
-                answer = _say(llm, messages, chosen)
+                answer = (_think if args.thinking else _say)(llm, messages, chosen)
             except InvalidRequest as error:  # such as a conversation too long for the model
                 messages.pop()
                 reporter.note(str(error))
             else:
-                messages.append({"role": "assistant", "content": answer})
+                messages.append({"role": "assistant", **answer})
 
 
-def _check_can_chat(settings: dict[str, Any], reporter: Reporter) -> None:
+def _check_can_chat(settings: dict[str, Any], reporter: Reporter, thinking: bool) -> None:
     """Raises InvalidRequest for a model that cannot, before its weights are read."""
     from ..serving.assemble import open_checkpoint
     from ..serving.intake import no_tokenizer
@@ -61,7 +68,19 @@ def _check_can_chat(settings: dict[str, Any], reporter: Reporter) -> None:
     checkpoint = open_checkpoint(EngineConfig(**settings), reporter)
     if not checkpoint.has_tokenizer:
         raise no_tokenizer("messages")
-    checkpoint.chat_template.render([{"role": "user", "content": "?"}])
+    template, asked = checkpoint.chat_template, [{"role": "user", "content": "?"}]
+    template.render(asked)
+    if thinking and not _opens(template, asked):
+        with_it, without = (template.render(asked, enable_thinking=on) for on in (True, False))
+        if with_it == without:
+            raise InvalidRequest(
+                "--thinking: this model's chat template ignores it (enable_thinking)"
+            )
+
+
+def _opens(template: ChatTemplate, messages: list[dict[str, Any]]) -> bool:
+    """Whether the prompt ends inside the thoughts."""
+    return template.render(messages, enable_thinking=True).rstrip().endswith(OPEN)
 
 
 def _listen() -> str | None:
@@ -78,7 +97,7 @@ def _listen() -> str | None:
             return said
 
 
-def _say(llm: LLM, messages: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
+def _say(llm: LLM, messages: list[dict[str, Any]], chosen: dict[str, Any]) -> dict[str, Any]:
     """Streams the answer to stdout; an interrupt ends the answer, not the conversation."""
     prompt = llm.chat_prompt(messages)
     answer = ""
@@ -92,4 +111,32 @@ def _say(llm: LLM, messages: list[dict[str, Any]], chosen: dict[str, Any]) -> st
             pass
     sys.stdout.write("\n")
     sys.stdout.flush()
-    return answer
+    return {"content": answer}
+
+
+def _think(llm: LLM, messages: list[dict[str, Any]], chosen: dict[str, Any]) -> dict[str, Any]:
+    """As `_say`, with the thoughts before the answer dim on stderr."""
+    from rich.console import Console
+
+    aside = Console(file=sys.stderr, stderr=True, highlight=False)
+    said = Thoughts(open=_opens(llm.parts.checkpoint.chat_template, messages))
+    prompt = llm.chat_prompt(messages, enable_thinking=True)
+    chosen = {**chosen, "skip_special_tokens": False}  # the tags may be special tokens
+
+    def show(thought: str, answer: str) -> None:
+        aside.print(thought, end="", style="dim", markup=False, emoji=False, soft_wrap=True)
+        if answer and answer == said.answer:
+            aside.print()
+        sys.stdout.write(answer)
+        sys.stdout.flush()
+
+    with llm.stream(prompt, llm.default_sampling_params(prompt, **chosen)) as stream:
+        try:
+            for chunk in stream:
+                show(*said.hear(chunk.text))
+        except KeyboardInterrupt:
+            pass
+    show(*said.end())
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return {"content": said.answer, "reasoning_content": said.thoughts}

@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "turn a Hugging Face checkpoint into an Orbax one, with checksums",
     "doctor": "check this machine and this installation",
     "config": "say which settings are in force, and where each comes from",
+    "eval": "measure how good a model's answers are",
     "bench": "measure: throughput, latency, a server under load, start-up, kernels, scheduler",
     "demo": "watch the engine answer several questions at once",
 }

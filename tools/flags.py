@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass
 from typing import Any
 
+from ..checkpoints.shipped import SHIPPED
 from ..config import EngineConfig, parse_bytes, settings_of
 from ..errors import InvalidConfig
 from .settings_file import check_with_places, read_settings_file
 
-MODEL_HELP = "checkpoint folder, hub name (org/name or org/name@revision), or `demo`"
+MODEL_HELP = (
+    "checkpoint folder, hub name (org/name or org/name@revision), or a shipped model: "
+    + ", ".join(SHIPPED)
+)
 
 
 def size(text: str) -> int:

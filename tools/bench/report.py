@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ... import __version__
 from ...errors import InvalidConfig
@@ -70,16 +70,10 @@ def finish(
       draw: makes the picture of --plot.
       on_device: whether a device was measured, so that it must be named.
     """
-    from rich.console import Console
-
     if args.plot is not None:
-        _plot(args, draw)
+        plot(args.plot, draw)
     report = {"bench": args.bench, **surroundings(on_device), **results}
-    console = Console(file=sys.stderr if args.json else sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # a log has no width; rich would take 80
-    for table in tables:
-        console.print(table, "")
+    show(tables, sys.stderr if args.json else sys.stdout)
     if args.json:
         sys.stdout.write(json.dumps(report) + "\n")
 
@@ -133,7 +127,19 @@ def over_sizes(axes: Any, sizes: Sequence[int], *, x: str, y: str) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _plot(args: argparse.Namespace, draw: Draw) -> None:
+def show(tables: Sequence[Table], file: TextIO) -> None:
+    """Prints tables."""
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # a log has no width; rich would take 80
+    for table in tables:
+        console.print(table, "")
+
+
+def plot(file: str, draw: Draw) -> None:
+    """Draws on a matplotlib figure and saves it."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -141,5 +147,5 @@ def _plot(args: argparse.Namespace, draw: Draw) -> None:
 
     figure = pyplot.figure(figsize=(9, 5), layout="constrained")
     draw(figure)
-    figure.savefig(Path(args.plot).expanduser(), dpi=150)
+    figure.savefig(Path(file).expanduser(), dpi=150)
     pyplot.close(figure)
