@@ -1,0 +1,115 @@
+"""Attention over dense rows that hold several conversations: who computes it, and which is fastest.
+
+train.py asks `fastest` once at its start. XLA writes the scores to memory, which costs more than
+all else in a small model; on a GPU a fused kernel does not. Those are JAX's own, and none of them
+is promised for ever, so one that fails or disagrees is left out.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ...model.config import ModelConfig
+from ...serving.progress import Reporter
+from .packing import Layout
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(q [R, L, H, D], k [R, L, KH, D], v [R, L, KH, D], segments int32 [R, L]) -> [R, L, H, D]."""
+
+_TOLERANCE = 0.03  # of the largest entry; bfloat16 rounds at 0.004
+_TIMED_RUNS = 5
+
+
+def _library(
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> jax.Array:
+    same = segments[:, None, :, None] == segments[:, None, None, :]  # [R, 1, L, L]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=same, is_causal=True, implementation=implementation
+    )
+
+
+def _triton(
+    forward: int, backward: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> jax.Array:
+    """JAX's Pallas kernel, in blocks of so many queries and keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+    group = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    blocks = BlockSizes(forward, forward, backward, backward, backward, backward)
+    return mha(q, k, v, segments, q.shape[-1] ** -0.5, True, blocks)
+
+
+EVERYWHERE = "xla"
+MIXES: dict[str, Mix] = {
+    EVERYWHERE: partial(_library, "xla"),
+    "cudnn": partial(_library, "cudnn"),
+    "triton-64-32": partial(_triton, 64, 32),
+    "triton-64-64": partial(_triton, 64, 64),
+    "triton-128-64": partial(_triton, 128, 64),
+}
+
+
+def fastest(config: ModelConfig, layout: Layout, reporter: Reporter) -> str:
+    """The name of the fastest way that agrees with XLA's, forward and backward, in bfloat16."""
+    if jax.default_backend() != "gpu":
+        return EVERYWHERE
+    times: dict[str, float] = {}
+    wanted = None
+    with reporter.phase("attention") as update:
+        for done, (name, mix) in enumerate(MIXES.items()):
+            update(done, len(MIXES))
+            try:
+                found, times[name] = _run(mix, config, layout)
+            except Exception as error:  # whatever it is, another one does it
+                reporter.note(f"attention: {name} left out: {type(error).__name__}: {error}"[:200])
+                continue
+            wanted = found if wanted is None else wanted
+            off = max(_difference(*pair) for pair in zip(found, wanted, strict=True))
+            reporter.note(f"attention: {name:<14} {times[name] * 1e3:.2f} ms, off by {off:.4f}")
+            if not off <= _TOLERANCE:
+                del times[name]
+    return min(times, key=lambda name: times[name])
+
+
+def _run(mix: Mix, config: ModelConfig, layout: Layout) -> tuple[list[jax.Array], float]:
+    """Results and gradients on random values in rows as long as the layout's, and seconds."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    found: list[jax.Array] = []
+    seconds = 0.0
+    for rows, length in layout.parts:
+        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads
+        q, k, v, weight = (
+            jax.random.normal(key, (rows, length, n, config.head_dim), jnp.bfloat16)
+            for key, n in zip(keys, heads, strict=True)
+        )
+        segments = jnp.broadcast_to(jnp.arange(length) // 300, (rows, length))
+
+        @jax.jit
+        def both(
+            q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array, segments: jax.Array
+        ) -> list[jax.Array]:
+            mixed, pull = jax.vjp(lambda q, k, v: mix(q, k, v, segments), q, k, v)
+            return [mixed, *pull(weight)]
+
+        found += jax.block_until_ready(both(q, k, v, weight, segments))
+        begin = time.perf_counter()
+        for _ in range(_TIMED_RUNS):
+            out = both(q, k, v, weight, segments)
+        jax.block_until_ready(out)
+        seconds += (time.perf_counter() - begin) / _TIMED_RUNS
+    return found, seconds
+
+
+def _difference(found: jax.Array, wanted: jax.Array) -> float:
+    wide = wanted.astype(jnp.float32)
+    return float(jnp.max(jnp.abs(found.astype(jnp.float32) - wide)) / jnp.max(jnp.abs(wide)))

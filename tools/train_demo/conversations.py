@@ -1,0 +1,198 @@
+"""From examples to tokens: the chat template, the tokenizer, and several questions in one chat.
+
+Called by data.py in worker processes; loads no JAX. What is trained on is what the shipped template
+writes, so the model is asked as it was taught.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from ...checkpoints.chat_template import ChatTemplate
+from ..tasks.example import Example, Message, Split
+from ..tasks.registry import TASKS, draw, example_weights
+from .chat import CHAT_TEMPLATE
+from .packing import Words, to_words
+from .tokenizer import TURN_END, TURN_START
+
+_ALONE_SHARE = 0.6  # of plain examples: the others are turns of a chat
+_CHAT_TOKENS = 80, 1700  # how long a chat becomes, about
+_LAST_TURN = 250  # tokens by which a chat may become longer, so that it ends with an answer
+_THOUGHTS_AFTER_CHAT = 0.3  # of examples with thoughts, where there is a chat to end with them
+_BATCH = 64  # texts tokenized at once
+
+
+class Chat(NamedTuple):
+    """Messages as the template takes them."""
+
+    task: str  # of the last answer
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] = ()
+    thinking: bool = False
+
+
+class Writer:
+    """Writes chats as words."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate({"default": CHAT_TEMPLATE}, {})
+        ids = tokenizer.get_vocab()
+        self._start, self._end = ids[TURN_START], ids[TURN_END]
+        self._heads = [
+            tokenizer.encode(text, add_special_tokens=False).ids
+            for text in ("assistant\n<think>\n", "assistant\n")
+        ]
+
+    def text(self, chat: Chat) -> str:
+        """The whole chat, as the shipped template writes it."""
+        return self._template.render(
+            chat.messages,
+            tools=chat.tools or None,
+            add_generation_prompt=False,
+            enable_thinking=chat.thinking,
+        )
+
+    def write(self, chats: Sequence[Chat]) -> list[Words]:
+        encoded = self._tokenizer.encode_batch(
+            [self.text(chat) for chat in chats], add_special_tokens=False
+        )
+        return [
+            to_words(e.ids, self._learned(e.ids, chat.thinking))
+            for e, chat in zip(encoded, chats, strict=True)
+        ]
+
+    def _learned(self, ids: list[int], thinking: bool) -> list[tuple[int, int]]:
+        """What the model writes in each turn of its own, the token that ends the turn included."""
+        found, at = [], 0
+        while (at := _index(ids, self._start, at)) >= 0:
+            at += 1
+            for head in self._heads if thinking else self._heads[1:]:
+                if ids[at : at + len(head)] == head:
+                    at += len(head)
+                    stop = _index(ids, self._end, at) + 1
+                    found.append((at, stop))
+                    break
+        return found
+
+
+def _index(ids: list[int], wanted: int, start: int) -> int:
+    try:
+        return ids.index(wanted, start)
+    except ValueError:
+        return -1
+
+
+class Rates(NamedTuple):
+    """What drawing examples takes to know about tasks, by name.
+
+    Attributes:
+      weights: how often to draw each, so that it has its share of the tokens.
+      density: tokens for each character of its messages.
+    """
+
+    weights: dict[str, float]
+    density: dict[str, float]
+
+
+def measure(writer: Writer) -> Rates:
+    """Samples every task; the same on every machine."""
+    tokens: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
+
+    def count(example: Example) -> int:
+        length = len(writer.write([alone(example)])[0])
+        tokens[example.task] += length
+        characters[example.task] += _characters(example)
+        return length
+
+    weights = example_weights(count)
+    return Rates(weights, {name: tokens[name] / characters[name] for name in weights})
+
+
+def alone(example: Example) -> Chat:
+    return Chat(example.task, example.messages, example.tools, example.thinking)
+
+
+class Conversations:
+    """Endless chats of one split, the same for the same `rng`.
+
+    Every example that is drawn is used, so tasks keep their shares: with tools or a system prompt
+    alone, the plain ones alone or as turns of a longer chat.
+
+    Args:
+      joined: False leaves every example alone.
+    """
+
+    def __init__(
+        self, writer: Writer, rates: Rates, split: Split, rng: random.Random, joined: bool = True
+    ):
+        self._writer = writer
+        self._rates = rates
+        self._split = split
+        self._rng = rng
+        self._joined = joined
+        self._turns: list[Message] = []  # of the chat at hand
+        self._room = 0.0  # tokens it may still grow by
+
+    def __iter__(self) -> Iterator[tuple[Chat, Words]]:
+        chats = self._chats()
+        while True:
+            some = list(islice(chats, _BATCH))
+            yield from zip(some, self._writer.write(some), strict=True)
+
+    def _chats(self) -> Iterator[Chat]:
+        tasks = [TASKS[name] for name in self._rates.weights]
+        weights = list(self._rates.weights.values())
+        while True:
+            example = draw(self._rng.choices(tasks, weights)[0], self._rng, self._split)
+            if self._joined and _is_plain(example):
+                yield from self._join(example)
+            else:
+                yield alone(example)
+
+    def _join(self, example: Example) -> Iterator[Chat]:
+        """Chats that are whole now; the example may wait for more turns."""
+        length = self._rates.density[example.task] * _characters(example)
+        if example.thinking:  # thoughts stay in a chat's last turn only, so it ends here
+            if self._turns and length < self._room and self._rng.random() < _THOUGHTS_AFTER_CHAT:
+                yield self._ended(example)
+            else:
+                yield alone(example)
+            return
+        if self._rng.random() < _ALONE_SHARE:
+            yield alone(example)
+            return
+        if not self._turns:
+            low, high = _CHAT_TOKENS
+            self._room = low * (high / low) ** self._rng.random()
+        if length < self._room:
+            self._room -= length
+            self._turns += example.messages
+            return
+        yield self._ended(example) if length < _LAST_TURN else alone(example)
+
+    def _ended(self, example: Example) -> Chat:
+        turns, self._turns = self._turns, []
+        return Chat(example.task, [*turns, *example.messages], (), example.thinking)
+
+
+def _is_plain(example: Example) -> bool:
+    """Whether other questions may come before it."""
+    return not example.tools and all(
+        message["role"] in ("user", "assistant") and "tool_calls" not in message
+        for message in example.messages
+    )
+
+
+def _characters(example: Example) -> int:
+    return sum(
+        len(message.get("content") or "") + len(message.get("reasoning_content") or "") + 1
+        for message in example.messages
+    )
