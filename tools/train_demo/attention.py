@@ -35,8 +35,15 @@ def _library(
     )
 
 
-def _triton(
-    forward: int, backward: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+def triton(
+    forward: int,
+    backward: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """JAX's Pallas kernel, in blocks of so many queries and keys."""
     with warnings.catch_warnings():
@@ -46,16 +53,17 @@ def _triton(
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     blocks = BlockSizes(forward, forward, backward, backward, backward, backward)
-    return mha(q, k, v, segments, q.shape[-1] ** -0.5, True, blocks)
+    scale = q.shape[-1] ** -0.5
+    return mha(q, k, v, segments, scale, True, blocks, interpret=interpret)
 
 
 EVERYWHERE = "xla"
 MIXES: dict[str, Mix] = {
     EVERYWHERE: partial(_library, "xla"),
     "cudnn": partial(_library, "cudnn"),
-    "triton-64-32": partial(_triton, 64, 32),
-    "triton-64-64": partial(_triton, 64, 64),
-    "triton-128-64": partial(_triton, 128, 64),
+    "triton-64-32": partial(triton, 64, 32),
+    "triton-64-64": partial(triton, 64, 64),
+    "triton-128-64": partial(triton, 128, 64),
 }
 
 

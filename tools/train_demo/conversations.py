@@ -22,8 +22,8 @@ from .packing import Words, to_words
 from .tokenizer import TURN_END, TURN_START
 
 _ALONE_SHARE = 0.6  # of plain examples: the others are turns of a chat
-_CHAT_TOKENS = 80, 1700  # how long a chat becomes, about
-_LAST_TURN = 250  # tokens by which a chat may become longer, so that it ends with an answer
+_CHAT_SHARES = 0.04, 0.85  # of the longest row: how long a chat becomes, about
+_LAST_TURN = 0.12  # of it: by how much a chat may become longer, so that no example is left over
 _THOUGHTS_AFTER_CHAT = 0.3  # of examples with thoughts, where there is a chat to end with them
 _BATCH = 64  # texts tokenized at once
 
@@ -127,16 +127,25 @@ class Conversations:
     alone, the plain ones alone or as turns of a longer chat.
 
     Args:
+      longest: tokens of the longest row.
       joined: False leaves every example alone.
     """
 
     def __init__(
-        self, writer: Writer, rates: Rates, split: Split, rng: random.Random, joined: bool = True
+        self,
+        writer: Writer,
+        rates: Rates,
+        split: Split,
+        rng: random.Random,
+        *,
+        longest: int,
+        joined: bool = True,
     ):
         self._writer = writer
         self._rates = rates
         self._split = split
         self._rng = rng
+        self._longest = longest
         self._joined = joined
         self._turns: list[Message] = []  # of the chat at hand
         self._room = 0.0  # tokens it may still grow by
@@ -170,13 +179,14 @@ class Conversations:
             yield alone(example)
             return
         if not self._turns:
-            low, high = _CHAT_TOKENS
-            self._room = low * (high / low) ** self._rng.random()
+            low, high = _CHAT_SHARES
+            self._room = self._longest * low * (high / low) ** self._rng.random()
         if length < self._room:
             self._room -= length
             self._turns += example.messages
             return
-        yield self._ended(example) if length < _LAST_TURN else alone(example)
+        short = length < _LAST_TURN * self._longest
+        yield self._ended(example) if short else alone(example)
 
     def _ended(self, example: Example) -> Chat:
         turns, self._turns = self._turns, []

@@ -78,8 +78,15 @@ class Source:
     def _placed(self, packer: Packer, split: Split, index: int) -> Iterator[Place]:
         """Fills the packer. Chats that no row is long enough for are left out."""
         rng = random.Random(f"{split} {self._seed} {index}")
-        chats = Conversations(self._writer, self._rates, split, rng, joined=split == "train")
         layout = self._plan.layout
+        chats = Conversations(
+            self._writer,
+            self._rates,
+            split,
+            rng,
+            longest=layout.longest,
+            joined=split == "train",
+        )
         parts = np.cumsum([0, *(rows * length for rows, length in layout.parts)])
         in_vain = 0
         for chat, words in chats:

@@ -17,7 +17,7 @@ import numpy as np
 from .batch import unpack
 from .data import Place
 from .packing import Words
-from .train import State, Trainer
+from .train import State, Trainer, cross_entropy
 
 _LEARNED, _RIGHT, _AGREES = 1, 2, 4
 
@@ -63,8 +63,6 @@ class Exam:
         first, *_, last = trainer.models
         batch = unpack(words, trainer.recipe.plan.layout)
         logits = trainer.logits(first, params[first], batch)
-        logs = jax.nn.log_softmax(logits)
-        each = -jnp.take_along_axis(logs, batch.targets[:, None], axis=1)[:, 0]
         chosen = jnp.argmax(logits, axis=-1)
         guessed = jnp.argmax(trainer.logits(last, params[last], batch), axis=-1)
         marks = (
@@ -72,5 +70,4 @@ class Exam:
             + _RIGHT * (chosen == batch.targets)
             + _AGREES * (chosen == guessed)
         )
-        loss = jnp.sum(jnp.where(batch.learned, each, 0.0)) / jnp.sum(batch.learned)
-        return loss, marks.astype(jnp.uint8)
+        return cross_entropy(logits, batch), marks.astype(jnp.uint8)

@@ -98,6 +98,6 @@ def _parts(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         if size + array.nbytes > PART_BYTES and parts[-1]:
             parts.append({})
             size = 0
-        parts[-1][name] = np.ascontiguousarray(array)
+        parts[-1][name] = array.copy(order="C")  # safetensors writes memory as it lies
         size += array.nbytes
     return parts

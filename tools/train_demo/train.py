@@ -46,7 +46,7 @@ class Recipe:
 
 SHIPPED = Recipe(18_000, Plan(Layout(((96, 512), (8, 2048)))), Rates())
 TRIAL = Recipe(
-    300, Plan(Layout(((8, 256), (1, 2048))), shard=4, window=4), Rates(matrix=0.01, warmup=30)
+    300, Plan(Layout(((8, 128), (2, 512))), shard=4, window=4), Rates(matrix=0.01, warmup=30)
 )
 
 
@@ -114,17 +114,18 @@ class Trainer:
         """Mean over the tokens that the models have to write: of the first model cross-entropy, of
         the others how far they are from the first (Kullback-Leibler)."""
         batch = unpack(words, self.recipe.plan.layout)
-        count = jnp.maximum(jnp.sum(batch.learned), 1)
         values: dict[str, jax.Array] = {}
         teacher: jax.Array | None = None
         for name in self.models:
-            logs = jax.nn.log_softmax(self.logits(name, params[name], batch))
+            logits = self.logits(name, params[name], batch)
             if teacher is None:
-                each = -jnp.take_along_axis(logs, batch.targets[:, None], axis=1)[:, 0]
-                teacher = jax.lax.stop_gradient(logs)
+                values[name] = cross_entropy(logits, batch)
+                teacher = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
             else:
-                each = jnp.sum(jnp.exp(teacher) * (teacher - logs), axis=1)
-            values[name] = jnp.sum(jnp.where(batch.learned, each, 0.0)) / count
+                # Written so that the gradient is softmax(logits) less the wanted probabilities.
+                wanted = jnp.exp(teacher)
+                each = jax.nn.logsumexp(logits, axis=1) - jnp.sum(wanted * logits, axis=1)
+                values[name] = over_learned(each + jnp.sum(wanted * teacher, axis=1), batch)
         return sum(values.values(), jnp.float32(0.0)), values
 
     def _step(
@@ -140,6 +141,20 @@ class Trainer:
                 scaled = {key: factor * update for key, update in updates.items()}
                 params[name] = optax.apply_updates(old, unstack(scaled, old))
         return State(params, optimizer), values
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Mean over the tokens to be learned, from logits [T, V]."""
+    # A comparison fuses where a gather would scatter in the backward pass.
+    is_target = jnp.arange(logits.shape[1]) == batch.targets[:, None]
+    right = jnp.sum(jnp.where(is_target, logits, 0.0), axis=1)
+    return over_learned(jax.nn.logsumexp(logits, axis=1) - right, batch)
+
+
+def over_learned(each: jax.Array, batch: Batch) -> jax.Array:
+    """Mean of [T] over the tokens to be learned."""
+    count = jnp.maximum(jnp.sum(batch.learned), 1)
+    return jnp.sum(jnp.where(batch.learned, each, 0.0)) / count
 
 
 def train(
