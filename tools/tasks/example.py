@@ -45,8 +45,8 @@ class Example:
       task: the kind's name.
       key: names the instance under all its wordings; its hash decides the split.
       messages: [system], then one or several turns; the last is the assistant's right answer.
-      check: whether a raw answer is right: what the model wrote after the generation prompt, thoughts
-        and tool calls included, the token that ends the turn not. Can be pickled.
+      check: whether a raw answer is right: all that the model wrote after the generation prompt,
+        thoughts and tool calls included, but for the token that ends the turn. Can be pickled.
       tools: functions offered, in OpenAI's form.
       thinking: the prompt is rendered with enable_thinking=True.
       difficulty: of hard kinds, a level from 1; else 0.
