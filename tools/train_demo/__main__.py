@@ -10,14 +10,20 @@ from __future__ import annotations
 
 # Worker processes import this module: what loads JAX is imported where it is needed.
 import argparse
-import hashlib
 import json
 import math
 import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ...serving.progress import Reporter
+    from .data import Batches
+    from .train import Recipe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,101 +32,95 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from tokenizers import Tokenizer
+
+    from ...errors import CheckpointError
     from ...serving.progress import Terminal
     from .data import Batches
+    from .state import RUN, TOKENIZER, steps_done
     from .tokenizer import build
     from .train import SHIPPED, TRIAL
 
     reporter = Terminal()
-    deadline = math.inf
-    if args.time_limit is not None:
-        deadline = (reporter.began or time.monotonic()) + args.time_limit
+    began = time.monotonic() if reporter.began is None else reporter.began
     recipe = TRIAL if args.trial else SHIPPED
-    recipe = replace(
-        recipe,
-        steps=recipe.steps if args.steps is None else args.steps,
-        plan=replace(recipe.plan, reuse=args.reuse),
-    )
+    if args.steps is not None:
+        recipe = replace(recipe, steps=args.steps)
+    there = (args.state / RUN).exists()
+    if there and not args.resume:
+        raise CheckpointError(f"{args.state}: holds a training; say --resume, or another --state")
     with reporter.phase("tokenizer"):
-        tokenizer = build()
-    with Batches(tokenizer, recipe.plan, args.seed, args.workers) as batches:
-        _run(args, recipe, tokenizer, batches, reporter, deadline)
+        tokenizer = Tokenizer.from_file(str(args.state / TOKENIZER)) if there else build()
+    first = steps_done(args.state) if there else 0
+    # Before JAX is loaded and the step compiled: meanwhile they make the first batches.
+    with Batches(tokenizer, recipe.plan, args.seed, first=first, workers=args.workers) as batches:
+        _run(args, recipe, tokenizer, batches, reporter, there, began)
 
 
 def _run(
     args: argparse.Namespace,
-    recipe: Any,
-    tokenizer: Any,
-    batches: Any,
-    reporter: Any,
-    deadline: float,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    batches: Batches,
+    reporter: Reporter,
+    there: bool,
+    began: float,
 ) -> None:
     import jax
 
-    from ...errors import CheckpointError
     from . import plot, state
     from .attention import MIXES, fastest
     from .card import write_card
     from .exam import Exam
     from .export import export
     from .model import DEMO, shipped_configs, trial_configs
-    from .train import Record, Trainer, train
+    from .train import Record, State, Trainer, train
 
-    vocabulary = tokenizer.get_vocab_size()
-    configs = (trial_configs if args.trial else shipped_configs)(vocabulary)
+    configs = (trial_configs if args.trial else shipped_configs)(tokenizer.get_vocab_size())
     settings = {
         "seed": args.seed,
         "models": {name: asdict(config) for name, config in configs.items()},
         "plan": asdict(recipe.plan),
         "rates": asdict(recipe.rates),
-        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
     }
-    going_on = (args.state / "run.json").exists()
-    if going_on and not args.resume:
-        raise CheckpointError(f"{args.state}: holds a training; say --resume, or another --state")
-    backend = jax.default_backend()
     device = jax.devices()[0].device_kind
-    # What was measured once holds for the rest, if it is the same kind of device.
-    chosen = args.attention
-    if chosen is None:
-        chosen = fastest(configs[DEMO], recipe.plan.layout, reporter)
-    compute = "float32" if backend == "cpu" else "bfloat16"
+    chosen = args.attention or fastest(configs[DEMO], recipe.plan.layout, reporter)
+    compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     reporter.note(f"training on {device}, attention {chosen}, layers in {compute}")
     trainer = Trainer(configs, recipe, MIXES[chosen], compute)
     run, record = trainer.initial(args.seed), Record()
-    if going_on:
+    if there:
         run, record = state.restore(args.state, run, settings)
         reporter.note(f"going on from step {record.steps}, {record.tokens / 1e6:,.0f} M tokens")
-    elif args.resume:
-        reporter.note(f"nothing to resume in {args.state}: from the start")
-    stream = batches.start(record.steps)
     record.facts = {
         "seed": args.seed,
-        "steps": recipe.steps,
         "device": device,
         "attention": chosen,
         "compute": compute,
         "jax": jax.__version__,
         "batch": recipe.plan.layout.tokens,
-        "reuse": recipe.plan.reuse,
         "rates": asdict(recipe.rates),
     }
-    exam = Exam(trainer, *batches.held_out(args.exam_batches))
+
+    def save(run: State, record: Record) -> None:
+        state.save(args.state, run, record, settings, tokenizer)
+
     run = train(
         trainer,
         run,
         record,
-        stream,
+        iter(batches),
         reporter,
-        exam=exam,
-        save=lambda run, record: state.save(args.state, run, record, settings),
-        deadline=deadline,
+        exam=Exam(trainer, *batches.held_out(args.exam_batches)),
+        save=save,
+        deadline=math.inf if args.time_limit is None else began + args.time_limit,
     )
     speed = record.tokens / max(record.seconds, 1e-9)
     reporter.note(
         f"{record.tokens:,} tokens in {record.seconds:.0f} s, {speed / 1e6:.2f} M a second; "
         f"{record.waited:.0f} s of these waiting for data"
     )
+    plot.draw(args.state, record)
     if record.steps < recipe.steps:
         reporter.note(f"not done: say --resume to go on from {args.state}")
         return
@@ -167,7 +167,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that make data (default: the cores less one); 0: none",
     )
-    add("--reuse", type=int, default=1, metavar="N", help="use each batch so often (default: 1)")
     add("--attention", metavar="NAME", help="who computes it; default: the fastest, measured")
     add(
         "--exam-batches",

@@ -97,8 +97,8 @@ def _training(config: ModelConfig, record: Record, draft: bool) -> list[str]:
         _filled(
             f"Trained on one {facts['device']} in {record.seconds / 60:.0f} minutes, both models "
             f"at once: {record.steps:,} steps of {facts['batch']:,} tokens, "
-            f"{record.tokens / 1e9:.2f} billion in all, seed {facts['seed']}, each batch used "
-            f"{facts['reuse']} time(s); Muon for the layers' matrices, Adam for the rest, layers in "
+            f"{record.tokens / 1e9:.2f} billion in all, seed {facts['seed']}, no example "
+            f"repeated on purpose; Muon for the layers' matrices, Adam for the rest, layers in "
             f"{facts['compute']} on float32 weights, on the very decoder that serves it. {taught} "
             f"Weights are stored as {config.dtype}. `training.json` has the numbers."
         ),

@@ -77,10 +77,6 @@ class Packer:
                 return (part, *found)
         return None
 
-    def fits(self, length: int) -> bool:
-        """Whether there is a row that a conversation of this length may go to at all."""
-        return length <= self.layout.longest
-
     def packed(self, order: np.random.Generator | None = None) -> Words:
         """[batches, tokens]; `order` shuffles rows, so that the last batches are like the first."""
         columns = []
@@ -115,13 +111,3 @@ class _Rows:
         if len(self._open) > _OPEN_ROWS:
             self._open.pop(0)
         return row, start
-
-
-def reshuffled(batches: Words, layout: Layout, order: np.random.Generator) -> Words:
-    """The same rows [batches, tokens] in other batches."""
-    columns, start = [], 0
-    for rows, length in layout.parts:
-        part = batches[:, start : start + rows * length].reshape(-1, length)
-        columns.append(order.permutation(part).reshape(len(batches), -1))
-        start += rows * length
-    return np.concatenate(columns, axis=1)

@@ -1,6 +1,7 @@
 """Keeps a training on disk, in files small enough to be carried around, and goes on from there.
 
     FOLDER/run.json                 the record, and what must not change
+    FOLDER/tokenizer.json           learned once, for the whole training
     FOLDER/part-0.safetensors …     parameters and optimizer, `PART_BYTES` at most each
 
 A save replaces the folder as a whole, so whoever is stopped in the middle of one finds the last.
@@ -19,15 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from ...errors import CheckpointError
 from .train import Record, State
 
 PART_BYTES = 15 << 20
-_RUN = "run.json"
+RUN, TOKENIZER = "run.json", "tokenizer.json"
 
 
-def save(folder: Path, state: State, record: Record, settings: Mapping[str, Any]) -> None:
+def save(
+    folder: Path,
+    state: State,
+    record: Record,
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> None:
     """Writes a training.
 
     Args:
@@ -38,13 +46,20 @@ def save(folder: Path, state: State, record: Record, settings: Mapping[str, Any]
     new.mkdir(parents=True)
     for index, part in enumerate(_parts(_named(jax.device_get(state)))):
         save_file(part, new / f"part-{index}.safetensors")
+    tokenizer.save(str(new / TOKENIZER), pretty=False)
     run = {"settings": settings, "record": asdict(record)}
-    (new / _RUN).write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+    (new / RUN).write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def steps_done(folder: Path) -> int:
+    """How far the training came that was saved there."""
+    run = json.loads((folder / RUN).read_text("utf-8"))
+    return int(run["record"]["steps"])
 
 
 def restore(folder: Path, like: State, settings: Mapping[str, Any]) -> tuple[State, Record]:
@@ -56,9 +71,9 @@ def restore(folder: Path, like: State, settings: Mapping[str, Any]) -> tuple[Sta
     Raises:
       CheckpointError: nothing was saved there, or by a run with other settings.
     """
-    if not (folder / _RUN).exists():
+    if not (folder / RUN).exists():
         raise CheckpointError(f"{folder}: holds no saved training")
-    run = json.loads((folder / _RUN).read_text("utf-8"))
+    run = json.loads((folder / RUN).read_text("utf-8"))
     # As JSON has them: tuples become lists on the way.
     for name, wanted in json.loads(json.dumps(settings)).items():
         if run["settings"].get(name) != wanted:

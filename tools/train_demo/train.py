@@ -1,8 +1,8 @@
 """The training step and the loop around it: the serving decoder, optax, one jitted program.
 
 Called by `__main__.py`. One step trains both models on one batch: the first learns what is to be
-written, every other learns what the first would write (its probabilities, arXiv:1503.02531), since a
-draft is good where the two agree. Weights and their gradients are float32, the layers compute in
+written, every other learns what the first would write (its probabilities, arXiv:1503.02531), since
+a draft is good where the two agree. Weights and their gradients are float32, the layers compute in
 `compute`.
 """
 
@@ -45,9 +45,7 @@ class Recipe:
 
 
 SHIPPED = Recipe(18_000, Plan(Layout(((96, 512), (8, 2048)))), Rates())
-TRIAL = Recipe(
-    300, Plan(Layout(((8, 128), (2, 512))), shard=4, window=4), Rates(matrix=0.01, warmup=30)
-)
+TRIAL = Recipe(300, Plan(Layout(((8, 128), (2, 512))), shard=4), Rates(matrix=0.01, warmup=30))
 
 
 class State(NamedTuple):
