@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,11 @@ _TIMED_RUNS = 5
 
 
 def _library(
-    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+    implementation: Literal["xla", "cudnn"],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
 ) -> jax.Array:
     same = segments[:, None, :, None] == segments[:, None, None, :]  # [R, 1, L, L]
     return jax.nn.dot_product_attention(

@@ -49,7 +49,7 @@ class Source:
 
     def __init__(self, tokenizer: Tokenizer, rates: Rates, plan: Plan, seed: int):
         self._writer = Writer(tokenizer)
-        self._padding = tokenizer.token_to_id(END_OF_TEXT)
+        self._padding = tokenizer.get_vocab()[END_OF_TEXT]
         self._rates = rates
         self._plan = plan
         self._seed = seed

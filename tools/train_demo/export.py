@@ -30,7 +30,8 @@ def rounded(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 def export(folder: Path, config: ModelConfig, tokenizer: Tokenizer, params: Params) -> None:
     """Writes every file of the folder but the card, over what is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    end, padding = tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)
+    ids = tokenizer.get_vocab()
+    end, padding = ids[TURN_END], ids[END_OF_TEXT]
     _write(folder / "config.json", _config(config, end, padding))
     _write(folder / "generation_config.json", _generation_config(end, padding))
     _write(folder / "tokenizer_config.json", _tokenizer_config(config, tokenizer))

@@ -75,7 +75,7 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Step = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
+Step = Callable[[State, Words, np.float32], tuple[State, dict[str, jax.Array]]]
 
 
 class Trainer:
