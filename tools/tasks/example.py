@@ -131,5 +131,5 @@ def wordings(*templates: str) -> tuple[str, ...]:
     hurried = []
     for template in templates:
         plain = template[:1].lower() + template[1:]
-        hurried.append(plain.rstrip("?.") if len(plain) > 1 else plain)
+        hurried.append(plain.rstrip("?. "))
     return (*templates * 3, *hurried)

@@ -1,6 +1,6 @@
 """Looking something up in a table: short ones, and long ones with several questions.
 
-A long table takes 1,000 to 1,500 tokens of the demo model, in the system prompt or the first user
+A long table takes about 900 to 1,500 tokens of the demo model, in the system prompt or the first user
 turn, so that prompts are long and share their beginning. `shared_table` makes the demonstration of
 that: many questions about one table.
 """
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 from .example import Example, Message, assistant, exactly, system, user, wordings
 from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, SURNAMES, THINGS
 
 SHORT_ROWS = (4, 16)
-LONG_ROWS = (36, 60)
-MOST_QUESTIONS = 6
+LONG_TOKENS = (900, 1500)
+_LONG_COLUMNS = 4
+_LONG_MOST_ROWS = 110
+_MOST_QUESTIONS = 6
 
 
 @dataclass(frozen=True)
@@ -310,26 +315,46 @@ _IN_QUESTION = (
 )
 
 
-def make_table(rng: random.Random, domains: Sequence[Domain], rows: int, columns: int) -> Table:
-    """A random table of so many rows, and columns beside the first (fewer where there are none)."""
+_TOKENS = re.compile(r"[A-Za-z]+|\d|[^\w\s]+|(?<=[a-z]) (?=\d)|$")
+"""About the demo model's tokens of a line."""
+
+
+def make_table(
+    rng: random.Random,
+    domains: Sequence[Domain],
+    rows: int,
+    columns: int,
+    tokens: int | None = None,
+) -> Table:
+    """A random table.
+
+    Args:
+      rows: how many; with `tokens` at most.
+      columns: beside the first; fewer where the domain has no more.
+      tokens: about how long it may become.
+    """
     domain = rng.choice(domains)
     chosen = tuple(rng.sample(domain.columns, min(columns, len(domain.columns))))
     drawers = [column.draw for column in chosen]
     body = [[key, *[draw(rng) for draw in drawers]] for key in domain.keys(rng, rows)]
     titles = [domain.key_title, *(column.title for column in chosen)]
     style = rng.randrange(4)
-    if style < 2:
-        lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-        lines += [f"| {' | '.join(row)} |" for row in body]
+    # A line that starts with a small letter is spelled letter by letter.
+    if style < 2 or (style == 2 and body[0][0].islower()):
+        head = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+        lines = [f"| {' | '.join(row)} |" for row in body]
     elif style == 2:
-        lines = [", ".join(row) for row in (titles, *body)]
+        head = [", ".join(titles)]
+        lines = [", ".join(row) for row in body]
     else:
-        lines = [
-            f"{row[0]}: "
-            + ", ".join([f"{t} {c}" for t, c in zip(titles[1:], row[1:], strict=True)])
-            for row in body
-        ]
-    return Table(chosen, body, "\n".join(lines))
+        head = []
+        form = "- {}: " + ", ".join([f"{title} {{}}" for title in titles[1:]])
+        lines = [form.format(*row) for row in body]
+    if tokens is not None:
+        sizes = accumulate([len(_TOKENS.findall(line)) for line in lines])
+        fitting = bisect_left(list(sizes), tokens)
+        body, lines = body[:fitting], lines[:fitting]
+    return Table(chosen, body, "\n".join([*head, *lines]))
 
 
 def ask(rng: random.Random, table: Table) -> tuple[str, str]:
@@ -351,14 +376,14 @@ def table(rng: random.Random) -> Example:
 
 
 def long_table(rng: random.Random) -> Example:
-    """A table of 1,000 to 1,500 tokens, one to six questions."""
-    made = _long_table(rng)
-    return _with_table(rng, "long_table", made, rng.randint(1, MOST_QUESTIONS))
+    """A table of 900 to 1,500 tokens, one to six questions."""
+    made = _long_table(rng, rng.randint(*LONG_TOKENS))
+    return _with_table(rng, "long_table", made, rng.randint(1, _MOST_QUESTIONS))
 
 
 def shared_table(rng: random.Random, questions: int = 20) -> list[Example]:
     """Examples that share their first message: a system prompt with a long table."""
-    made = _long_table(rng)
+    made = _long_table(rng, LONG_TOKENS[1])
     first = system(rng.choice(_BELOW_SYSTEM).format(table=made.text))
     asked: dict[str, str] = {}
     while len(asked) < questions:
@@ -375,9 +400,8 @@ def shared_table(rng: random.Random, questions: int = 20) -> list[Example]:
     ]
 
 
-def _long_table(rng: random.Random) -> Table:
-    rows = rng.randint(*LONG_ROWS)
-    return make_table(rng, _LONG_DOMAINS, rows, 4 if rows < 50 else 3)
+def _long_table(rng: random.Random, tokens: int) -> Table:
+    return make_table(rng, _LONG_DOMAINS, _LONG_MOST_ROWS, _LONG_COLUMNS, tokens)
 
 
 def _with_table(rng: random.Random, task: str, made: Table, questions: int) -> Example:

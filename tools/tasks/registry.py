@@ -261,7 +261,7 @@ TASKS: dict[str, Task] = {
             "long_table",
             lookup.long_table,
             0.08,
-            "tables of 36 to 60 rows, 1,000 to 1,500 tokens",
+            "tables of 900 to 1,500 tokens",
             10_000_000,
         ),
         Task("facts", facts.facts, 0.04, "texts of up to 24 statements", 10_000_000),

@@ -50,7 +50,7 @@ _PHRASINGS = wordings(
 def units(rng: random.Random) -> Example:
     if rng.random() < 0.7:
         big, small, power = rng.choice(_POWERS_OF_TEN)
-        digits = rng.randint(1, 4)
+        digits = rng.choice((1, 2, 3, 3, 4, 4, 4))
         value = Decimal(rng.randint(1 if digits == 1 else 10 ** (digits - 1), 10**digits - 1))
         value = value.scaleb(-rng.choice((0, 0, 1, 1, 2, 3)))
         if rng.random() < 0.5:

@@ -1,128 +1,98 @@
-"""The demo model's tokenizer: a byte-level BPE that never merges inside a word to be spelled.
+"""The demo models' tokenizer: a byte-level BPE that keeps the letters of a word to be worked on.
 
 Trained and saved by `__main__.py`, used by `data.py`. To reverse a word the model must see its
-letters, and to add it must see digits. So digits stand alone, and a merge must grow from an anchor:
-a leading space, a leading capital, or a closing newline (role names of the chat template). Words
-inside a sentence become whole tokens in this way, while after ": " or an opening quote, where the
-tasks put the text to work on, lowercase letters stay single. The result is an ordinary BPE that
-every implementation encodes alike; only the choice of its merges is ours.
+letters, and to add it must see digits. So digits stand alone, and lowercase letters are merged only
+behind a space or a capital, or in the strings of JSON: behind ": ", an opening quote or a newline,
+where the tasks put the text to work on and where their answers begin, they stay single. That is all
+in the pattern which cuts text into pieces; the merges within pieces are learned as always, from
+samples of the tasks. The result is an ordinary tokenizer.json.
 """
 
 from __future__ import annotations
 
-import string
-from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
+import random
+import re
+from collections.abc import Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.trainers import BpeTrainer
 
-from .smalltalk import SYSTEM_PROMPTS, TOPICS
-from .tasks import ADD_PHRASINGS, REPEAT_PHRASINGS, REVERSE_PHRASINGS
+from ..tasks.registry import TASKS, draw
+from .chat import (
+    CALL,
+    CALL_END,
+    END_OF_TEXT,
+    RESULT,
+    RESULT_END,
+    THINK,
+    THINK_END,
+    TURN_END,
+    TURN_START,
+    pieces,
+)
 
-END_OF_TEXT = "<|endoftext|>"
-TURN_START = "<|im_start|>"
-TURN_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+MARKS = (THINK, THINK_END, CALL, CALL_END, RESULT, RESULT_END)
+"""Single tokens too, but part of the text, as of Qwen3: parsers look for them."""
 
-VOCAB_SIZE = 768
+VOCAB_SIZE = 2048
 
-_ROLES = ("system", "user", "assistant")
-_ROLE_COUNT = 1000  # the template's words occur in every conversation
-
-_SPACE, _NEWLINE = "Ġ", "Ċ"  # how byte-level BPE writes these two bytes
-_FIRST = frozenset([_SPACE, ":", *string.ascii_uppercase])
+_SAMPLE_CHARACTERS = 2_000_000
 
 _PIECES = "|".join(
     (
-        rf"(?:{'|'.join(_ROLES)})\n",
-        r": ",  # keeps the space away from the word after it
-        r" ?\p{Lu}?\p{Ll}+",
-        r" ?\p{Lu}",  # capitals in a row (KV, JAX) one by one
+        r"(?:system|user|assistant)\n",
+        r'(?<=[{\[]"|, "|": ")[a-z_]+',  # a name or a string of JSON
+        r"'(?:s|m|t|re|ve|ll|d)(?!\p{L})",
+        r": (?=\p{Ll})",  # keeps the space away from the word after it
+        r" \p{Lu}?\p{Ll}+",
+        r"\p{Lu}\p{Ll}+",
+        r" ?\p{Lu}",  # capitals in a row one by one
+        r"\p{L}",
         r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]",
+        # Signs in a row, also those between names of JSON; with the space before a digit.
+        r' ?[^\s\p{L}\p{N}]+(?: (?:["\[{]+|(?=\p{N})))?',
         r"\s",
         r".",
     )
 )
 
 
-def build(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+def build(vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Tokenizer:
     """The tokenizer, with merges learned from the tasks' own text."""
-    alphabet = sorted(ByteLevel.alphabet())
-    merges = _learn_merges(_corpus(), vocab_size - len(alphabet) - len(SPECIAL_TOKENS))
-    vocab = {token: i for i, token in enumerate([*alphabet, *("".join(m) for m in merges)])}
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer()
-    tokenizer.decoder = ByteLevelDecoder()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
-    return tokenizer
-
-
-def _pre_tokenizer() -> Sequence:
-    return Sequence(
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = Sequence(
         [
             Split(Regex(_PIECES), behavior="isolated"),
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(MARKS),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(random.Random(seed)), trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKS])
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(f"only {tokenizer.get_vocab_size()} entries learned, not {vocab_size}")
+    return tokenizer
 
 
-def _corpus() -> Counter[str]:
-    """Text to learn merges from, with how often each piece of it counts."""
-    texts: Counter[str] = Counter()
-    texts.update(SYSTEM_PROMPTS)
-    for topic in TOPICS:
-        texts[topic.answer] += len(topic.questions)
-        texts.update(topic.questions)
-    for phrasing in (*ADD_PHRASINGS, *REPEAT_PHRASINGS, *REVERSE_PHRASINGS):
-        texts[phrasing.format(a=0, b=0, text="0")] += 10
-    for role in _ROLES:
-        texts[f"{role}\n"] += _ROLE_COUNT
-    return texts
-
-
-def _anchored(left: str, right: str) -> bool:
-    """Whether the pair may merge: it holds the anchor of its piece (module docstring)."""
-    return left[0] in _FIRST or right[-1] == _NEWLINE
-
-
-def _learn_merges(texts: Mapping[str, int], count: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (arXiv:1508.07909): merge the most frequent allowed pair, `count` times.
-
-    Ties go to the pair that sorts first, so the result depends on the text alone.
-    """
-    pre = _pre_tokenizer()
-    pieces: Counter[str] = Counter()
-    for text, weight in texts.items():
-        for piece, _ in pre.pre_tokenize_str(text):
-            pieces[piece] += weight
-    words = {piece: list(piece) for piece in pieces}
-    merges: list[tuple[str, str]] = []
-    while len(merges) < count:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for piece, parts in words.items():
-            for pair in pairwise(parts):
-                if _anchored(*pair):
-                    pairs[pair] += pieces[piece]
-        if not pairs:
-            raise ValueError(f"only {len(merges)} merges to be learned, {count} asked for")
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        for parts in words.values():
-            _merge(parts, best)
-    return merges
-
-
-def _merge(parts: list[str], pair: tuple[str, str]) -> None:
-    """Joins every occurrence of `pair` in place."""
-    i = 0
-    while i < len(parts) - 1:
-        if (parts[i], parts[i + 1]) == pair:
-            parts[i : i + 2] = ["".join(pair)]
-        i += 1
+def _corpus(rng: random.Random) -> Iterator[str]:
+    """Samples of every task, in the proportions that it is trained on."""
+    between = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *MARKS))))
+    for task in TASKS.values():
+        characters = 0
+        while characters < task.share * _SAMPLE_CHARACTERS:
+            example = draw(task, rng, "train")
+            text = "".join([piece.text for piece in pieces(example.messages, example.tools)])
+            characters += len(text)
+            yield from filter(None, between.split(text))
