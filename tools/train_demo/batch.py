@@ -23,12 +23,13 @@ class Batch(NamedTuple):
     positions: jax.Array  # int32 [T], place within the conversation
     targets: jax.Array  # int32 [T], the token that follows
     learned: jax.Array  # bool [T], whether the target is the model's to write
+    answers: jax.Array  # int32 [T], where learned: how many tokens its answer has
     segments: tuple[jax.Array, ...]  # per part int32 [R, L], which conversation of its row
 
 
 def unpack(words: jax.Array, layout: Layout) -> Batch:
     """uint16 [T] as packing.py wrote them."""
-    pieces, start = [], 0
+    pieces, all_segments, start = [], [], 0
     for rows, length in layout.parts:
         part = words[start : start + rows * length].reshape(rows, length).astype(jnp.int32)
         start += rows * length
@@ -37,10 +38,15 @@ def unpack(words: jax.Array, layout: Layout) -> Batch:
         begun = jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
         following = jnp.roll(part, -1, axis=1)
         learned = ((following & LEARNED) != 0) & (following < STARTS) & (place < length - 1)
+        before = jax.lax.cummax(jnp.where(learned, -1, place), axis=1)
+        after = jax.lax.cummin(jnp.where(learned, length, place), axis=1, reverse=True)
+        answers = after - before - 1
         segments = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-        pieces.append((tokens, place - begun, following & (LEARNED - 1), learned, segments))
+        targets = following & (LEARNED - 1)
+        pieces.append((tokens, place - begun, targets, learned, answers))
+        all_segments.append(segments)
     flat = [jnp.concatenate([x.reshape(-1) for x in each]) for each in zip(*pieces, strict=True)]
-    return Batch(flat[0], flat[1], flat[2], flat[3], tuple(piece[4] for piece in pieces))
+    return Batch(*flat, tuple(all_segments))
 
 
 def batch_logits(decoder: Decoder, batch: Batch, mix: Mix) -> jax.Array:

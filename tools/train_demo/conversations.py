@@ -1,7 +1,7 @@
 """From examples to tokens: the chat template, the tokenizer, and several questions in one chat.
 
 Called by data.py in worker processes; loads no JAX. What is trained on is what the shipped template
-writes, so the model is asked as it was taught.
+writes (chat.py), so the model is asked as it was taught.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from ...checkpoints.chat_template import ChatTemplate
 from ..tasks.example import Example, Message, Split
 from ..tasks.registry import TASKS, draw, example_weights
-from .chat import CHAT_TEMPLATE
+from .chat import pieces
 from .packing import Words, to_words
-from .tokenizer import TURN_END, TURN_START
 
 _ALONE_SHARE = 0.6  # of plain examples: the others are turns of a chat
-_CHAT_SHARES = 0.04, 0.85  # of the longest row: how long a chat becomes, about
-_LAST_TURN = 0.12  # of it: by how much a chat may become longer, so that no example is left over
+_CHAT_SHARES = 0.04, 0.88  # of the longest row: how long a chat becomes, about
+_LAST_TURN = 0.1  # of it: by how much a chat may become longer, so that no example is left over
 _THOUGHTS_AFTER_CHAT = 0.3  # of examples with thoughts, where there is a chat to end with them
 _BATCH = 64  # texts tokenized at once
 
@@ -34,7 +32,6 @@ class Chat(NamedTuple):
     task: str  # of the last answer
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]] = ()
-    thinking: bool = False
 
 
 class Writer:
@@ -42,51 +39,15 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._template = ChatTemplate({"default": CHAT_TEMPLATE}, {})
-        ids = tokenizer.get_vocab()
-        self._start, self._end = ids[TURN_START], ids[TURN_END]
-        self._heads = [
-            tokenizer.encode(text, add_special_tokens=False).ids
-            for text in ("assistant\n<think>\n", "assistant\n")
-        ]
-
-    def text(self, chat: Chat) -> str:
-        """The whole chat, as the shipped template writes it."""
-        return self._template.render(
-            chat.messages,
-            tools=chat.tools or None,
-            add_generation_prompt=False,
-            enable_thinking=chat.thinking,
-        )
 
     def write(self, chats: Sequence[Chat]) -> list[Words]:
-        encoded = self._tokenizer.encode_batch(
-            [self.text(chat) for chat in chats], add_special_tokens=False
+        texts = [pieces(chat.messages, chat.tools) for chat in chats]
+        encoded = iter(
+            self._tokenizer.encode_batch(
+                [piece.text for text in texts for piece in text], add_special_tokens=False
+            )
         )
-        return [
-            to_words(e.ids, self._learned(e.ids, chat.thinking))
-            for e, chat in zip(encoded, chats, strict=True)
-        ]
-
-    def _learned(self, ids: list[int], thinking: bool) -> list[tuple[int, int]]:
-        """What the model writes in each turn of its own, the token that ends the turn included."""
-        found, at = [], 0
-        while (at := _index(ids, self._start, at)) >= 0:
-            at += 1
-            for head in self._heads if thinking else self._heads[1:]:
-                if ids[at : at + len(head)] == head:
-                    at += len(head)
-                    stop = _index(ids, self._end, at) + 1
-                    found.append((at, stop))
-                    break
-        return found
-
-
-def _index(ids: list[int], wanted: int, start: int) -> int:
-    try:
-        return ids.index(wanted, start)
-    except ValueError:
-        return -1
+        return [to_words([(next(encoded).ids, piece.is_answer) for piece in t]) for t in texts]
 
 
 class Rates(NamedTuple):
@@ -117,7 +78,7 @@ def measure(writer: Writer) -> Rates:
 
 
 def alone(example: Example) -> Chat:
-    return Chat(example.task, example.messages, example.tools, example.thinking)
+    return Chat(example.task, example.messages, example.tools)
 
 
 class Conversations:
@@ -190,7 +151,7 @@ class Conversations:
 
     def _ended(self, example: Example) -> Chat:
         turns, self._turns = self._turns, []
-        return Chat(example.task, [*turns, *example.messages], (), example.thinking)
+        return Chat(example.task, [*turns, *example.messages])
 
 
 def _is_plain(example: Example) -> bool:

@@ -42,15 +42,11 @@ class Layout:
         return self.parts[-1][1]
 
 
-def to_words(ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> Words:
-    """A conversation as words.
-
-    Args:
-      learned: stretches (start, stop) that the model has to write.
-    """
-    words = np.array(ids, np.uint16)
-    for start, stop in learned:
-        words[start:stop] |= LEARNED
+def to_words(pieces: Sequence[tuple[Sequence[int], bool]]) -> Words:
+    """A conversation as words, from (ids, whether the model has to write them) of its pieces."""
+    words = np.concatenate(
+        [np.array(ids, np.uint16) | np.uint16(LEARNED * learned) for ids, learned in pieces]
+    )
     words[0] |= STARTS
     return words
 

@@ -109,8 +109,8 @@ class Trainer:
     def _losses(
         self, params: dict[str, Params], words: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean over the tokens that the models have to write: of the first model cross-entropy, of
-        the others how far they are from the first (Kullback-Leibler)."""
+        """Over the tokens that the models have to write: of the first model cross-entropy, of the
+        others how far they are from the first (Kullback-Leibler)."""
         batch = unpack(words, self.recipe.plan.layout)
         values: dict[str, jax.Array] = {}
         teacher: jax.Array | None = None
@@ -123,7 +123,8 @@ class Trainer:
                 # Written so that the gradient is softmax(logits) less the wanted probabilities.
                 wanted = jnp.exp(teacher)
                 each = jax.nn.logsumexp(logits, axis=1) - jnp.sum(wanted * logits, axis=1)
-                values[name] = over_learned(each + jnp.sum(wanted * teacher, axis=1), batch)
+                each += jnp.sum(wanted * teacher, axis=1)
+                values[name] = mean(each, batch.learned)
         return sum(values.values(), jnp.float32(0.0)), values
 
     def _step(
@@ -142,17 +143,21 @@ class Trainer:
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
-    """Mean over the tokens to be learned, from logits [T, V]."""
+    """Mean over the tokens to be learned, from logits [T, V].
+
+    A token of an answer of n counts 1/sqrt(n): else stories and thoughts would drown tasks that are
+    answered by a number.
+    """
     # A comparison fuses where a gather would scatter in the backward pass.
     is_target = jnp.arange(logits.shape[1]) == batch.targets[:, None]
     right = jnp.sum(jnp.where(is_target, logits, 0.0), axis=1)
-    return over_learned(jax.nn.logsumexp(logits, axis=1) - right, batch)
+    counts = jnp.where(batch.learned, jax.lax.rsqrt(jnp.maximum(batch.answers, 1.0)), 0.0)
+    return mean(jax.nn.logsumexp(logits, axis=1) - right, counts)
 
 
-def over_learned(each: jax.Array, batch: Batch) -> jax.Array:
-    """Mean of [T] over the tokens to be learned."""
-    count = jnp.maximum(jnp.sum(batch.learned), 1)
-    return jnp.sum(jnp.where(batch.learned, each, 0.0)) / count
+def mean(each: jax.Array, counts: jax.Array) -> jax.Array:
+    """Of `each` [T], which count by `counts` [T]."""
+    return jnp.sum(jnp.where(counts > 0, each * counts, 0.0)) / jnp.maximum(jnp.sum(counts), 1e-6)
 
 
 def train(
