@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ...serving.progress import Reporter
     from .data import Batches
-    from .train import Recipe
+    from .train import Recipe, Record
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def _train(args: argparse.Namespace) -> None:
     from ...errors import CheckpointError
     from ...serving.progress import Terminal
     from .data import Batches
-    from .state import RUN, TOKENIZER, steps_done
+    from .state import RUN, TOKENIZER, record_of
     from .tokenizer import build
     from .train import SHIPPED, TRIAL
 
@@ -51,10 +51,11 @@ def _train(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{args.state}: holds a training; say --resume, or another --state")
     with reporter.phase("tokenizer"):
         tokenizer = Tokenizer.from_file(str(args.state / TOKENIZER)) if there else build()
-    first = steps_done(args.state) if there else 0
-    # Before JAX is loaded and the step compiled: meanwhile they make the first batches.
+    before = record_of(args.state) if there else None
+    first = before.steps if before else 0
+    # Before the step is compiled: meanwhile they make the first batches.
     with Batches(tokenizer, recipe.plan, args.seed, first=first, workers=args.workers) as batches:
-        _run(args, recipe, tokenizer, batches, reporter, there, began)
+        _run(args, recipe, tokenizer, batches, reporter, before, began)
 
 
 def _run(
@@ -63,7 +64,7 @@ def _run(
     tokenizer: Tokenizer,
     batches: Batches,
     reporter: Reporter,
-    there: bool,
+    before: Record | None,
     began: float,
 ) -> None:
     import jax
@@ -84,12 +85,16 @@ def _run(
         "rates": asdict(recipe.rates),
     }
     device = jax.devices()[0].device_kind
-    chosen = args.attention or fastest(configs[DEMO], recipe.plan.layout, reporter)
+    chosen = args.attention
+    if chosen is None and before is not None and before.facts["device"] == device:
+        chosen = before.facts["attention"]
+    if chosen is None:
+        chosen = fastest(configs[DEMO], recipe.plan.layout, reporter)
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     reporter.note(f"training on {device}, attention {chosen}, layers in {compute}")
     trainer = Trainer(configs, recipe, MIXES[chosen], compute)
     run, record = trainer.initial(args.seed), Record()
-    if there:
+    if before is not None:
         run, record = state.restore(args.state, run, settings)
         reporter.note(f"going on from step {record.steps}, {record.tokens / 1e6:,.0f} M tokens")
     record.facts = {
@@ -120,7 +125,8 @@ def _run(
         f"{record.tokens:,} tokens in {record.seconds:.0f} s, {speed / 1e6:.2f} M a second; "
         f"{record.waited:.0f} s of these waiting for data"
     )
-    plot.draw(args.state, record)
+    if args.picture is not None:
+        plot.draw(args.picture, record)
     if record.steps < recipe.steps:
         reporter.note(f"not done: say --resume to go on from {args.state}")
         return
@@ -128,7 +134,7 @@ def _run(
         folder = args.out / name
         export(folder, config, tokenizer, run.params[name])
         plot.write_numbers(folder, record)
-        plot.draw(folder, record)
+        plot.draw(folder / plot.PICTURE, record)
         write_card(folder)
         reporter.note(f"wrote {folder}")
 
@@ -167,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that make data (default: the cores less one); 0: none",
     )
+    add("--picture", type=Path, metavar="FILE", help="plot the losses here too, done or not")
     add("--attention", metavar="NAME", help="who computes it; default: the fastest, measured")
     add(
         "--exam-batches",

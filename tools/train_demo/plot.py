@@ -9,6 +9,7 @@ from pathlib import Path
 from .train import Record
 
 PICTURE, NUMBERS = "loss.png", "training.json"
+_NAMED = 9  # tasks that stand out, the hardest
 
 
 def write_numbers(folder: Path, record: Record) -> None:
@@ -26,8 +27,8 @@ def read_numbers(folder: Path) -> Record:
     return Record(**json.loads((folder / NUMBERS).read_text("utf-8")))
 
 
-def draw(folder: Path, record: Record) -> None:
-    """Writes PICTURE: the losses, and the share of each task's held-out examples that is right."""
+def draw(file: Path, record: Record) -> None:
+    """Draws the losses, and the share of each task's held-out examples that is right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -41,14 +42,18 @@ def draw(folder: Path, record: Record) -> None:
     left.set(xlabel="tokens, millions", ylabel="loss, nats per token", yscale="log")
     left.set_title("cross-entropy; of the draft, distance from demo", fontsize="small")
     left.legend(fontsize="small")
-    for task in record.exams[-1]["right"]:
+    last = record.exams[-1]["right"] if record.exams else {}
+    for place, task in enumerate(sorted(last, key=lambda task: _share(last[task]))):
         shares = [_share(entry["right"].get(task)) for entry in record.exams]
-        right.plot(x, shares, label=task, linewidth=1)
+        if place < _NAMED:
+            right.plot(x, shares, label=task, linewidth=1)
+        else:
+            right.plot(x, shares, color="lightgray", linewidth=0.8, zorder=0)
     right.plot(x, [entry["agrees"] for entry in record.exams], "k--", label="draft agrees")
     right.set(xlabel="tokens, millions", ylabel="share", ylim=(0, 1))
     right.set_title("held-out examples with every token right", fontsize="small")
     right.legend(fontsize="x-small", ncols=2, loc="lower right")
-    figure.savefig(folder / PICTURE, dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 def _share(counts: list[int] | None) -> float:

@@ -56,10 +56,9 @@ def save(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def steps_done(folder: Path) -> int:
+def record_of(folder: Path) -> Record:
     """How far the training came that was saved there."""
-    run = json.loads((folder / RUN).read_text("utf-8"))
-    return int(run["record"]["steps"])
+    return Record(**json.loads((folder / RUN).read_text("utf-8"))["record"])
 
 
 def restore(folder: Path, like: State, settings: Mapping[str, Any]) -> tuple[State, Record]:
