@@ -12,9 +12,9 @@ import string
 from .example import Example, asked, wordings
 from .words import NOUNS, any_word
 
-MAX_LETTER_COUNT = 14
-MAX_COUNTED_LETTERS = 24
-MAX_ITEM_COUNT = 14
+MAX_LETTER_COUNT = 15
+MAX_COUNTED_LETTERS = 26
+MAX_ITEM_COUNT = 18
 _NATURAL_SHARE = 0.05
 
 _LETTERS = wordings(
@@ -72,7 +72,7 @@ def count_items(rng: random.Random) -> Example:
         question = rng.choice(_WORDS).format(text=text)
         return asked(rng, "count_items", f"words {text}", question, str(text.count(" ") + 1))
     x, *others = rng.sample(NOUNS, rng.randint(3, 6))
-    count = rng.randint(0, MAX_ITEM_COUNT - 1)
+    count = rng.randint(0, MAX_ITEM_COUNT - 3)
     items = [x] * count + rng.choices(others, k=rng.randint(1 if count else 4, 10))
     rng.shuffle(items)
     text = ", ".join(items)

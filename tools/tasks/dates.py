@@ -11,9 +11,9 @@ from .words import MONTHS, WEEKDAYS
 YEARS = (1950, 2049)
 MAX_DAYS_ON = 14
 
-DAYS_BETWEEN_SPANS = {1: 20, 2: 60, 3: 200, 4: 700, 5: 3000, 6: 9000}
+DAYS_BETWEEN_SPANS = {1: 20, 2: 60, 3: 200, 4: 700, 5: 3000, 6: 9000, 7: 30000}
 """Most days between the dates, by level."""
-DAYS_BETWEEN_TRAINED = (1, 2, 3, 3, 4, 4, 5, 5, 6)
+DAYS_BETWEEN_TRAINED = (1, 2, 3, 3, 4, 4, 5, 5, 6, 7)
 DAYS_BETWEEN_HELD_OUT = (4, 5)
 
 _ISO = wordings(
@@ -115,8 +115,9 @@ def dates(rng: random.Random) -> Example:
 def days_between(rng: random.Random) -> Example:
     level = rng.choice(DAYS_BETWEEN_TRAINED)
     least = DAYS_BETWEEN_SPANS.get(level - 1, 0) + 1
-    one = any_date(rng)
-    other = one + timedelta(rng.randint(least, DAYS_BETWEEN_SPANS[level]))
+    span = rng.randint(least, DAYS_BETWEEN_SPANS[level])
+    one = date.fromordinal(rng.randint(_FIRST, _LAST - span))
+    other = one + timedelta(span)
     question = rng.choice(_BETWEEN).format(one=one.isoformat(), other=other.isoformat())
     key = f"days {one.isoformat()} {other.isoformat()}"
     answer = str((other - one).days)

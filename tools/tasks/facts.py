@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from .example import Example, asked, assistant, system, user, wordings
-from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, WEEKDAYS, a
+from .example import Example, Message, asked, assistant, system, user, wordings
+from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, WEEKDAYS, a, some
 
 STATEMENTS = (3, 24)
 
@@ -99,23 +99,33 @@ def facts(rng: random.Random) -> Example:
             kinds.append(kind)
             slots.append(_draw(rng, name))
     text = " ".join([_KINDS[k][0].format(**s) for k, s in zip(kinds, slots, strict=True)])
+    asking = [_ask(rng, kinds, slots) for _ in range(rng.choice((1, 1, 2, 3)))]
+    question, answer, what = asking[-1]
+    key = f"facts {what} {text}"
+    before: list[Message] = []
+    where = rng.randrange(8)
+    if where == 0:
+        before = [system(rng.choice(_SYSTEMS).format(text=text))]
+    elif where == 1:
+        before = [user(text), assistant("I see.")]
+    for earlier, said, _ in asking[:-1]:
+        if where > 1 and not before:
+            earlier = rng.choice(_PROMPTS).format(text=text, question=earlier)
+        before += [user(earlier), assistant(said)]
+    if not before:
+        question = rng.choice(_PROMPTS).format(text=text, question=question)
+    return asked(rng, "facts", key, question, answer, before=before)
+
+
+def _ask(rng: random.Random, kinds: list[int], slots: list[dict[str, str]]) -> tuple[str, str, str]:
+    """A question about one of the statements, its answer, and what it asks for in plain."""
     at = rng.randrange(len(kinds))
     template, wanted = rng.choice(_KINDS[kinds[at]][1])
     same_kind = [s for k, s in zip(kinds, slots, strict=True) if k == kinds[at]]
     if wanted == "name" and _is_ambiguous(template, slots[at], same_kind):
         template, wanted = _KINDS[kinds[at]][1][0]
     question = rng.choice(_HURRIED[template]).format(**slots[at])
-    answer = slots[at][wanted]
-    key = f"facts {template} {slots[at]['name']} {text}"
-    where = rng.randrange(8)
-    if where == 0:
-        before = (system(rng.choice(_SYSTEMS).format(text=text)),)
-    elif where == 1:
-        before = (user(text), assistant("I see."))
-    else:
-        question = rng.choice(_PROMPTS).format(text=text, question=question)
-        before = ()
-    return asked(rng, "facts", key, question, answer, before=before)
+    return question, slots[at][wanted], template.format(**slots[at])
 
 
 def _is_ambiguous(template: str, mine: dict[str, str], same_kind: list[dict[str, str]]) -> bool:
@@ -126,7 +136,7 @@ def _is_ambiguous(template: str, mine: dict[str, str], same_kind: list[dict[str,
 
 def _draw(rng: random.Random, name: str) -> dict[str, str]:
     job, animal, color = rng.choice(JOBS), rng.choice(ANIMALS), rng.choice(COLORS)
-    food, food2 = rng.sample(FOODS, 2)
+    food, food2 = map(some, rng.sample(FOODS, 2))
     city, city2 = rng.sample(CITIES, 2)
     return {
         "name": name,

@@ -15,7 +15,7 @@ from typing import Any
 
 from .example import Example, asked, system
 from .schema import fits
-from .words import CITIES, COLORS, FOODS, JOBS, NAMES, SURNAMES, THINGS, WEEKDAYS, a
+from .words import CITIES, COLORS, FOODS, JOBS, NAMES, SURNAMES, THINGS, WEEKDAYS, a, some
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _STRING, _INTEGER, _NUMBER, _BOOLEAN = (
 )
 
 
-def _one_of(choices: Sequence[str]) -> Callable[[random.Random], str]:
+def _one_of(choices: Sequence[Any]) -> Callable[[random.Random], Any]:
     return lambda rng: rng.choice(choices)
 
 
@@ -82,7 +82,11 @@ def _full_name(rng: random.Random) -> str:
 
 _TITLES = ("The Red Kite", "Blue Rain", "Old Stone", "The Last Train", "Green Hill", "White Night")
 _SIZES = ("small", "medium", "large")
-_YES_NO = {True: "", False: "not "}
+
+
+def _yes_no(is_so: bool) -> str:
+    return "" if is_so else "not "
+
 
 _RECORDS = (
     Record(
@@ -105,7 +109,7 @@ _RECORDS = (
                 a,
             ),
             Property(
-                "married", _BOOLEAN, _one_of((True, False)), ("{who} is {x}married.",), _YES_NO.get
+                "married", _BOOLEAN, _one_of((True, False)), ("{who} is {x}married.",), _yes_no
             ),
             Property(
                 "phone",
@@ -116,7 +120,7 @@ _RECORDS = (
             Property(
                 "likes",
                 {"type": "array", "items": _STRING},
-                _several(FOODS),
+                _several(tuple(map(some, FOODS))),
                 ("{who} likes {x}.",),
                 _listed,
             ),
@@ -146,7 +150,7 @@ _RECORDS = (
                 _BOOLEAN,
                 _one_of((True, False)),
                 ("The {who} is {x}sold out.",),
-                _YES_NO.get,
+                _yes_no,
             ),
         ),
     ),
@@ -184,7 +188,7 @@ _RECORDS = (
                 _BOOLEAN,
                 _one_of((True, False)),
                 ("{who} does {x}want breakfast.",),
-                _YES_NO.get,
+                _yes_no,
             ),
         ),
     ),

@@ -11,9 +11,9 @@ from .words import NOUNS
 SORTED_NUMBERS = (3, 7)
 SORTED_WORDS = (3, 6)
 
-SORT_LONG_LENGTHS = {1: 8, 2: 12, 3: 16, 4: 24, 5: 32, 6: 48}
+SORT_LONG_LENGTHS = {1: 8, 2: 12, 3: 16, 4: 24, 5: 32, 6: 48, 7: 64}
 """Numbers to sort, by level."""
-SORT_LONG_TRAINED = (1, 1, 2, 2, 3, 3, 4, 4, 5, 6)
+SORT_LONG_TRAINED = (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7)
 SORT_LONG_HELD_OUT = (5, 6)
 
 _SORT_UP = wordings(

@@ -1,8 +1,8 @@
 """Looking something up in a table: short ones, and long ones with several questions.
 
-A long table takes about 900 to 1,500 tokens of the demo model, in the system prompt or the first user
-turn, so that prompts are long and share their beginning. `shared_table` makes the demonstration of
-that: many questions about one table.
+A long table takes about 900 to 1,500 tokens of the demo model, in the system prompt or the first
+user turn, so that prompts are long and share their beginning. `shared_table` makes the
+demonstration of that: many questions about one table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHORT_ROWS = (4, 16)
 LONG_TOKENS = (900, 1500)
 _LONG_COLUMNS = 4
 _LONG_MOST_ROWS = 110
-_MOST_QUESTIONS = 6
+_MOST_QUESTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -370,13 +370,13 @@ def ask(rng: random.Random, table: Table) -> tuple[str, str]:
 
 
 def table(rng: random.Random) -> Example:
-    """A short table, one to three questions."""
+    """A short table, one to four questions."""
     made = make_table(rng, _DOMAINS, rng.randint(*SHORT_ROWS), rng.randint(1, 4))
-    return _with_table(rng, "table", made, rng.choice((1, 1, 1, 2, 3)))
+    return _with_table(rng, "table", made, rng.choice((1, 1, 2, 3, 4)))
 
 
 def long_table(rng: random.Random) -> Example:
-    """A table of 900 to 1,500 tokens, one to six questions."""
+    """A table of 900 to 1,500 tokens, one to a dozen questions."""
     made = _long_table(rng, rng.randint(*LONG_TOKENS))
     return _with_table(rng, "long_table", made, rng.randint(1, _MOST_QUESTIONS))
 

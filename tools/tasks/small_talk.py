@@ -10,7 +10,7 @@ import random
 
 from .example import Example, Message, asked, assistant, user
 from .topics import GOODBYES, GREETINGS, THANKS, TOPICS, Topic
-from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, a
+from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, a, some
 
 _GREETED = "Hello! Ask me something, or ask what I can do."
 _WELCOME = "You are welcome!"
@@ -149,7 +149,7 @@ def _polite(rng: random.Random) -> Example:
 def _combined(rng: random.Random) -> Example:
     """Someone with a name asks one or two things at once."""
     name = rng.choice(NAMES) if rng.random() < 0.85 else ""
-    topics = rng.sample(TOPICS, rng.choice((1, 2, 2, 2) if name else (2,)))
+    topics = rng.sample(TOPICS, rng.choice((1, 2, 2, 2, 3) if name else (2,)))
     questions = [_question(rng, topic) for topic in topics]
     questions[:-1] = [q if q.endswith(("?", ".")) else f"{q}?" for q in questions[:-1]]
     answers = [topic.answer for topic in topics]
@@ -170,7 +170,7 @@ def _remember(rng: random.Random) -> Example:
     else:
         said, fact, answer, questions = rng.choice(_LIKINGS)
         x = {
-            "food": rng.choice(FOODS),
+            "food": some(rng.choice(FOODS)),
             "city": rng.choice(CITIES),
             "color": rng.choice(COLORS),
             "pet": a(rng.choice(ANIMALS)),
@@ -183,7 +183,7 @@ def _remember(rng: random.Random) -> Example:
             introduction = rng.choice(_INTRODUCTIONS).format(name=name)
             first, greeting = f"{introduction} {first}", f"Hello {name}! {_NOTED}"
             fact += f" {name}"
-    topics = rng.sample(TOPICS, rng.randint(0, 3))
+    topics = rng.sample(TOPICS, rng.choice((0, 1, 1, 2, 2, 3)))
     before = [user(first), assistant(greeting)]
     for topic in topics:
         before += [user(_question(rng, topic)), assistant(topic.answer)]

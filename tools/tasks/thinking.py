@@ -16,10 +16,10 @@ _ENDINGS = wordings(
 
 
 def think_multiply(rng: random.Random) -> Example:
-    """Products of up to three by three digits, by the digits of the second factor."""
+    """Products of up to three by three or four by two digits, by the digits of the second."""
     digits = rng.choice((2, 3, 3, 4))
     a = rng.randint(10 ** (digits - 1), 10**digits - 1)
-    b = rng.randint(11, 99) if digits == 4 or rng.random() < 0.5 else rng.randint(11, 999)
+    b = rng.randint(*rng.choice(((2, 9), (11, 99), (11, 99), (11, 99 if digits == 4 else 999))))
     key = f"multiply {min(a, b)} {max(a, b)}"  # the same as without thinking
     question = rng.choice(arithmetic.MULTIPLICATIONS).format(a=a, b=b)
     thoughts = "\n".join(_products(a, b))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .words import CITIES, FOODS, MONTHS, NAMES, SURNAMES, THINGS, WEEKDAYS
+from .words import CITIES, MONTHS, NAMES, SURNAMES, THINGS, WEEKDAYS, plural
 
 Values = dict[str, Any]
 
@@ -107,7 +107,7 @@ def _date(rng: random.Random) -> str:
 
 def _note(rng: random.Random) -> str:
     return rng.choice(_NOTES).format(
-        food=rng.choice(FOODS),
+        things=plural(rng.choice(THINGS)),
         thing=rng.choice(THINGS),
         weekday=rng.choice(WEEKDAYS),
         time=_time(rng),
@@ -117,7 +117,7 @@ def _note(rng: random.Random) -> str:
 
 
 _NOTES = (
-    "buy {n} {food}s",
+    "buy {n} {things}",
     "call {name} on {weekday}",
     "dinner is at {time}",
     "bring the {thing}",

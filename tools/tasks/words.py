@@ -90,6 +90,9 @@ def plural(noun: str) -> str:
     return _IRREGULAR.get(noun, noun + "s")
 
 
+_UNCOUNTED = frozenset(
+    _words("bread butter cabbage corn garlic honey milk mint pasta rice salad salt soup tea cheese")
+)
 _IRREGULAR = {
     "goose": "geese",
     "mouse": "mice",
@@ -103,6 +106,11 @@ _IRREGULAR = {
     "tomato": "tomatoes",
     "leaf": "leaves",
 }
+
+
+def some(food: str) -> str:
+    """What one likes or buys: apples, but cheese."""
+    return food if food in _UNCOUNTED else plural(food)
 
 
 def a(noun: str) -> str:

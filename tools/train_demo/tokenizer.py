@@ -21,18 +21,10 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from ..tasks.registry import TASKS, draw
-from .chat import (
-    CALL,
-    CALL_END,
-    END_OF_TEXT,
-    RESULT,
-    RESULT_END,
-    THINK,
-    THINK_END,
-    TURN_END,
-    TURN_START,
-    pieces,
-)
+from .chat import CALL, CALL_END, RESULT, RESULT_END, THINK, THINK_END, pieces
+from .chat import END_OF_TEXT as END_OF_TEXT
+from .chat import TURN_END as TURN_END
+from .chat import TURN_START as TURN_START
 
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 MARKS = (THINK, THINK_END, CALL, CALL_END, RESULT, RESULT_END)
