@@ -45,8 +45,10 @@ def unpack(words: jax.Array, layout: Layout) -> Batch:
         targets = following & (LEARNED - 1)
         pieces.append((tokens, place - begun, targets, learned, answers))
         all_segments.append(segments)
-    flat = [jnp.concatenate([x.reshape(-1) for x in each]) for each in zip(*pieces, strict=True)]
-    return Batch(*flat, tuple(all_segments))
+    tokens, positions, targets, learned, answers = (
+        jnp.concatenate([x.reshape(-1) for x in each]) for each in zip(*pieces, strict=True)
+    )
+    return Batch(tokens, positions, targets, learned, answers, tuple(all_segments))
 
 
 def batch_logits(decoder: Decoder, batch: Batch, mix: Mix) -> jax.Array:

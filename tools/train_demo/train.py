@@ -185,7 +185,7 @@ def train(
     """
     recipe = trainer.recipe
     begun, before = time.monotonic(), record.seconds
-    saved = begun
+    saved = noted = begun
     since_log: list[dict[str, jax.Array]] = []
     with reporter.phase("training") as update:
         while record.steps < recipe.steps:
@@ -202,13 +202,14 @@ def train(
             last = record.steps == recipe.steps
             if not (last or record.steps % LOG_EVERY == 0):
                 continue
-            _log(record, since_log, reporter)
+            record.losses.append({"step": record.steps, **_means(since_log, record.steps)})
             since_log.clear()
-            if last or record.steps % EXAM_EVERY == 0:
-                record.exams.append({"step": record.steps, **exam(state)})
-                reporter.note(_exam_line(record.exams[-1]))
             now = time.monotonic()
             record.seconds = before + now - begun
+            if last or record.steps % EXAM_EVERY == 0:
+                record.exams.append({"step": record.steps, **exam(state)})
+                reporter.note(_line(record, EXAM_EVERY * words.size / (now - noted)))
+                noted = time.monotonic()
             if now >= deadline and not last:
                 reporter.note(f"stopped at step {record.steps} of {recipe.steps} by the time limit")
                 break
@@ -219,21 +220,23 @@ def train(
     return state
 
 
-def _log(record: Record, since_log: list[dict[str, jax.Array]], reporter: Reporter) -> None:
+def _means(since_log: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
+    """Of each model's loss; waits for the device."""
     values = jax.device_get(since_log)
     means = {name: float(np.mean([each[name] for each in values])) for name in values[0]}
     if not all(math.isfinite(mean) for mean in means.values()):
-        raise Internal(f"training: the loss is {means} at step {record.steps}, must be finite")
-    record.losses.append({"step": record.steps, **means})
-    if record.steps % EXAM_EVERY == 0:
-        shown = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        reporter.note(f"step {record.steps:>6}  {record.tokens / 1e6:,.0f} M tokens  loss {shown}")
+        raise Internal(f"training: the loss is {means} at step {step}, must be finite")
+    return means
 
 
-def _exam_line(found: Mapping[str, Any]) -> str:
-    worst = sorted((right / n, task) for task, (right, n) in found["right"].items())[:5]
-    named = ", ".join(f"{task} {share:.0%}" for share, task in worst)
+def _line(record: Record, speed: float) -> str:
+    """The last entries of the record, for people; `speed` in tokens a second."""
+    *_, loss = record.losses
+    *_, exam = record.exams
+    worst = sorted((right / n, task) for task, (right, n) in exam["right"].items())[:4]
     return (
-        f"       held out: loss {found['loss']:.4f}, {found['share']:.1%} right, the draft agrees "
-        f"at {found['agrees']:.1%}; least: {named}"
+        f"step {record.steps:>6}  {record.tokens / 1e6:,.0f} M tokens, {speed / 1e6:.2f} M/s  loss "
+        + " ".join(f"{value:.4f}" for name, value in loss.items() if name != "step")
+        + f"  held out {exam['loss']:.4f}, {exam['share']:.1%} right, draft {exam['agrees']:.1%}; "
+        + ", ".join(f"{task} {share:.0%}" for share, task in worst)
     )
