@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -168,6 +170,12 @@ def test_held_out_examples_lie_where_they_are_said_to(tokenizer: Tokenizer, rate
         assert row[0] >= STARTS and not np.any(row[1:] >= STARTS)
         assert text_of(tokenizer, row).endswith(f"{TURN_END}\n")
         assert place.task in TASKS
+
+
+def test_processes_that_make_data_load_no_jax() -> None:
+    asked = "import sys, quire.tools.train_demo.__main__, quire.tools.train_demo.data as d; "
+    asked += "sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", asked]).returncode == 0
 
 
 # The step.
@@ -415,7 +423,7 @@ def test_the_card_says_what_was_measured(
     card.write_card(folder, json.loads(json.dumps(measured)))
     text = " ".join((folder / "README.md").read_text("utf-8").split())
     assert "| 200 | 98.7% |" in text and "0.1234 nats" in text
-    assert "`demo-draft` guesses 90.0%" in text and "abacus" in text
+    assert "`demo-draft` guesses 90.0%; drafting 4 at a time" in text and "abacus" in text
     assert {file.name for file in folder.iterdir()} == {
         "README.md",
         "config.json",

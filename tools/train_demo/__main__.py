@@ -131,8 +131,8 @@ def _run(
         reporter.note(f"not done: say --resume to go on from {args.state}")
         return
     for name, config in configs.items():
-        folder = args.out / name
-        export(folder, config, tokenizer, run.params[name])
+        export(args.out / name, config, tokenizer, run.params[name])
+    for folder in (args.out / name for name in configs):
         plot.write_numbers(folder, record)
         plot.draw(folder / plot.PICTURE, record)
         write_card(folder)
@@ -141,8 +141,13 @@ def _run(
 
 def _card(args: argparse.Namespace) -> None:
     from .card import write_card
+    from .model import DEMO, DRAFT
 
-    write_card(args.folder, json.loads(args.eval.read_text("utf-8").splitlines()[-1]))
+    demo, draft = (
+        json.loads(file.read_text("utf-8").splitlines()[-1]) for file in (args.demo, args.draft)
+    )
+    write_card(args.folder / DEMO, demo)
+    write_card(args.folder / DRAFT, {**draft, "draft": demo.get("draft")})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,11 +189,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--trial", action="store_true", help="tiny models and batches, to see that it works")
 
-    command = commands.add_parser("card", help="write what `quire eval` found into a model card")
+    command = commands.add_parser("card", help="write what `quire eval` found into the model cards")
     command.set_defaults(run=_card)
     add = command.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="checkpoints/demo, say")
-    add("--eval", type=Path, required=True, metavar="FILE", help="what `quire eval --json` printed")
+    add("folder", type=Path, metavar="FOLDER", help="with demo/ and demo-draft/ in it")
+    add(
+        "--demo",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what `quire eval FOLDER/demo --draft FOLDER/demo-draft --json` printed",
+    )
+    add(
+        "--draft",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what `quire eval FOLDER/demo-draft --json` printed",
+    )
     return parser
 
 

@@ -24,20 +24,17 @@ from .packing import Layout
 Mix = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """(q [R, L, H, D], k [R, L, KH, D], v [R, L, KH, D], segments int32 [R, L]) -> [R, L, H, D]."""
 
+EVERYWHERE: Literal["xla"] = "xla"
+
 _TOLERANCE = 0.03  # of the largest entry; bfloat16 rounds at 0.004
 _TIMED_RUNS = 5
 
 
-def _library(
-    implementation: Literal["xla", "cudnn"],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-) -> jax.Array:
+def library(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """XLA's."""
     same = segments[:, None, :, None] == segments[:, None, None, :]  # [R, 1, L, L]
     return jax.nn.dot_product_attention(
-        q, k, v, mask=same, is_causal=True, implementation=implementation
+        q, k, v, mask=same, is_causal=True, implementation=EVERYWHERE
     )
 
 
@@ -63,10 +60,8 @@ def triton(
     return mha(q, k, v, segments, scale, True, blocks, interpret=interpret)
 
 
-EVERYWHERE = "xla"
 MIXES: dict[str, Mix] = {
-    EVERYWHERE: partial(_library, "xla"),
-    "cudnn": partial(_library, "cudnn"),
+    EVERYWHERE: library,
     "triton-64-32": partial(triton, 64, 32),
     "triton-64-64": partial(triton, 64, 64),
     "triton-128-64": partial(triton, 128, 64),

@@ -13,7 +13,7 @@ from ...checkpoints.folder import Checkpoint
 from ...checkpoints.names import parameters
 from ...model.config import ModelConfig
 from ..tasks.registry import TASKS
-from .model import DEMO
+from .model import DEMO, DRAFT
 from .plot import PICTURE, read_numbers
 from .train import Record
 
@@ -122,11 +122,11 @@ def _accuracy(found: Mapping[str, Any] | None, draft: bool) -> list[str]:
     ]
     table = "\n".join(["| task | range | asked | right |", "| --- | --- | ---: | ---: |", *rows])
     blocks = [_filled(how), table]
-    guessed = found.get("draft")
-    if guessed and not draft:
+    if guessed := found.get("draft"):
+        big, small = (f"`{DEMO}`", "it") if draft else ("this model", f"`{DRAFT}`")
         blocks.append(
             _filled(
-                f"Of the tokens of these answers `{Path(guessed['model']).name}` guesses "
+                f"Of the tokens that {big} answers with, {small} guesses "
                 f"{guessed['acceptance']:.1%}; drafting {guessed['k']} at a time, a round yields "
                 f"{guessed['tokens_per_round']:.2f} tokens."
             )

@@ -24,7 +24,7 @@ if [ -n "$state" ]; then
 fi
 
 leave() {
-  if [ -d "$work/models" ]; then
+  if [ -e "$work/models/demo-draft/README.md" ]; then  # which is written last
     tar -C "$work/models" -c demo demo-draft | split -d -b 15M - "$out/models.tar."
   elif [ -e "$work/state/run.json" ]; then
     tar -C "$work" -c state | split -d -b 15M - "$out/state.tar."
