@@ -21,17 +21,17 @@ DEV := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck pytest test-slow format protos clean
+.PHONY: help demo test lint typecheck pytest test-slow format protos protos-check protos-accept clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(BASE) ## serve the shipped demo model and talk to it
 	$(BIN)/quire demo
 
 test: lint typecheck pytest ## all that must pass before a change lands
 
-lint: $(DEV) ## style and layout
+lint: $(DEV) protos-check ## style and layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -53,10 +53,14 @@ test-slow: $(DEV) ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
 protos: $(DEV) ## make the stubs in protos/v1 anew
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	$(BIN)/python -P -m grpc_tools.protoc -I quire/protos=protos \
-	    --python_out="$$out" --pyi_out="$$out" --grpc_python_out="$$out" protos/v1/*.proto && \
-	cp "$$out"/quire/protos/v1/*_pb2*.py* protos/v1/ && ls protos/v1
+	$(BIN)/python -P -m quire.tools.protos write
+
+protos-check: $(DEV) ## find stale stubs, and changes to protos/v1 that break clients
+	$(BIN)/python -P -m quire.tools.protos check
+
+# Refuses what breaks clients: tools/protos.py says how that is accepted, should it ever be.
+protos-accept: $(DEV) ## take what was added to protos/v1 into its golden file
+	$(BIN)/python -P -m quire.tools.protos accept
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venv-* .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

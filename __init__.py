@@ -16,13 +16,17 @@ _PUBLIC = {
     "BeamSearchParams": "quire.serving.beam",
     "EngineConfig": "quire.config",
     "ServerConfig": "quire.config",
+    "Client": "quire.client.blocking",
+    "AsyncClient": "quire.client.asynchronous",
     "Completion": "quire.serving.llm",
     "Generation": "quire.serving.llm",
 }
 
 __all__ = [
     "LLM",
+    "AsyncClient",
     "BeamSearchParams",
+    "Client",
     "Completion",
     "EngineConfig",
     "Generation",
@@ -31,6 +35,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from quire.client.asynchronous import AsyncClient
+    from quire.client.blocking import Client
     from quire.config import EngineConfig, ServerConfig
     from quire.sched.sampling_params import SamplingParams
     from quire.serving.beam import BeamSearchParams

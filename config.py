@@ -206,7 +206,19 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "address to bind")
     port: int = setting(50051, "port to bind; 0 takes a free one and says which", low=0, high=65535)
+    frontends: int = setting(
+        1,
+        "processes that answer callers; each is good for some 25,000 tokens a second",
+        low=1,
+        high=64,
+    )
     drain_timeout: int = setting(30, "seconds running requests get to end on SIGTERM", low=0)
+    step_timeout: int = setting(
+        120,
+        "seconds after which a device step counts as hung and the engine process is started again; "
+        "with --no-warmup a step may also compile",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         _check(self)
@@ -225,10 +237,20 @@ class HubSettings:
       offline: HF_HUB_OFFLINE.
     """
 
-    endpoint: str
+    endpoint: str = field(repr=False)
     token: str | None = field(repr=False)
     cache: Path
     offline: bool
+
+    @property
+    def shown_endpoint(self) -> str:
+        """The endpoint as messages show it."""
+        return without_secrets(self.endpoint)
+
+
+def without_secrets(text: str) -> str:
+    """Text in which the user and password of each URL are masked."""
+    return re.sub(r"(?<=://)[^/\s'\"]+@", "***@", text)
 
 
 def hub_settings() -> HubSettings:

@@ -105,7 +105,7 @@ class ChatTemplate:
             name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise InvalidRequest(
-                f"chat_template: got {name!r}, must be one of {', '.join(self._templates)}"
+                f"template: got {name!r}, must be one of {', '.join(self._templates)}"
             )
         return self._templates[name]
 

@@ -1,7 +1,8 @@
 """Hugging Face folder -> a converted folder (manifest.py), nothing lost. Run by `quire convert`.
 
 Tensors go over block by block, so the host holds a few blocks whatever the model's size, and come
-out under the same names: unfused, for any mesh. Every other file of the model goes over as it is.
+out under the same names: unfused, for any mesh. Buffers that follow from config.json, which nobody
+reads, stay behind and are named. Every other file of the model goes over as it is.
 All is written under a temporary name, read back, and renamed when it is whole.
 """
 
@@ -30,7 +31,7 @@ from .manifest import (
     new_digest,
     write_manifest,
 )
-from .names import parameters
+from .names import is_harmless, parameters
 from .new_folder import check_target, new_folder
 from .orbax_tensors import Leaf, OrbaxTensors, write_tensors
 from .params import check_tensors, numpy_dtype, refuse_overflow
@@ -76,15 +77,15 @@ def convert(
     check_target(source, target, force)
     with WeightFiles(source) as tensors:
         check_tensors(tensors, checkpoint.config)
-        cast = _describe_cast(tensors, dtype)
+        names, buffers = _order(checkpoint, tensors)
+        cast = _describe_cast(tensors, names, dtype)
         if cast:
             reporter.note(f"casting weights from {cast}")
-        require_space(target.parent, _bytes_needed(tensors, dtype), f"converting {source.name}")
-        with new_folder(target) as (folder, put_in_place):
+        with new_folder(target, reporter) as (folder, put_in_place):
+            needed = _bytes_needed(tensors, names, dtype)  # after what was left there is gone
+            require_space(target.parent, needed, f"converting {source.name}")
             with reporter.phase("converting") as update:
-                entries = _write_weights(
-                    folder, tensors, _order(checkpoint, tensors), dtype, update
-                )
+                entries = _write_weights(folder, tensors, names, dtype, update)
             converted = {tensors.file(name).name for name in tensors} | {INDEX}
             left_out = _copy_files(source, folder, converted)
             if cast and dtype is not None:
@@ -96,6 +97,9 @@ def convert(
             with reporter.phase("checking") as update:
                 _check_written(folder, update)
             put_in_place()
+    if buffers:
+        said = f"{len(buffers)} tensors such as {buffers[0]}"
+        reporter.note(f"left out, follow from config.json: {said}")
     if left_out:
         reporter.note(f"left out, not part of the model: {', '.join(left_out)}")
     return manifest
@@ -104,8 +108,8 @@ def convert(
 # Weights.
 
 
-def _describe_cast(tensors: WeightFiles, dtype: str | None) -> str | None:
-    before = sorted({tensors.dtype(name) for name in tensors})
+def _describe_cast(tensors: WeightFiles, names: list[str], dtype: str | None) -> str | None:
+    before = sorted({tensors.dtype(name) for name in names})
     return None if dtype is None or before == [dtype] else f"{', '.join(before)} to {dtype}"
 
 
@@ -113,24 +117,27 @@ def _target_dtype(tensors: WeightFiles, name: str, dtype: str | None) -> np.dtyp
     return numpy_dtype(dtype or tensors.dtype(name))
 
 
-def _bytes_needed(tensors: WeightFiles, dtype: str | None) -> int:
+def _bytes_needed(tensors: WeightFiles, names: list[str], dtype: str | None) -> int:
     return sum(
         int(np.prod(tensors.shape(name))) * _target_dtype(tensors, name, dtype).itemsize
-        for name in tensors
+        for name in names
     )
 
 
-def _order(checkpoint: Checkpoint, tensors: WeightFiles) -> list[str]:
-    """All tensors of the source: the model's in the order of its layers, then what else it has."""
+def _order(checkpoint: Checkpoint, tensors: WeightFiles) -> tuple[list[str], list[str]]:
+    """The tensors to write, the model's in the order of its layers and then what else there is; and
+    the buffers that stay behind."""
     known = [piece.name for p in parameters(checkpoint.config) for piece in p.pieces]
-    return known + sorted(set(tensors) - set(known))
+    others = sorted(set(tensors) - set(known))
+    buffers = [name for name in others if is_harmless(name)]
+    return known + [name for name in others if name not in buffers], buffers
 
 
 def _write_weights(
     folder: Path, tensors: WeightFiles, names: list[str], dtype: str | None, update: Update
 ) -> dict[str, TensorEntry]:
     digests = {name: new_digest() for name in names}
-    total, done = _bytes_needed(tensors, dtype), 0
+    total, done = _bytes_needed(tensors, names, dtype), 0
 
     def blocks(name: str, target: np.dtype, rows: int) -> Iterator[tuple[slice, np.ndarray]]:
         nonlocal done

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InvalidConfig
 from ..model.config import DTYPES, Dtype, ModelConfig
 from .hf_rope import read_rope
 from .json_fields import Fields, read_json
@@ -95,6 +95,10 @@ def read_config(
       folder: a checkpoint folder.
       ignore_fields: unknown fields to let pass; one inside an object is spelled `object.field`.
       weights_dtype: asked for the dtype when config.json names none; without it that is float32.
+
+    Raises:
+      CheckpointError: it cannot be read, or describes what Quire does not serve.
+      InvalidConfig: `ignore_fields` names what is not there, or what is no obstacle.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -108,7 +112,7 @@ def read_config(
     layers = fields.integer("num_hidden_layers", 32, high=MAX_LAYERS)
     heads, kv_heads, head_dim, hidden = _heads(fields, family)
     max_positions = fields.integer("max_position_embeddings", family.max_positions)
-    rope, max_positions = read_rope(fields, max_positions, ignore_fields)
+    rope, max_positions, unknown_of_rope = read_rope(fields, max_positions)
     attention_bias = family.qkv_bias == "field" and fields.boolean("attention_bias")
     config = ModelConfig(
         family=family.name,
@@ -130,7 +134,7 @@ def read_config(
         tied_embeddings=fields.boolean("tie_word_embeddings"),
         dtype=_dtype(fields) or (weights_dtype() if weights_dtype else "float32"),
     )
-    _refuse_unknown(fields, ignore_fields)
+    _check_unknown(file, _unknown(fields) | unknown_of_rope, ignore_fields)
     return config
 
 
@@ -232,16 +236,27 @@ def _dtype(fields: Fields) -> Dtype | None:
     raise fields.error(name, f"one of {', '.join(DTYPES)}")
 
 
-def _refuse_unknown(fields: Fields, ignore_fields: Collection[str]) -> None:
-    for name in fields.unasked():
-        value = fields.values[name]
-        if name in _NO_EFFECT or name in ignore_fields or _says_nothing(value):
-            continue
-        raise CheckpointError(
-            f"{fields.file}: {name}: Quire does not know this field (value "
-            f"{str(value)[:80]!r}), and it may change what the model computes; "
-            f"--ignore-config-fields {name} lets it pass"
-        )
+def _unknown(fields: Fields) -> dict[str, Any]:
+    """Fields that may change what the model computes, as nobody asked for them."""
+    unasked = {name: fields.values[name] for name in fields.unasked()}
+    return {n: v for n, v in unasked.items() if n not in _NO_EFFECT and not _says_nothing(v)}
+
+
+def _check_unknown(file: Path, unknown: dict[str, Any], ignore_fields: Collection[str]) -> None:
+    """Refuses unknown fields, and names in `ignore_fields` that let none of them pass: who
+    misspells a field must not believe it ignored."""
+    for name in ignore_fields:
+        if name not in unknown:
+            raise InvalidConfig(
+                f"ignore_config_fields: got {name!r}, must be among the fields of {file} that "
+                f"Quire does not know: {', '.join(unknown) or 'it has none'}"
+            )
+    for name, value in unknown.items():
+        if name not in ignore_fields:
+            raise CheckpointError(
+                f"{file}: {name}: Quire does not know this field (value {str(value)[:80]!r}), and "
+                f"it may change what the model computes; --ignore-config-fields {name} lets it pass"
+            )
 
 
 def _says_nothing(value: Any) -> bool:

@@ -8,8 +8,7 @@ older still, `type`. Formulas that use the result: model/rope.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import get_args
+from typing import Any, get_args
 
 from ..errors import CheckpointError
 from ..model.config import RopeConfig, RopeKind
@@ -26,16 +25,15 @@ _NO_EFFECT = {
 }
 
 
-def read_rope(
-    top: Fields, max_positions: int, ignore_fields: Collection[str] = ()
-) -> tuple[RopeConfig, int]:
-    """The rope, and the longest sequence it is meant for (above `max_positions` for some YaRN)."""
+def read_rope(top: Fields, max_positions: int) -> tuple[RopeConfig, int, dict[str, Any]]:
+    """The rope; the longest sequence it is meant for (above `max_positions` for some YaRN); and
+    fields of the rope that Quire does not know, spelled `object.field`, with their values."""
     scaling = _scaling_object(top)
     top_theta = top.optional_number("rope_theta", above_low=True)
     original = top.optional_integer("original_max_position_embeddings")
     _refuse_partial(top)
     if scaling is None:
-        return RopeConfig(theta=top_theta or DEFAULT_THETA), max_positions
+        return RopeConfig(theta=top_theta or DEFAULT_THETA), max_positions, {}
 
     _refuse_partial(scaling)
     theta = scaling.optional_number("rope_theta", above_low=True)
@@ -44,8 +42,7 @@ def read_rope(
     theta = theta or top_theta or DEFAULT_THETA
     kind = _kind(scaling)
     rope, longest = _READERS[kind](scaling, theta, max_positions, original)
-    _refuse_unread(scaling, kind, ignore_fields)
-    return rope, longest
+    return rope, longest, _unknown(scaling, kind)
 
 
 def _scaling_object(top: Fields) -> Fields | None:
@@ -71,15 +68,13 @@ def _kind(scaling: Fields) -> RopeKind:
     raise scaling.error(name, f"one of {', '.join(KINDS)} (no other rope is supported)")
 
 
-def _refuse_unread(scaling: Fields, kind: str, ignore_fields: Collection[str]) -> None:
-    for name in scaling.unasked():
-        full = f"{scaling.path}{name}"
-        harmless = name in _NO_EFFECT.get(kind, ()) or scaling.values[name] in (None, False)
-        if not harmless and full not in ignore_fields:
-            raise CheckpointError(
-                f"{scaling.file}: {full}: Quire does not know this field of a {kind} rope; "
-                f"--ignore-config-fields {full} lets it pass"
-            )
+def _unknown(scaling: Fields, kind: str) -> dict[str, Any]:
+    harmless = _NO_EFFECT.get(kind, ())
+    return {
+        f"{scaling.path}{name}": scaling.values[name]
+        for name in scaling.unasked()
+        if name not in harmless and scaling.values[name] not in (None, False)
+    }
 
 
 def _factor(scaling: Fields) -> float:

@@ -1,8 +1,9 @@
 """A model of the Hugging Face hub -> its folder in the hub's cache. Used by locate.py.
 
 huggingface_hub does the downloading: files that are whole stay, a connection that breaks goes on
-from where it broke, and every program on the machine shares the cache. Decided here: which files
-are needed (never a pickle), whether they fit the disk, and what to tell people when it fails.
+from where it broke, and every program on the machine shares the cache; hub_resume.py makes a
+download that was ended go on too. Decided here: which files are needed (never a pickle), whether
+they fit the disk, and what to tell people when it fails.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import HubSettings
+from ..config import HubSettings, without_secrets
 from ..errors import CheckpointError
 from ..model.memory import human_bytes
 from .disk import require_space
+from .hub_resume import LargeFile, bring
 from .json_fields import read_json
 from .manifest import MANIFEST
 from .reporting import Reporter, Update
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
 
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SMALL_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY")
-_AT_ONCE = 2
-"""Files downloaded at once. huggingface_hub 2 goes on within a file while it runs, and starts anew
-the files that were under way when it was ended: the fewer, the less is lost."""
-
 _LOOK_EVERY = 0.2
 """Seconds between looks at how much has arrived."""
 
@@ -129,13 +127,17 @@ def _download(
 ) -> Path:
     """Downloads the files that the cache lacks; returns the folder of the revision's commit."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     blobs = _storage(name, settings) / "blobs"
-    missing = {n: files[n].size or 0 for n in wanted if n in files and not _has(blobs, files[n])}
-    needed = sum(missing.values())
-    if missing:
+    large = _large(name, revision, settings, [files[n] for n in wanted if n in files])
+    others = [files[n] for n in wanted if n in files and n not in large]
+    needed = sum(file.missing for file in large.values())
+    needed += sum(file.size or 0 for file in others if not _has(blobs, file))
+    if needed:
         require_space(settings.cache, needed, f"downloading {name}")
     with _progress(name, blobs, needed, reporter), _no_bars():
+        bring(list(large.values()), build_hf_headers(token=settings.token))
         folder = snapshot_download(
             name,
             revision=revision,
@@ -143,12 +145,32 @@ def _download(
             cache_dir=settings.cache,
             endpoint=settings.endpoint,
             token=settings.token,
-            max_workers=_AT_ONCE,
         )
     lacking = [name for name in wanted if not (Path(folder) / name).exists()]
     if lacking:
         raise CheckpointError(f"{name}: the hub does not have {', '.join(lacking[:3])}")
     return Path(folder)
+
+
+def _large(
+    name: str, revision: str | None, settings: HubSettings, wanted: list[RepoSibling]
+) -> dict[str, LargeFile]:
+    """The files that go on where they stopped, by name: those that the hub serves in one piece and
+    tells the SHA-256 of."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
+
+    storage = _storage(name, settings)
+    return {
+        file.rfilename: LargeFile(
+            url=hf_hub_url(name, file.rfilename, revision=revision, endpoint=settings.endpoint),
+            blob=storage / "blobs" / file.lfs.sha256,
+            lock=settings.cache / ".locks" / storage.name / f"{file.lfs.sha256}.lock",
+            size=file.lfs.size,
+        )
+        for file in wanted
+        if file.lfs is not None and file.lfs.size <= MAX_HTTP_DOWNLOAD_SIZE
+    }
 
 
 def _literally(file: str) -> str:
@@ -251,10 +273,10 @@ def _cached_instead(
         folder = _cached(name, revision, settings)
     except CheckpointError:
         raise CheckpointError(
-            f"{name}: {settings.endpoint} cannot be reached ({_first_line(error)}), and the cache "
-            f"({settings.cache}) does not have all of it"
+            f"{name}: {settings.shown_endpoint} cannot be reached ({_first_line(error)}), and the "
+            f"cache ({settings.cache}) does not have all of it"
         ) from error
-    reporter.note(f"{settings.endpoint} cannot be reached: {name} is taken from the cache")
+    reporter.note(f"{settings.shown_endpoint} cannot be reached: {name} is taken from the cache")
     return folder
 
 
@@ -268,7 +290,9 @@ def _status(error: Exception) -> int | None:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What huggingface_hub says first; it quotes URLs as they are."""
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return without_secrets(first)
 
 
 def _explained(
@@ -276,30 +300,27 @@ def _explained(
 ) -> CheckpointError:
     from huggingface_hub import errors
 
-    page = f"{settings.endpoint}/{name}"
+    hub = settings.shown_endpoint
+    page = f"{hub}/{name}"
     has_token = settings.token is not None
     mend = (
         "the token in HF_TOKEN has no access"
         if has_token
-        else f"set HF_TOKEN to a token of an account that has access ({settings.endpoint}"
-        "/settings/tokens)"
+        else f"set HF_TOKEN to a token of an account that has access ({hub}/settings/tokens)"
     )
     if isinstance(error, errors.GatedRepoError):
         text = f"gated: ask for access at {page}; {mend}"
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"has no revision {revision or 'main'!r}; {page}/tree/main lists what it has"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        text = (
-            f"neither a folder here nor a model at {settings.endpoint}{hint}. If it is private, "
-            f"{mend}"
-        )
+        text = f"neither a folder here nor a model at {hub}{hint}. If it is private, {mend}"
     elif _status(error) == 401:
-        text = f"{settings.endpoint} does not accept the token in HF_TOKEN"
+        text = f"{hub} does not accept the token in HF_TOKEN"
     elif _status(error) == 403:
-        text = f"{settings.endpoint} forbids it ({_first_line(error)}); {mend}"
+        text = f"{hub} forbids it ({_first_line(error)}); {mend}"
     else:
         text = (
-            f"cannot be downloaded from {settings.endpoint}: {_first_line(error)}; run it again to "
+            f"cannot be downloaded from {hub}: {_first_line(error)}; run it again to "
             "go on with the files that are missing"
         )
     return CheckpointError(f"{name}: {text}")

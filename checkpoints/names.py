@@ -116,11 +116,6 @@ def parameters(config: ModelConfig) -> list[Parameter]:
     return out + [_parameter(row, config, 0) for row in rows[last:]]
 
 
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of Quire's model."""
-    return {parameter.name: parameter.shape for parameter in parameters(config)}
-
-
 def pieces_of(parameter: Parameter) -> Iterator[tuple[Piece, slice]]:
     """Each tensor on disk with the rows of the parameter that it holds."""
     start = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .manifest import MANIFEST, partial_name
+from .reporting import Reporter
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
@@ -20,22 +21,27 @@ def check_target(source: Path, target: Path, force: bool) -> None:
     here = source.resolve()
     if target.resolve() == here or target.resolve() in here.parents:
         raise CheckpointError(f"{target}: holds the source {source}, must be another folder")
-    if not (target.exists() or target.is_symlink()):
+    if not (target.exists() or target.is_symlink()) or _is_empty(target):
         return
-    if not force:
-        raise CheckpointError(f"{target}: exists already; --force replaces a converted folder")
     if target.is_symlink() or not (target / MANIFEST).is_file():
         raise CheckpointError(
-            f"{target}: is not a converted folder, so --force does not replace it; remove it first"
+            f"{target}: is not a converted folder, which --force would replace, must be a new or "
+            "an empty folder"
         )
+    if not force:
+        raise CheckpointError(f"{target}: exists already; --force replaces a converted folder")
+
+
+def _is_empty(target: Path) -> bool:
+    return target.is_dir() and not target.is_symlink() and not any(target.iterdir())
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+def new_folder(target: Path, reporter: Reporter) -> Iterator[tuple[Path, Callable[[], None]]]:
     """An empty folder to write into, and the function that makes it `target`.
 
     What is there when an error ends the block is removed. A killed process leaves it behind under
-    its temporary name; the next one with the same target starts it anew.
+    its temporary name; the next one with the same target says so and starts it anew.
     """
     folder = target.with_name(partial_name(target.name))
     try:
@@ -48,7 +54,9 @@ def new_folder(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(f"{folder}: another conversion is writing it") from error
-        _empty(folder)
+        if any(folder.iterdir()):
+            reporter.note(f"{folder} was left by a conversion that was cut off: begun anew")
+            _empty(folder)
         try:
             yield folder, lambda: _put_in_place(folder, target)
         except BaseException:

@@ -9,6 +9,7 @@ a file of its own, so that a device may read its rows alone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ async def _write(folder: Path, leaf: Leaf) -> None:
     row_bytes = leaf.nbytes // leaf.shape[0]
     block_bytes = min(MAX_BLOCK, max(MIN_BLOCK, leaf.nbytes // 4))
     rows = min(leaf.shape[0], max(1, block_bytes // row_bytes))
-    array = await ts.open(
+    array = ts.open(
         _spec(folder),
         create=True,
         context=_CONTEXT,
@@ -163,11 +164,12 @@ async def _write(folder: Path, leaf: Leaf) -> None:
         shape=leaf.shape,
         chunk_layout=ts.ChunkLayout(chunk_shape=(rows, *leaf.shape[1:])),
         codec=ts.CodecSpec({"driver": "zarr", "compressor": None}),
-    )
+    ).result()
     for where, values in leaf.blocks(rows):
         # Waits until it is on disk: two blocks at once would be two in memory.
-        await array[where].write(values, can_reference_source_data_indefinitely=True)
+        array[where].write(values, can_reference_source_data_indefinitely=True).result()
         del values  # before the next one is read
+        await asyncio.sleep(0)  # where an interrupt ends it, with nothing under way
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from ..errors import CheckpointError, InvalidRequest
+from ..errors import CheckpointError, invalid
 from .detokenize import StreamDecoder, TokenTable
 from .json_fields import read_json, read_json_if_there
 
@@ -50,20 +50,24 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
-    def bos_id(self) -> int | None:
-        return self._named_id("bos_token")
-
-    @property
     def eos_id(self) -> int | None:
-        return self._named_id("eos_token")
+        token = self.special_tokens.get("eos_token")
+        return None if token is None else self.token_to_id(token)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; with the tokens around it that tokenizer.json asks for, if wanted."""
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, field: str = "text"
+    ) -> list[int]:
+        """The ids of `text`; with the tokens around it that tokenizer.json asks for, if wanted.
+
+        Raises:
+          InvalidRequest: it is no text that UTF-8 can spell; the message begins with `field`.
+        """
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError) as error:
             # A lone surrogate, which JSON can spell and UTF-8 cannot.
-            raise InvalidRequest(f"text: cannot be tokenized: {error}") from error
+            limit = "text without lone surrogates, which UTF-8 cannot spell"
+            raise invalid(field, text, limit) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids without a token give nothing."""
@@ -86,10 +90,6 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         found: int | None = self._backend.token_to_id(token)
         return found
-
-    def _named_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        return None if token is None else self.token_to_id(token)
 
 
 def _special_ids(backend: Backend) -> frozenset[int]:

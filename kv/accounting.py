@@ -64,7 +64,8 @@ class PrefixCounters:
 
 
 class RecomputeMeter:
-    """Tokens computed for the first time, and tokens computed again because of preemption.
+    """Tokens computed for the first time, and tokens computed again because of preemption or of
+    a failed device step.
 
     `ratio` looks at the recent past, so that a long calm does not hide a thrashing engine.
     """

@@ -206,6 +206,13 @@ class Decoder(nnx.Module):
                 x = layer(x, i, rotation, attend)
         return x
 
+    def pooled(self, hidden: jax.Array) -> jax.Array:
+        """hidden [R, E] -> float32 [R, E], each row after the final norm and of length 1."""
+        with jax.named_scope("pooled"):
+            normed = self.final_norm(hidden).astype(jnp.float32)
+            length = jnp.linalg.norm(normed, axis=-1, keepdims=True)
+            return normed / jnp.maximum(length, 1e-12)  # as torch.nn.functional.normalize
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] -> float32 logits [R, V] of the whole vocabulary."""
         with jax.named_scope("logits"):

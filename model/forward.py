@@ -17,6 +17,7 @@ from .cache import CacheGroup, Slabs, fit, unfit
 from .inputs import InputLayout, StepInputs
 from .kernels.attention.api import ragged_paged_attention
 from .kernels.kv_write import write_kv
+from .plan import Sampler
 from .slots import SlotRows, Slots
 from .weights import Params
 
@@ -45,6 +46,7 @@ class Passed:
 
     hidden: jax.Array  # [T, E] before the final norm
     logits: jax.Array  # float32 [R, V] at each row's last token
+    pooled: jax.Array | None  # float32 [R, E] there; of FULL buckets with prompt rows
 
 
 Forward = Callable[[Params, Slabs, Slots, StepInputs], tuple[Slabs, Placed, Passed]]
@@ -99,8 +101,10 @@ def make_forward(
         model = decoder.bind(params)
         hidden = model(placed.tokens, placed.positions, attend)
         last = jnp.maximum(placed.cu[1:] - 1, 0)
-        logits = model.logits(hidden if bucket.decode_only else hidden[last])
-        return {group.name: slab}, placed, Passed(hidden, logits)
+        at_last = hidden if bucket.decode_only else hidden[last]
+        pools = bucket.sampler == Sampler.FULL and not bucket.decode_only
+        passed = Passed(hidden, model.logits(at_last), model.pooled(at_last) if pools else None)
+        return {group.name: slab}, placed, passed
 
     return forward
 

@@ -14,15 +14,15 @@ from enum import IntEnum
 
 from ..errors import InvalidConfig
 
-MAX_PROGRAMS = 32
-"""Programs of an engine at most, as `Ladder.num_programs` counts them."""
+MAX_PROGRAMS = 33
+"""Programs of an engine at most: 32, and `state`, which makes zeros."""
 
 _FEW_ROWS = 8
 _K_ROWS = (1, 8, 64)
 """Sizes of k-rungs. With more rows a single token takes the device longer than the host, and k of
 them would hold up an arrival."""
 
-_SINGLE_PROGRAMS = 3  # score, controls, admit
+_SINGLE_PROGRAMS = 4  # score, controls, admit, state
 
 
 class Sampler(IntEnum):
@@ -120,8 +120,8 @@ class Ladder:
     @property
     def num_programs(self) -> int:
         """Programs that an engine with this ladder compiles: one for each rung (for a FULL one its
-        forward), `sample` for each row count, and `score`, `controls` and `admit`; `state`, which
-        makes zeros and takes no time, is not counted."""
+        forward), `sample` for each row count, and `score`, `controls`, `admit` and `state`; as many
+        as `Programs.keys` names."""
         return len(self.buckets) + len(self.sample_rows) + _SINGLE_PROGRAMS
 
     def most_k(self, rows: int, sampler: Sampler) -> int:
@@ -195,7 +195,7 @@ def make_ladder(
     Args:
       max_rows: most rows a step may have (the number of slots).
       max_tokens: most tokens a step may have; must exceed `max_rows`.
-      max_programs: bound on the number of programs, all counted; at least 10, or 12 with `max_k`
+      max_programs: bound on the number of programs, all counted; at least 11, or 13 with `max_k`
         (a decode and a mixed rung for each sampler and what goes with them).
       max_k: above 1, some decode sizes get rungs of this k as well.
     """
@@ -210,7 +210,7 @@ def make_ladder(
     all_rows = [t for t in sizes if t > max_rows]
     alone = [t for t in sizes if few < max_rows]
 
-    spare = max_programs >= 24  # enough for more than one size of each kind
+    spare = max_programs >= 25  # enough for more than one size of each kind
     buckets = [Bucket(n, n, Sampler.FULL) for n in _thin(decode[1:] or decode, 2 if spare else 1)]
     buckets += [Bucket(t, max_rows, Sampler.FULL) for t in _thin(all_rows, 2 if spare else 1)]
     if max_k > 1:

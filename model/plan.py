@@ -73,7 +73,7 @@ class Emit(IntEnum):
     TOKEN = 1
     """The next token (up to k of them), sampled at the row's last position."""
     POOLED = 2
-    """The last position's hidden state."""
+    """The hidden state after the final norm at the row's last position, scaled to length 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class StepPlan:
     generations: IntArray  # [R] the slot's generation, echoed for whoever collects
     starts: IntArray  # [R] first position of the row (upper bound for decode rows)
     counts: IntArray  # [R] tokens in the row; decode rows have 1
-    emits: IntArray  # [R] an Emit each
+    emits: IntArray  # [R] an Emit each; POOLED is for prompt rows, and needs a FULL bucket
     num_decode: int  # rows [0, num_decode) are decode rows
     bucket: Bucket  # the step program to run; holds at least sum(counts) tokens and R rows
     prompt_tokens: IntArray = field(default_factory=lambda: _no_ints(0))  # [sum of prompt counts]
@@ -223,6 +223,7 @@ class StepOutputs:
     not_finite: NDArray[np.bool_]  # [R] the row's logits held an inf or NaN
     logprobs: LogprobArrays | None = None  # when the bucket's sampler is FULL
     scored: tuple[LogprobArrays, ...] = ()  # one for each of the plan's scored rows
+    pooled: FloatArray | None = None  # [P, E] of the rows that emit POOLED, in order, if any do
 
 
 @dataclass(frozen=True, slots=True)

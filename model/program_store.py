@@ -32,7 +32,8 @@ import jax
 from ..config import compiler_environment
 from .mesh import Mesh
 
-MAGIC = b"quire program 1\n"
+_KIND = b"quire program "
+MAGIC = _KIND + b"1\n"
 _SUFFIX = ".program"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -210,7 +211,9 @@ def _pack(facts: Facts, body: bytes, figures: Mapping[str, int]) -> bytes:
 def _unpack(data: bytes, facts: Facts) -> Entry:
     """Raises ValueError for what is not an entry of these facts, whole."""
     start = len(MAGIC) + _DIGEST_BYTES
-    if data[: len(MAGIC)] != MAGIC:
+    if not data.startswith(_KIND) or len(data) < start:
+        raise ValueError("it is damaged")
+    if not data.startswith(MAGIC):
         raise ValueError("it is of another version")
     if hashlib.sha256(data[start:]).digest() != data[len(MAGIC) : start]:
         raise ValueError("it is damaged")

@@ -177,7 +177,7 @@ class Programs:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
         forward = make_pass(self._forward(layout), layout, self._hidden_rows)
-        return self._lowered(forward, args, donated=(1, 2), fresh=2)
+        return self._lowered(forward, args, donated=(1, 2), fresh=3)
 
     def _lower_sample(self, rows: int) -> Lowered:
         _, slots = self.abstract_state()

@@ -40,6 +40,7 @@ class _Launched:
     plan: StepPlan
     outputs: jax.Array  # int32 [R, words]
     scores: tuple[jax.Array, ...] = ()  # int32 [SCORE_ROWS, LOGPROB_WORDS] each
+    pooled: jax.Array | None = None  # float32 [R, E] where a row emits POOLED
 
 
 class ModelRunner:
@@ -152,13 +153,14 @@ class ModelRunner:
                 self._params, self._slabs, self._slots, inputs
             )
             launched = _Launched(plan, outputs)
-        for array in (launched.outputs, *launched.scores):
-            array.copy_to_host_async()
+        for array in (launched.outputs, *launched.scores, launched.pooled):
+            if array is not None:
+                array.copy_to_host_async()
         return launched
 
     def _launch_apart(self, plan: StepPlan, inputs: np.ndarray) -> _Launched:
         """Forward and sampling as two programs, and scores of what the forward left."""
-        self._slabs, self._slots, logits, hidden = self._program(plan.bucket)(
+        self._slabs, self._slots, logits, hidden, pooled = self._program(plan.bucket)(
             self._params, self._slabs, self._slots, inputs
         )
         scores = [
@@ -167,12 +169,16 @@ class ModelRunner:
         self._controls, self._slots, outputs = self._program(SampleKey(plan.bucket.rows))(
             self._controls, self._slots, logits, pack_sample(plan, self._spec.num_slots)
         )
-        return _Launched(plan, outputs, tuple(scores))
+        wanted = pooled if np.any(plan.emits == Emit.POOLED) else None
+        return _Launched(plan, outputs, tuple(scores), wanted)
 
     def collect(self, handle: _Launched) -> StepOutputs:
         """Waits for a launched step."""
         plan = handle.plan
         outputs = unpack_outputs(np.asarray(handle.outputs), plan.num_rows, plan.k)
+        if handle.pooled is not None:
+            rows = np.flatnonzero(plan.emits == Emit.POOLED)
+            outputs = dataclasses.replace(outputs, pooled=np.asarray(handle.pooled)[rows])
         if not plan.scored:
             return outputs
         blocks = [np.asarray(block) for block in handle.scores]
@@ -225,7 +231,10 @@ def _check(plan: StepPlan) -> None:
     bucket = plan.bucket
     if plan.k != bucket.k:
         raise ValueError(f"plan.k: got {plan.k}, must be its bucket's {bucket.k}")
-    if np.any(plan.emits > Emit.TOKEN):
-        raise ValueError("plan.emits: only NONE and TOKEN are served by this runner")
-    if plan.scored and (bucket.sampler != Sampler.FULL or bucket.decode_only):
-        raise ValueError(f"plan.scored: needs a FULL bucket with prompt rows, got {bucket}")
+    if bucket.sampler != Sampler.FULL or bucket.decode_only:
+        for name, wanted in (
+            ("scored", bool(plan.scored)),
+            ("emits: POOLED", bool(np.any(plan.emits == Emit.POOLED))),
+        ):
+            if wanted:
+                raise ValueError(f"plan.{name}: needs a FULL bucket with prompt rows, got {bucket}")

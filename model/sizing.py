@@ -36,7 +36,7 @@ class Defaults:
     programs: int
 
 
-_DEFAULTS = {"cpu": Defaults(16, 256, 14)}  # compiling is slow there, padding cheap
+_DEFAULTS = {"cpu": Defaults(16, 256, 15)}  # compiling is slow there, padding cheap
 _ACCELERATOR = Defaults(256, 2048, MAX_PROGRAMS)
 
 
@@ -141,7 +141,7 @@ def settle(
     chunk = min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens)
     if config.prefill_chunk is not None and config.prefill_chunk > chunk:
         notes.append(f"prefill_chunk is {chunk}: what a step holds (got {config.prefill_chunk})")
-    longest = _longest(config, model)
+    longest = longest_wanted(config, model)
 
     weights = weight_bytes(local_config(model, shards), dtype)
     table = MemoryTable(
@@ -252,8 +252,9 @@ def _kv_setting(config: EngineConfig) -> str:
     return "kv_memory" if config.kv_memory is not None or config.memory is None else "memory"
 
 
-def _longest(config: EngineConfig, model: ModelConfig) -> int:
-    """The longest sequence: what the user wants, at most what the checkpoint serves."""
+def longest_wanted(config: EngineConfig, model: ModelConfig) -> int:
+    """The longest sequence: what the user wants, at most what the checkpoint serves; memory may
+    hold less (`settle`)."""
     allowed = model.max_served_positions
     if config.max_model_len is None:
         return allowed

@@ -6,7 +6,7 @@ One program a GREEDY or SAMPLE bucket, slabs and slots donated. Read `make_step`
 step: update slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but
 the first k times over in a bucket of k tokens a dispatch.
 
-    forward(params, slabs, slots, buffer)       -> (slabs, slots, logits, hidden)
+    forward(params, slabs, slots, buffer)       -> (slabs, slots, logits, hidden, pooled)
     sample(controls, slots, logits, buffer)     -> (controls, slots, outputs)
 
 A FULL bucket is these two, cut where a host can come between them: to sample, nothing of the plan
@@ -35,7 +35,8 @@ from .slots import SlotRows, Slots
 from .weights import Params
 
 Step = Callable[[Params, Slabs, Slots, jax.Array], tuple[Slabs, Slots, jax.Array]]
-Pass = Callable[[Params, Slabs, Slots, jax.Array], tuple[Slabs, Slots, jax.Array, jax.Array | None]]
+Passed = tuple[Slabs, Slots, jax.Array, jax.Array | None, jax.Array | None]
+Pass = Callable[[Params, Slabs, Slots, jax.Array], Passed]
 Sample = Callable[[Controls, Slots, jax.Array, jax.Array], tuple[Controls, Slots, jax.Array]]
 Admit = Callable[[Slabs, Slots, jax.Array], tuple[Slabs, Slots]]
 
@@ -80,12 +81,11 @@ def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
     """The forward of a FULL bucket, to be jitted with slabs and slots donated.
 
     It moves slots on by what they read; what they emit is `sample`'s to add. Hidden states of
-    prompts are handed on for `score`, padded to `hidden_rows` so that it is one program for all.
+    prompts are handed on for `score`, padded to `hidden_rows` so that it is one program for all,
+    and pooled ones of each row for those who want them; a decode-only bucket has neither.
     """
 
-    def run(
-        params: Params, slabs: Slabs, slots: Slots, buffer: jax.Array
-    ) -> tuple[Slabs, Slots, jax.Array, jax.Array | None]:
+    def run(params: Params, slabs: Slabs, slots: Slots, buffer: jax.Array) -> Passed:
         inputs = unpack(buffer, layout)
         slots = apply_updates(slots, inputs.updates)
         slabs, placed, passed = forward(params, slabs, slots, inputs)
@@ -93,7 +93,7 @@ def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
         hidden = None
         if not layout.bucket.decode_only:
             hidden = jnp.pad(passed.hidden, ((0, hidden_rows - layout.bucket.tokens), (0, 0)))
-        return slabs, slots, passed.logits, hidden
+        return slabs, slots, passed.logits, hidden, passed.pooled
 
     return run
 

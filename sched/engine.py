@@ -56,6 +56,10 @@ class Engine:
       scheduler: decides which; owned by the engine from now on.
       overlap: launch a step before the results of the last are read.
       on_outputs: gets what a step gave, once per step, from the engine's thread; must not block.
+
+    Attributes:
+      runner_call: when (time.monotonic() seconds) the runner was called that has not come back, and
+        with which step; None while it computes nothing for the engine's thread.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Engine:
         self._on_outputs = on_outputs
         self._ahead = 1 if overlap else 0  # steps left in flight after a launch
         self._flights: deque[tuple[StepPlan, StepHandle]] = deque()
+        self.runner_call: tuple[float, StepPlan] | None = None
         self._thread: threading.Thread | None = None
 
         self._wake = threading.Condition()  # guards what follows
@@ -133,7 +138,7 @@ class Engine:
         self._close("the engine was stopped")
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(JOIN_GRACE)
-        self._abandon(Unavailable(self._why_closed))
+        self._abandon(Unavailable, self._why_closed)
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
@@ -169,18 +174,24 @@ class Engine:
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
+            self.runner_call = time.monotonic(), plan
             self._flights.append((plan, self._runner.launch(plan)))
+            self.runner_call = None
 
     def _collect(self, ahead: int) -> tuple[StepPlan, StepOutputs] | None:
         """Reads the oldest step in flight, unless the host may run ahead of it."""
         if len(self._flights) <= ahead:
             return None
         plan, handle = self._flights.popleft()
-        return plan, self._runner.collect(handle)
+        self.runner_call = time.monotonic(), plan
+        outputs = self._runner.collect(handle)
+        self.runner_call = None
+        return plan, outputs
 
     def _recover(self, fault: Exception) -> None:
         log.exception("a device step failed; running requests start over", exc_info=fault)
         self._flights.clear()
+        self.runner_call = None
         self._runner.reset()
         self._scheduler.requeue_all(fault)
 
@@ -191,7 +202,7 @@ class Engine:
         except Exception as fault:
             self._die(fault)
         self._close("the engine was stopped")
-        self._abandon(Unavailable(self._why_closed))
+        self._abandon(Unavailable, self._why_closed)
 
     def _wait_for_work(self) -> bool:
         """Blocks while there is nothing to do; False when the loop shall end.
@@ -254,11 +265,13 @@ class Engine:
 
     def _die(self, fault: Exception) -> None:
         log.critical("the engine failed and closes", exc_info=fault)
-        why = f"the engine failed: {type(fault).__name__}: {fault}"
+        why = "the engine failed; its log says why"  # callers elsewhere need not read our faults
         self._close(why)
-        self._abandon(Internal(why))
+        self._abandon(Internal, why, fault)
 
-    def _abandon(self, error: QuireError) -> None:
+    def _abandon(
+        self, kind: type[QuireError], why: str, cause: BaseException | None = None
+    ) -> None:
         """Tells all who still wait for an end that this is it."""
         with self._wake:
             ended = sorted(self._live)
@@ -268,13 +281,12 @@ class Engine:
         if not ended:
             return
         try:
-            self._on_outputs(
-                [
-                    RequestOutput(
-                        request_id, finish_reason=FinishReason.ERROR, error=error, ended=True
-                    )
-                    for request_id in ended
-                ]
-            )
+            outputs = []
+            for id in ended:
+                error = kind(f"request {id!r}: {why}")
+                error.__cause__ = cause
+                reason = FinishReason.ERROR
+                outputs.append(RequestOutput(id, finish_reason=reason, error=error, ended=True))
+            self._on_outputs(outputs)
         except Exception:
             log.exception("outputs could not be handed over while closing")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from ..errors import InvalidRequest, invalid
 from ..model.plan import MAX_STOP_IDS, RunnerSpec
-from .request import FinishReason, Request
+from .request import POOLED_SAMPLING, FinishReason, Request
 from .sampling_params import SamplingParams
 from .sequence import stop_ids
 
@@ -34,6 +34,13 @@ def context_limit(spec: RunnerSpec) -> tuple[int, str]:
     return spec.max_model_len, "max_model_len"
 
 
+def longest_prompt(spec: RunnerSpec, *, pooled: bool) -> int:
+    """Most tokens of a prompt that is to be answered, or of one whose embedding is wanted."""
+    most = context_limit(spec)[0] - 1
+    pages = min(spec.num_pages - 1, spec.max_pages_per_seq)
+    return min(spec.max_model_len, pages * spec.page_size) if pooled else most
+
+
 def resolve_max_tokens(request: Request, spec: RunnerSpec) -> int:
     """max_tokens, where None becomes as many as the context allows."""
     asked = request.sampling.max_tokens
@@ -45,6 +52,8 @@ def check_request(request: Request, spec: RunnerSpec) -> None:
     _check_prompt(request.prompt, spec)
     _check_length(request, spec)
     sampling = request.sampling
+    if request.pooled and sampling != POOLED_SAMPLING:
+        raise invalid("sampling", "parameters", "POOLED_SAMPLING for a pooled request")
     if sampling.seed is None:
         raise invalid("seed", None, "a number by the time the request is submitted")
     if request.adapter != 0:
@@ -99,6 +108,10 @@ def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:
 def _check_length(request: Request, spec: RunnerSpec) -> None:
     length, (limit, source) = len(request.prompt), context_limit(spec)
     sampling = request.sampling
+    if request.pooled:
+        if length > (most := longest_prompt(spec, pooled=True)):
+            raise InvalidRequest(f"prompt: got {length} tokens, must be at most {most} ({source})")
+        return
     if length >= limit:
         raise InvalidRequest(
             f"prompt: got {length} tokens, must be at most {limit - 1}, to leave room for one "

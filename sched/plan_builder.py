@@ -22,7 +22,7 @@ class Flight:
 
     plan: StepPlan
     rows: list[Sequence]  # [R]
-    promised: list[int]  # [R] most tokens each row may bring
+    promised: list[int]  # [R] most tokens each row may bring; a pooled hidden state counts as one
 
 
 class StepBuilder:
@@ -60,14 +60,16 @@ class StepBuilder:
         """A row for positions [start, end) of what a sequence must prefill.
 
         Its tokens come from the host even if it is one token: only decode rows read the last token
-        on the device. The row that completes the prompt emits a token. Where log-probabilities of
-        the prompt are wanted, the tokens that follow the row's are scored.
+        on the device. The row that completes the prompt emits a token, or its pooled hidden state
+        where that is what was asked for. Where log-probabilities of the prompt are wanted, the
+        tokens that follow the row's are scored.
         """
         last = end == seq.target
         self._prompts.append(seq)
         self._prompt_starts.append(start)
         self._counts.append(end - start)
-        self._emits.append(Emit.TOKEN if last else Emit.NONE)
+        result = Emit.POOLED if seq.pooled else Emit.TOKEN
+        self._emits.append(result if last else Emit.NONE)
         self._tokens += seq.tokens[start:end]
         if last and seq.sampler > self.sampler:
             self.sampler = seq.sampler
@@ -138,5 +140,5 @@ class StepBuilder:
             ),
             k=self.k,
         )
-        promised = [self.k] * decodes + [emit == Emit.TOKEN for emit in self._emits]
+        promised = [self.k] * decodes + [emit != Emit.NONE for emit in self._emits]
         return Flight(plan, rows, promised)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..errors import QuireError
+from ..model.plan import FloatArray
 from .sampling_params import SamplingParams as SamplingParams  # Request's, for whoever makes one
 
 
@@ -30,6 +31,8 @@ class Request:
       deadline: time.monotonic() seconds after which the request ends with DeadlineExceeded.
       adapter: index of a LoRA adapter; only 0, the base model, is served yet.
       cache_salt: prefixes are shared only between requests of equal tenant and salt.
+      pooled: asks for the prompt's embedding instead of an answer; `sampling` must then be
+        `POOLED_SAMPLING`.
     """
 
     id: str
@@ -41,6 +44,11 @@ class Request:
     deadline: float | None = None
     adapter: int = 0
     cache_salt: str = ""
+    pooled: bool = False
+
+
+POOLED_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
+"""Of requests for embeddings, which have nothing to choose."""
 
 
 class FinishReason(StrEnum):
@@ -78,6 +86,8 @@ class RequestOutput:
       logprobs: one entry a token where asked for, else None.
       prompt_logprobs: on the first output of choice 0 where asked for: one entry a prompt token,
         None for the first of them.
+      pooled: on the only output of a pooled request: float32 [E], the hidden state after the final
+        norm at the prompt's last token, scaled to length 1.
       finish_reason: None while more will come. A choice has exactly one output with a reason,
         unless its request ends with an error.
       ended: the request ends with this output; exactly one of its outputs says so. An error ends
@@ -97,3 +107,4 @@ class RequestOutput:
     choice: int = 0
     ended: bool = False
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    pooled: FloatArray | None = field(default=None, compare=False)

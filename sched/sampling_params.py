@@ -32,6 +32,48 @@ MAX_ID = 2**31 - 1
 UNLIMITED_TOP_K = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a parameter may be.
+
+    Attributes:
+      low, high: of a number, or of each number in a list or mapping.
+      above_low: `low` itself is not allowed.
+      entries: of a list or mapping, at most.
+      characters: of each text, at most.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above_low: bool = False
+    entries: int | None = None
+    characters: int | None = None
+
+
+LIMITS: Mapping[str, Limit] = {
+    "temperature": Limit(0, 100),
+    "top_k": Limit(0, MAX_ID),
+    "top_p": Limit(0, 1, above_low=True),
+    "min_p": Limit(0, 1),
+    "repetition_penalty": Limit(0, 10, above_low=True),
+    "presence_penalty": Limit(-2, 2),
+    "frequency_penalty": Limit(-2, 2),
+    "logit_bias": Limit(-MAX_BIAS, MAX_BIAS, entries=MAX_BIASED_TOKENS),
+    "allowed_token_ids": Limit(0, MAX_ID, entries=MAX_ALLOWED),
+    "bad_words": Limit(0, MAX_ID, entries=MAX_BAD_WORDS, characters=MAX_BAD_WORD_LENGTH),
+    "seed": Limit(-(2**63), 2**64 - 1),
+    "max_tokens": Limit(1, MAX_ID),
+    "min_tokens": Limit(0, MAX_ID),
+    "stop": Limit(entries=MAX_STOP_STRINGS, characters=MAX_STOP_STRING_LENGTH),
+    "stop_token_ids": Limit(0, MAX_ID, entries=MAX_STOP_IDS),
+    "logprobs": Limit(0, MAX_LOGPROBS),
+    "prompt_logprobs": Limit(0, MAX_LOGPROBS),
+    "n": Limit(1, MAX_CHOICES),
+    "best_of": Limit(1, MAX_CHOICES),
+}
+"""Of the parameters that have any; what a model and others' values add is not in them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen and when they end. Checked on construction, which also
@@ -96,27 +138,25 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        self._set_number("temperature", 0.0, 100.0)
+        self._set_number("temperature")
         self._set("top_k", _top_k(self.top_k))
-        self._set_number("top_p", 0.0, 1.0, above_low=True)
-        self._set_number("min_p", 0.0, 1.0)
-        self._set_number("repetition_penalty", 0.0, 10.0, above_low=True)
-        self._set_number("presence_penalty", -2.0, 2.0)
-        self._set_number("frequency_penalty", -2.0, 2.0)
+        for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty"):
+            self._set_number(name)
+        self._set_number("frequency_penalty")
         self._set("logit_bias", _logit_bias(self.logit_bias))
         self._set("allowed_token_ids", _allowed(self.allowed_token_ids))
         self._set("bad_words", _bad_words(self.bad_words))
-        self._set_whole("seed", -(2**63), 2**64 - 1, or_none=True)
-        self._set_whole("max_tokens", 1, MAX_ID, or_none=True)
-        self._set_whole("min_tokens", 0, MAX_ID)
+        self._set_whole("seed", or_none=True)
+        self._set_whole("max_tokens", or_none=True)
+        self._set_whole("min_tokens")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         self._set("stop", _stop_strings(self.stop))
         self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
-        self._set_whole("logprobs", 0, MAX_LOGPROBS, or_none=True)
-        self._set_whole("prompt_logprobs", 0, MAX_LOGPROBS, or_none=True)
-        self._set_whole("n", 1, MAX_CHOICES)
-        self._set_whole("best_of", 1, MAX_CHOICES, or_none=True)
+        self._set_whole("logprobs", or_none=True)
+        self._set_whole("prompt_logprobs", or_none=True)
+        self._set_whole("n")
+        self._set_whole("best_of", or_none=True)
         if self.best_of is not None and self.best_of < self.n:
             raise invalid("best_of", self.best_of, f"at least n ({self.n})")
         for name in ("ignore_eos", "skip_special_tokens"):
@@ -126,13 +166,17 @@ class SamplingParams:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _set_number(self, name: str, low: float, high: float, *, above_low: bool = False) -> None:
-        self._set(name, number(name, getattr(self, name), low, high, above_low=above_low))
+    def _set_number(self, name: str) -> None:
+        limit = LIMITS[name]
+        assert limit.low is not None and limit.high is not None
+        value = number(name, getattr(self, name), limit.low, limit.high, above_low=limit.above_low)
+        self._set(name, value)
 
-    def _set_whole(self, name: str, low: int, high: int, *, or_none: bool = False) -> None:
-        value = getattr(self, name)
+    def _set_whole(self, name: str, *, or_none: bool = False) -> None:
+        value, limit = getattr(self, name), LIMITS[name]
+        assert limit.low is not None and limit.high is not None
         if value is not None or not or_none:
-            self._set(name, whole(name, value, low, high))
+            self._set(name, whole(name, value, int(limit.low), int(limit.high)))
 
     @property
     def choices(self) -> int:

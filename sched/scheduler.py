@@ -20,9 +20,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from ..errors import DeadlineExceeded, Internal, Overloaded, QuireError
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import LogprobArrays, RunnerSpec, StepOutputs, StepPlan
+from ..model.plan import Emit, FloatArray, LogprobArrays, RunnerSpec, StepOutputs, StepPlan
 from . import policy
 from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
@@ -285,6 +287,10 @@ class Scheduler:
                 if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
                     bad.add(scored.row)
         receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
+        pooled: dict[int, FloatArray] = {}
+        if outputs.pooled is not None:
+            places = (plan.emits == Emit.POOLED).nonzero()[0].tolist()
+            pooled = dict(zip(places, outputs.pooled, strict=True))
         # Every row of every step passes here: what most of them are is looked for first.
         rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
         for row, (seq, generation, promised, count, token) in enumerate(rows):
@@ -304,6 +310,8 @@ class Scheduler:
                 elif count:
                     tokens = outputs.tokens[row, :count].tolist()
                     self._receive(seq, tokens, row, outputs.logprobs)
+                elif row in pooled:
+                    self._receive_pooled(seq, pooled[row])
                 elif promised and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
         self._meters.counters.output_tokens += lone
@@ -341,6 +349,14 @@ class Scheduler:
         else:
             self._roster.end(seq, reason, output)
 
+    def _receive_pooled(self, seq: Sequence, vector: FloatArray) -> None:
+        """What a request for an embedding waits for."""
+        if not np.isfinite(vector).all():
+            self._fail(seq, "its hidden state held an inf or NaN")
+            return
+        output = RequestOutput(seq.id, cached_tokens=seq.cached_tokens, pooled=vector)
+        self._roster.end(seq, FinishReason.STOP, output)
+
     def _fail(self, seq: Sequence, why: str) -> None:
         """Ends one request whose results are bad, and lets nobody find its KV.
 
@@ -361,10 +377,15 @@ class Scheduler:
             if seq.ended:  # with another choice of its request
                 continue
             if seq.requeues:
-                why = f"request {seq.id!r}: a device step failed for the second time: {fault}"
-                self._end_with(seq.group, Internal(why))
+                why = "a device step failed for the second time; the engine's log says why"
+                error = Internal(f"request {seq.id!r}: {why}")
+                error.__cause__ = fault
+                self._end_with(seq.group, error)
             else:
                 seq.requeues += 1
+                # What was counted as computed: of decode rows, those whose tokens came.
+                counted = min(seq.scheduled, max(seq.prefilled, len(seq.tokens) - 1))
+                seq.recompute_until = max(seq.recompute_until, counted)
                 self._roster.suspend(seq)
         self._cache.clear()
 

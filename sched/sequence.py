@@ -49,12 +49,13 @@ class Sequence:
     sampler: Sampler = field(init=False)
     alternatives: int | None = field(init=False)  # reported a token; None: no log-probabilities
     plain: bool = field(init=False)  # its tokens bring nothing with them
+    pooled: bool = field(init=False)  # ends with its prompt's pooled hidden state, not with tokens
 
     # The prompt, then all output known so far. An array is hashed fast, and the garbage collector
     # does not walk it.
     tokens: array[int] = field(init=False)
     cached_tokens: int = 0  # prompt tokens the request's first choice found in the prefix index
-    recompute_until: int = 0  # positions that were computed before a preemption
+    recompute_until: int = 0  # positions that were computed before it had to start over
     requeues: int = 0  # device failures survived
     ended: bool = False
 
@@ -73,7 +74,8 @@ class Sequence:
         self.rank = (request.priority, self.arrival)
         self.prompt_len = len(request.prompt)
         self.limit = self.prompt_len + self.max_tokens - 1  # the last token's KV is never needed
-        self.sampler = request.sampling.sampler
+        self.pooled = request.pooled
+        self.sampler = Sampler.FULL if request.pooled else request.sampling.sampler
         self.alternatives = request.sampling.alternatives
         self.plain = self.alternatives is None and request.sampling.prompt_logprobs is None
         self.tokens = array("i", request.prompt)

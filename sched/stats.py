@@ -49,7 +49,7 @@ class EngineStats:
       real_tokens: tokens in steps.
       padded_tokens: tokens of the step programs that ran them.
       useful_tokens: tokens computed for the first time.
-      recomputed_tokens: tokens computed again because of preemption.
+      recomputed_tokens: tokens computed again because of preemption or of a failed device step.
       recompute_ratio: recomputed per useful token, lately.
     """
 

@@ -33,7 +33,7 @@ from ..sched.request import RequestOutput
 from ..sched.scheduler import Scheduler
 from .caches import open_caches
 from .devices import open_mesh
-from .intake import Intake
+from .intake import Intake, Served
 from .phases import Phases
 from .progress import Reporter, Silent
 
@@ -139,7 +139,7 @@ def assemble(config: EngineConfig, deliver: Deliver, reporter: Reporter | None =
         prefix_caching=config.prefix_caching,
         max_queue=config.max_queue,
     )
-    intake = Intake(checkpoint, sizes.spec)
+    intake = Intake(checkpoint, sizes.spec, Served(config.model, starting.dtype))
     engine = Engine(runner, scheduler, overlap=config.overlap, on_outputs=deliver)
     engine.start()
     done = phases.done()

@@ -1,7 +1,6 @@
-"""The gRPC service over one engine in this process: parsing, answering, ending calls.
+"""The gRPC service over one engine, wherever that runs: parsing, answering, ending calls.
 
-    engine thread:  Engine --Mailbox.deliver(outputs of a step)--> event loop: one queue per request
-    handler:        parse -> Intake -> Engine.submit -> queue -> Choices -> messages
+    handler:  parse -> Intake -> EngineLink.open -> Pending -> Choices -> messages
 
 A call that ends early, for whatever reason, ends its request in the engine, which frees its pages.
 serving/server.py gives the service its life from bind to drain.
@@ -10,82 +9,71 @@ serving/server.py gives the service its life from bind to drain.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import TypeVar
 from urllib.parse import quote
 
 import grpc
 
-from ..errors import Overloaded, QuireError, Unavailable, invalid
+from ..errors import Internal, InvalidRequest, Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from ..sched.engine import Engine
 from ..sched.request import Request, RequestOutput
 from .answer import Chunk, Completion
 from .choices import Choices, best, check_streamable
-from .intake import Intake, Prompt
-from .wire import chunk_message, labels_of, prompt_of, response_message, sampling_of
+from .embedding import embed_all
+from .engine_link import EngineLink
+from .intake import MAX_NAME_LENGTH, Chat, Intake, Labels, Prompt, check_labels
+from .model_info import model_info
+from .wire import (
+    chunk_message,
+    embed_message,
+    labels_of,
+    prompt_of,
+    response_message,
+    sampling_of,
+)
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 _LONG_TEXT = 16_384
 """Characters from which on a prompt is tokenized off the event loop (a millisecond or more)."""
 
+_MANY_TOKENS = 4_096
+"""Token ids from which on they are made text off the event loop."""
+
+MAX_INPUTS = 2_048
+"""Of one call of Embed."""
+
 _MOST_DETAILS = 6_000
 """Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
-
-
-class Mailbox:
-    """Brings the engine thread's outputs to the handlers on the event loop, once per step."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._queues: dict[str, asyncio.Queue[RequestOutput]] = {}
-
-    def deliver(self, outputs: list[RequestOutput]) -> None:
-        """Called on the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._sort, outputs)
-        except RuntimeError:
-            # The loop was closed under a running engine; then nobody is left to tell.
-            if not self._loop.is_closed():
-                raise
-
-    def _sort(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            queue = self._queues.get(output.request_id)
-            if queue is not None:  # else the caller has gone
-                queue.put_nowait(output)
-
-    @contextmanager
-    def queue(self, request_id: str) -> Iterator[asyncio.Queue[RequestOutput]]:
-        """The queue of a request that is about to be submitted."""
-        queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._queues[request_id] = queue
-        try:
-            yield queue
-        finally:
-            del self._queues[request_id]
 
 
 class GenerationService(pb_grpc.GenerationServiceServicer):
     """`quire.v1.GenerationService`. UNAVAILABLE before `open` and after `refuse`."""
 
     def __init__(self) -> None:
-        self._backend: tuple[Engine, Intake, Mailbox] | None = None
+        self._backend: tuple[EngineLink, Intake] | None = None
+        self._info = pb.ModelInfo()
         self._closed_because = "the engine is starting; try again when health says SERVING"
         self._names: set[str] = set()  # what callers call their unfinished requests
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, engine: Engine, intake: Intake, mailbox: Mailbox) -> None:
+    def open(self, link: EngineLink, intake: Intake) -> None:
         """Starts answering."""
-        self._backend = engine, intake, mailbox
+        self._info = model_info(intake)
+        self._backend = link, intake
 
     def refuse(self, why: str) -> None:
         """Takes no more calls; those that run are not touched."""
@@ -99,7 +87,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        async with self._call(context), aclosing(self._chunks(request, context)) as chunks:
+        chunks_of = self._chunks(request, context)
+        async with self._call(context, request.request_id), aclosing(chunks_of) as chunks:
             completions: dict[int, Completion] = {}
             scores = None
             async for asked, chunk, is_last in chunks:
@@ -124,7 +113,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         chunks_of = self._chunks(request, context, streamed=True)
-        async with self._call(context), aclosing(chunks_of) as chunks:
+        async with self._call(context, request.request_id), aclosing(chunks_of) as chunks:
             total, request_id = 0, None
             async for asked, chunk, is_last in chunks:
                 total += len(chunk.token_ids)
@@ -147,28 +136,20 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[tuple[Request, Chunk, bool], None]:
         """Submits a request and yields its chunks, and whether each is the last; what is pending
         together for one answer comes as one."""
-        if self._backend is None:
-            raise Unavailable(self._closed_because)
-        engine, intake, mailbox = self._backend
+        link, intake = self._open_backend()
         prompt = await _tokens(intake, prompt_of(message))
         sampling = intake.default_sampling(len(prompt), **sampling_of(message))
         if streamed:
             check_streamable(sampling)
-        left = context.time_remaining()
-        deadline = None if left is None else time.monotonic() + left
-        request = intake.request(prompt, sampling, labels_of(message, deadline))
+        request = intake.request(prompt, sampling, labels_of(message, _deadline(context)))
         choices = intake.choices(sampling)
-        with self._name(message.request_id), mailbox.queue(request.id) as queue:
-            engine.submit(request)
+        with self._name(message.request_id), link.open(request) as pending:
             try:
                 while True:
-                    outputs = [await queue.get()]
-                    while not queue.empty():
-                        outputs.append(queue.get_nowait())
-                    chunks, error = _joined(choices, outputs)
+                    chunks, error = _pushed(choices, await pending.take())
                     # Of stop strings the engine does not know.
                     for reason, choice in choices.news():
-                        engine.finish(request.id, reason, choice)
+                        link.finish(request.id, reason, choice)
                     for chunk in chunks:
                         yield request, chunk, choices.finished and chunk is chunks[-1]
                     if error is not None:
@@ -178,11 +159,78 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             finally:
                 # Nor of callers who went away.
                 for reason, choice in choices.news(leaving=True):
-                    engine.finish(request.id, reason, choice)
+                    link.finish(request.id, reason, choice)
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        response = pb.TokenizeResponse()
+        async with self._call(context):
+            _, intake = self._open_backend()
+            prompt = prompt_of(request)
+            if not isinstance(prompt, str):
+                if request.HasField("add_special_tokens"):
+                    limit = "unset with chat, whose special tokens the template writes"
+                    raise invalid("add_special_tokens", request.add_special_tokens, limit)
+                tokens = await _tokens(intake, prompt)
+            else:
+                special = request.add_special_tokens or not request.HasField("add_special_tokens")
+                encode = functools.partial(intake.encode, prompt, add_special_tokens=special)
+                tokens = await _off_loop(encode, if_above=_LONG_TEXT, size=len(prompt))
+            spellings = intake.spellings(tokens) if request.return_tokens else ()
+            response = pb.TokenizeResponse(token_ids=tokens, tokens=spellings)
+        return response
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        response = pb.DetokenizeResponse()
+        async with self._call(context):
+            _, intake = self._open_backend()
+            ids = list(request.token_ids)
+            skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
+            decode = functools.partial(intake.decode, ids, skip_special_tokens=skip)
+            text = await _off_loop(decode, if_above=_MANY_TOKENS, size=len(ids))
+            response = pb.DetokenizeResponse(text=text)
+        return response
+
+    async def Embed(
+        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EmbedResponse:
+        response = pb.EmbedResponse()
+        async with self._call(context, request.request_id):
+            link, intake = self._open_backend()
+            if not 0 < len(request.inputs) <= MAX_INPUTS:
+                limit = f"1 to {MAX_INPUTS}"
+                raise invalid("inputs", f"{len(request.inputs)} inputs", limit)
+            labels = labels_of(request, _deadline(context))
+            asked = await asyncio.to_thread(_embed_requests, intake, request, labels)
+            with self._name(request.request_id):
+                outputs = await embed_all(link, asked)
+            request_id = request.request_id or asked[0].id
+            response = embed_message(request_id, asked, outputs)
+        return response
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ModelInfo:
+        async with self._call(context):
+            self._open_backend()
+        return self._info
+
+    def _open_backend(self) -> tuple[EngineLink, Intake]:
+        if self._backend is None:
+            raise Unavailable(self._closed_because)
+        return self._backend
 
     @asynccontextmanager
-    async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Counts a call, and ends it with the status that an error stands for."""
+    async def _call(
+        self, context: grpc.aio.ServicerContext, request_id: str = ""
+    ) -> AsyncIterator[None]:
+        """Counts a call, and ends it with the status that an error stands for.
+
+        Of a fault of ours the caller gets the request's id, and the log what it was.
+        """
         self._calls += 1
         self._idle.clear()
         try:
@@ -190,12 +238,16 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except QuireError as error:
             if isinstance(error, Overloaded):
                 context.set_trailing_metadata((("retry-after", f"{error.retry_after:g}"),))
+            if isinstance(error, Internal):
+                log.error("a call failed: %s", error)
             await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
         except grpc.aio.AbortError:
             raise
         except Exception:
-            log.exception("a call failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "a fault in Quire; see the server's log")
+            name = request_id[:MAX_NAME_LENGTH] or secrets.token_hex(8)
+            log.exception("request %r: a call failed", name)
+            why = f"request {name!r}: a fault in Quire; the server's log says more"
+            await context.abort(grpc.StatusCode.INTERNAL, why)
         finally:
             self._calls -= 1
             if not self._calls:
@@ -224,48 +276,50 @@ def _details(error: QuireError) -> str:
     return text
 
 
-async def _tokens(intake: Intake, prompt: Prompt) -> tuple[int, ...]:
-    if isinstance(prompt, str) and len(prompt) >= _LONG_TEXT:
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left
+
+
+async def _tokens(intake: Intake, prompt: Prompt | Chat) -> tuple[int, ...]:
+    if isinstance(prompt, Chat):  # a template may take its time
         return await asyncio.to_thread(intake.tokens_of, prompt)
-    return intake.tokens_of(prompt)
+    size = len(prompt) if isinstance(prompt, str) else 0
+    encode = functools.partial(intake.tokens_of, prompt)
+    return await _off_loop(encode, if_above=_LONG_TEXT, size=size)
 
 
-def _joined(
+async def _off_loop(work: Callable[[], Result], *, if_above: int, size: int) -> Result:
+    """Does work of some size, off the event loop where it is large."""
+    return await asyncio.to_thread(work) if size >= if_above else work()
+
+
+def _embed_requests(intake: Intake, message: pb.EmbedRequest, labels: Labels) -> list[Request]:
+    """One an input of an Embed call; what is wrong with one is said to be its."""
+    check_labels(labels)
+    requests = []
+    for at, given in enumerate(message.inputs):
+        try:
+            requests.append(intake.embedding(intake.tokens_of(prompt_of(given)), labels))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"inputs[{at}]: {error}") from error
+    return requests
+
+
+def _pushed(
     choices: Choices, outputs: list[RequestOutput]
 ) -> tuple[list[Chunk], QuireError | None]:
-    """The chunks of several outputs as one for each answer, so that a slow caller gets fewer and
-    larger messages; and the error that ended the request, to be raised when the caller has what
-    came before it."""
-    pending: dict[int, list[Chunk]] = {}
-    error = None
+    """The chunks that outputs make; and the error that ended the request, to be raised when the
+    caller has what came before it."""
+    chunks: list[Chunk] = []
     for output in outputs:
         try:
             chunk = choices.push(output)
-        except QuireError as reason:
-            error = reason
-            break
+        except QuireError as error:
+            return chunks, error
         if chunk is not None:
-            pending.setdefault(chunk.index, []).append(chunk)
-    return [_sum(chunks) for chunks in pending.values()], error
-
-
-def _sum(chunks: list[Chunk]) -> Chunk:
-    first, last = chunks[0], chunks[-1]
-    logprobs = None
-    if last.logprobs is not None:
-        logprobs = [position for c in chunks for position in c.logprobs or ()]
-    sums = [c.sum_logprob for c in chunks if c.sum_logprob is not None]
-    return Chunk(
-        text="".join([c.text for c in chunks]),
-        token_ids=[token for c in chunks for token in c.token_ids],
-        logprobs=logprobs,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        cached_tokens=last.cached_tokens,
-        index=last.index,
-        sum_logprob=sum(sums) if sums else None,
-        prompt_logprobs=first.prompt_logprobs,
-    )
+            chunks.append(chunk)
+    return chunks, None
 
 
 def _usage(request: Request, completion_tokens: int, last: Chunk) -> pb.Usage:

@@ -19,7 +19,7 @@ from ..checkpoints.folder import Checkpoint
 from ..errors import CheckpointError, InvalidRequest, invalid
 from ..model.plan import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_IDS, RunnerSpec
 from ..sched.limits import check_request, context_limit
-from ..sched.request import Request, SamplingParams
+from ..sched.request import POOLED_SAMPLING, Request, SamplingParams
 from .answer import Answer
 from .choices import Choices
 
@@ -28,6 +28,15 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 Messages = Sequence[Mapping[str, Any]]
 """Chat messages: [{"role": "user", "content": "..."}, ...]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A prompt of chat messages, and what else the chat template is to get (its `render`)."""
+
+    messages: Messages
+    template_args: Mapping[str, Any]
+
 
 MAX_NAME_LENGTH = 256
 
@@ -45,20 +54,35 @@ class Labels:
     deadline: float | None = None  # time.monotonic() seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the engine's process alone knows of its model, for who asks.
+
+    Attributes:
+      name: as the server was told: a folder, or a name on the hub.
+      dtype: of weights, activations and KV.
+    """
+
+    name: str = ""
+    dtype: str = ""
+
+
 class Intake:
     """Makes requests for one model.
 
     Args:
       checkpoint: gives the tokenizer, the chat template and the model's own defaults.
       spec: the engine's limits.
+      served: not needed to make requests.
 
     Raises:
       CheckpointError: there is a tokenizer, but it cannot be read; or the model's end-of-sequence
         ids cannot be served, for which no request is to blame.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: RunnerSpec):
+    def __init__(self, checkpoint: Checkpoint, spec: RunnerSpec, served: Served = Served()):
         self._checkpoint = checkpoint
+        self.served = served
         self._spec = spec
         # Read now, not at the first request: it takes a second, and may be broken.
         self._tokenizer = checkpoint.tokenizer if checkpoint.has_tokenizer else None
@@ -90,12 +114,14 @@ class Intake:
             own["temperature"] = 1.0 if model.temperature is None else model.temperature
         return SamplingParams(**{**own, **chosen})
 
-    def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+    def tokens_of(self, prompt: Prompt | Chat) -> tuple[int, ...]:
         """Token ids of a prompt in any form; text gets the tokenizer's special tokens.
 
         Raises:
           InvalidRequest: of another form, or empty.
         """
+        if isinstance(prompt, Chat):
+            return self.chat_tokens(prompt.messages, **prompt.template_args)
         if isinstance(prompt, Mapping):
             prompt = _unwrapped(prompt)
         tokens = self._encode("prompt", prompt) if isinstance(prompt, str) else _ids(prompt)
@@ -118,24 +144,34 @@ class Intake:
         Raises:
           InvalidRequest: it can never be served as asked.
         """
-        for field in ("name", "tenant", "cache_salt"):
-            value = getattr(labels, field)
-            if len(value) > MAX_NAME_LENGTH:
-                # Callers know the name as request_id.
-                field = "request_id" if field == "name" else field
-                limit = f"at most {MAX_NAME_LENGTH} characters"
-                raise invalid(field, f"{len(value)} characters", limit)
+        check_labels(labels)
         if sampling.stop and self._tokenizer is None:
             raise invalid("stop", list(sampling.stop), f"empty: {_NO_TOKENIZER}")
+        return self._checked(prompt, _seeded(self._with_bad_words_as_ids(sampling)), labels)
+
+    def embedding(self, prompt: tuple[int, ...], labels: Labels = Labels()) -> Request:
+        """A request for a prompt's embedding (serving/embedding.py follows it); raises likewise."""
+        check_labels(labels)
+        return self._checked(prompt, POOLED_SAMPLING, labels, pooled=True)
+
+    def _checked(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        labels: Labels,
+        *,
+        pooled: bool = False,
+    ) -> Request:
         request = Request(
             id=_drawn_id(labels.name),
             prompt=prompt,
-            sampling=_seeded(self._with_bad_words_as_ids(sampling)),
+            sampling=sampling,
             eos_ids=self._eos_ids,
             priority=labels.priority,
             tenant=labels.tenant,
             deadline=labels.deadline,
             cache_salt=labels.cache_salt,
+            pooled=pooled,
         )
         check_request(request, self._spec)
         return request
@@ -152,11 +188,44 @@ class Intake:
 
         return Choices(sampling, answer)
 
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, which may have none."""
+        return tuple(self._encode("text", text, add_special_tokens=add_special_tokens))
+
+    def spellings(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it; empty for ids without a token."""
+        if self._tokenizer is None:
+            raise InvalidRequest(f"return_tokens: cannot be served: {_NO_TOKENIZER}")
+        return [self._tokenizer.id_to_token(token) or "" for token in tokens]
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids.
+
+        Raises:
+          InvalidRequest: one is none of the model's, or there is no tokenizer.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequest(f"token_ids: cannot be made text: {_NO_TOKENIZER}")
+        vocabulary = self._spec.vocab_size
+        for at, token in enumerate(tokens):
+            if not 0 <= token < vocabulary:
+                limit = f"a whole number from 0 to {vocabulary - 1} (the vocabulary)"
+                raise invalid(f"token_ids[{at}]", token, limit)
+        return self.text_of(tokens, skip_special_tokens=skip_special_tokens)
+
     def text_of(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole answer; empty without a tokenizer."""
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._checkpoint
+
+    @property
+    def spec(self) -> RunnerSpec:
+        return self._spec
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -193,7 +262,7 @@ class Intake:
     def _encode(self, field: str, text: str, **how: Any) -> list[int]:
         if self._tokenizer is None:
             raise no_tokenizer(field)
-        return self._tokenizer.encode(text, **how)
+        return self._tokenizer.encode(text, field=field, **how)
 
 
 def no_tokenizer(field: str) -> InvalidRequest:
@@ -249,6 +318,17 @@ def _check_messages(messages: object) -> None:
     for at, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise invalid(f"messages[{at}]", message, limit)
+
+
+def check_labels(labels: Labels) -> None:
+    """Raises InvalidRequest for one that is too long."""
+    for field in ("name", "tenant", "cache_salt"):
+        value = getattr(labels, field)
+        if len(value) > MAX_NAME_LENGTH:
+            # Callers know the name as request_id.
+            field = "request_id" if field == "name" else field
+            limit = f"at most {MAX_NAME_LENGTH} characters"
+            raise invalid(field, f"{len(value)} characters", limit)
 
 
 def _drawn_id(name: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from types import TracebackType
@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast, overload
 
 from ..config import EngineConfig, check_names
 from ..errors import InvalidRequest, QuireError, invalid
+from ..model.plan import FloatArray
 from ..sched.request import Request, SamplingParams
 from ..sched.stats import EngineStats
 from . import beam
@@ -27,6 +28,7 @@ from .answer import Chunk, Completion, Logprob, PositionLogprobs
 from .assemble import Assembled, assemble
 from .beam import Beam, BeamSearchParams, BeamSearchResult
 from .choices import Choices, best, check_streamable
+from .embedding import Embedding
 from .intake import Messages, Prompt
 from .progress import Reporter, Silent
 from .streams import Routes, Stream
@@ -161,6 +163,28 @@ class LLM:
         if not return_errors:
             _raise_first(results)
         return results
+
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[FloatArray]:
+        """Embeddings of prompts, all in one batch; they come in the order of the prompts.
+
+        Each is float32 [hidden size]: the hidden state after the final norm at the prompt's last
+        token, scaled to length 1. Prompts are as for `generate`; a text gets the tokenizer's
+        special tokens.
+
+        Raises:
+          InvalidRequest: a prompt cannot be served; then none of them runs.
+          QuireError: a request failed on the way; then all of them end.
+        """
+        tokens = self._tokens(_as_list(prompts))
+        requests = [
+            (_naming(i, tokens, self._intake.embedding, ids), Embedding())
+            for i, ids in enumerate(tokens)
+        ]
+        found = Stream(
+            self._engine, self._routes, requests, lambda i, vector: (i, vector), keep=self
+        )
+        with found:
+            return [vector for _, vector in sorted(found, key=lambda item: item[0])]
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
@@ -304,6 +328,8 @@ class LLM:
             each = [self._intake.default_sampling(len(p)) for p in prompts]
         elif isinstance(sampling, SamplingParams):
             each = [sampling] * len(prompts)
+        elif isinstance(sampling, str | bytes | Mapping) or not isinstance(sampling, Iterable):
+            raise invalid("sampling_params", sampling, "SamplingParams, or a list of them")
         else:
             each = list(sampling)
         if len(each) != len(prompts):
@@ -314,7 +340,7 @@ class LLM:
         requests = []
         for i, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(params, SamplingParams):
-                raise invalid("sampling_params", type(params).__name__, "SamplingParams")
+                raise invalid(f"sampling_params[{i}]", params, "SamplingParams")
             if streamed:
                 _naming(i, prompts, check_streamable, params)
             request = _naming(i, prompts, self._intake.request, prompt, params)
@@ -336,14 +362,17 @@ def _raise_first(results: list[Generation]) -> None:
     """Raises the error of the first request that failed, with all results."""
     failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
     for i, error in failed[:1]:
-        error = copy.copy(error)  # an engine that closes tells all its callers with one
+        error, cause = (
+            copy.copy(error),
+            error.__cause__,
+        )  # the one in the results shall not hold them
         error.results = results
         if len(results) > 1:
             error.add_note(
                 f"prompt {i} of {len(results)} (from 0); {len(failed)} of them failed, and the "
                 "answers to the others are in the error's `results`"
             )
-        raise error
+        raise error from cause
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,30 +1,28 @@
-"""The life of a gRPC server: bound, loading, serving, draining. Run by tools/serve_command.py.
+"""The life of a gRPC server: bound, serving while there is an engine, draining.
 
-Its port is taken before the model loads, so that a taken one is known at once, and health says
-NOT_SERVING until the engine is ready and again when it stops or has failed.
+Owned by a frontend process (serving/frontend/main.py). Its port is taken before the model loads,
+and health says NOT_SERVING until the engine is ready, while it is gone, and when it stops.
 """
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from ..errors import Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from .assemble import Assembled, Deliver
-from .grpc_server import SERVICE_NAME, GenerationService, Mailbox
+from .engine_link import EngineLink
+from .grpc_server import SERVICE_NAME, GenerationService
+from .intake import Intake
 
 MAX_MESSAGE_BYTES = 64 << 20
 """Of a request: a prompt of a million tokens takes 4 MB, which is grpc's own limit."""
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # By default a second server may bind the same port, and get some of the calls.
-    ("grpc.so_reuseport", 0),
     # Finds out about callers that vanished without a word, whose requests would hold their pages.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -35,29 +33,30 @@ _OPTIONS = (
 _LAST_WORDS = 1.0
 """Seconds for last messages to be sent when the server ends."""
 
-_LOOK_EVERY = 0.5
-"""Seconds between looks at whether the engine is alive."""
-
 
 class Server:
-    """Binds at once; serves once opened; `stop` it in any case.
+    """Binds at once; serves once it has an engine; `stop` it in any case.
 
     Args:
       host: address to bind, a name or an IPv4 or IPv6 address.
       port: 0 takes a free one.
+      shared: other frontends have the port too, and get some of the calls.
     """
 
-    def __init__(self, host: str, port: int):
+    def __init__(self, host: str, port: int, *, shared: bool = False):
         self._host, self._wanted = f"[{host}]" if ":" in host else host, port
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
         # The type stubs do not know it.
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._service = GenerationService()
-        self._parts: Assembled | None = None
+        self._link: EngineLink | None = None
         pb_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
             self._service, self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         self.port = 0
 
     @property
@@ -81,24 +80,15 @@ class Server:
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 
-    async def open(self, build: Callable[[Deliver], Assembled]) -> Assembled:
-        """Builds the engine off the event loop, then serves it.
-
-        Args:
-          build: called with where the engine is to deliver outputs; returns it started.
-        """
-        loop = asyncio.get_running_loop()
-        mailbox = Mailbox(loop)
-        parts = self._parts = await loop.run_in_executor(None, build, mailbox.deliver)
-        self._service.open(parts.engine, parts.intake, mailbox)
+    async def serve(self, link: EngineLink, intake: Intake) -> None:
+        """Answers calls by this engine from now on."""
+        self._link = link
+        self._service.open(link, intake)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
-        return parts
 
-    async def engine_failed(self) -> None:
-        """Returns when the engine has failed; from then on health says NOT_SERVING."""
-        while self._parts is None or self._parts.engine.healthy:
-            await asyncio.sleep(_LOOK_EVERY)
-        self._service.refuse("the engine failed; see the server's log")
+    async def pause(self, why: str) -> None:
+        """Answers calls with UNAVAILABLE until it is given another engine."""
+        self._service.refuse(why)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def drain(self) -> None:
@@ -108,11 +98,10 @@ class Server:
         await self._service.idle()
 
     async def stop(self) -> None:
-        """Ends what still runs, with UNAVAILABLE, and the engine and the server."""
+        """Ends what still runs, with UNAVAILABLE, and the server. The engine is somebody else's."""
         self._service.refuse("the server is stopping")
-        if self._parts is not None:
-            engine = self._parts.engine
-            await asyncio.to_thread(engine.stop, drain=False)
+        if self._link is not None:
+            await self._link.close("the server was stopped")
         # Health watchers never end by themselves; calls have just been told to.
         await self._server.stop(_LAST_WORDS)
 

@@ -1,7 +1,7 @@
-"""Answers for threads that wait: requests submitted together, their chunks as they come.
+"""Results for threads that wait: requests submitted together, their pieces as they come.
 
     engine thread:   Engine --Routes.deliver--> the queue of the stream that each output is for
-    caller's thread: Stream.__next__: queue -> Choices -> Chunk
+    caller's thread: Stream.__next__: queue -> Choices or Embedding -> Chunk or vector
 
 Used by serving/llm.py; the gRPC service has its own way, on an event loop.
 """
@@ -12,17 +12,27 @@ import queue
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import QuireError
 from ..sched.engine import Engine
-from ..sched.request import Request, RequestOutput
-from .answer import Chunk
-from .choices import Choices
+from ..sched.request import FinishReason, Request, RequestOutput
 
 Item = TypeVar("Item", covariant=True)
+Piece = TypeVar("Piece", covariant=True)
 
 _Queue = queue.SimpleQueue[RequestOutput | None]  # None: the stream was closed
+
+
+class Follower(Protocol[Piece]):
+    """What follows the outputs of one request: Choices for answers, Embedding for an embedding."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    def push(self, output: RequestOutput) -> Piece | None: ...
+
+    def news(self, *, leaving: bool = False) -> Iterator[tuple[FinishReason, int | None]]: ...
 
 
 class Routes:
@@ -45,28 +55,28 @@ class Routes:
         self._queues.pop(request_id, None)
 
 
-class _Open(dict[str, tuple[int, Choices]]):
-    """A stream's unfinished requests, by id: which of them it is, and its answers."""
+class _Open(dict[str, tuple[int, Follower[Any]]]):
+    """A stream's unfinished requests, by id: which of them it is, and what follows it."""
 
     def __init__(self, engine: Engine, routes: Routes, waiting: _Queue):
         super().__init__()
         self._engine, self._routes, self._queue = engine, routes, waiting
 
-    def add(self, index: int, request: Request, choices: Choices) -> None:
-        self[request.id] = index, choices
+    def add(self, index: int, request: Request, follower: Follower[Any]) -> None:
+        self[request.id] = index, follower
         self._routes.add(request.id, self._queue)
         self._engine.submit(request)
 
-    def tell(self, request_id: str, choices: Choices, *, leaving: bool = False) -> None:
+    def tell(self, request_id: str, follower: Follower[Any], *, leaving: bool = False) -> None:
         # Of stop strings and callers who leave early the engine does not know.
-        for reason, choice in choices.news(leaving=leaving):
+        for reason, choice in follower.news(leaving=leaving):
             self._engine.finish(request_id, reason, choice)
 
     def leave(self, request_id: str) -> None:
-        _, choices = self.pop(request_id, (0, None))  # None: another thread was faster
+        _, follower = self.pop(request_id, (0, None))  # None: another thread was faster
         self._routes.remove(request_id)
-        if choices is not None:
-            self.tell(request_id, choices, leaving=True)
+        if follower is not None:
+            self.tell(request_id, follower, leaving=True)
 
     def close(self) -> None:
         for request_id in list(self):
@@ -75,16 +85,17 @@ class _Open(dict[str, tuple[int, Choices]]):
 
 
 class Stream(Iterator[Item], Generic[Item]):
-    """Chunks of one or several answers. The requests are submitted on construction.
+    """Pieces of one or several requests' results: chunks of answers, or embeddings. The requests
+    are submitted on construction.
 
-    Ends when all answers have. Closing it early, by `close`, `with` or dropping the last reference
+    Ends when all of them have. Closing it early, by `close`, `with` or dropping the last reference
     to it, ends the requests and frees their pages.
 
     Args:
       engine: serves the requests.
       routes: where the engine delivers.
-      requests: each with what follows its answers.
-      make: (index of the request, chunk) -> what the iterator gives.
+      requests: each with what follows it.
+      make: (index of the request, piece) -> what the iterator gives.
       failed: (index of the request, why it failed) -> what the iterator gives, before it goes on
         with the others; None raises, and ends them.
       keep: must live as long as the stream does.
@@ -98,19 +109,20 @@ class Stream(Iterator[Item], Generic[Item]):
         self,
         engine: Engine,
         routes: Routes,
-        requests: Sequence[tuple[Request, Choices]],
-        make: Callable[[int, Chunk], Item],
+        requests: Sequence[tuple[Request, Follower[Piece]]],
+        make: Callable[[int, Piece], Item],
         failed: Callable[[int, QuireError], Item] | None = None,
         keep: object = None,
     ):
-        self._make, self._failed, self._keep = make, failed, keep
+        self._make: Callable[[int, Any], Item] = make
+        self._failed, self._keep = failed, keep
         self._queue: _Queue = queue.SimpleQueue()
         self._open = _Open(engine, routes, self._queue)
         # Not `__del__`, which runs too late when the process ends.
         self._close = weakref.finalize(self, self._open.close)
         try:
-            for index, (request, choices) in enumerate(requests):
-                self._open.add(index, request, choices)
+            for index, (request, follower) in enumerate(requests):
+                self._open.add(index, request, follower)
         except BaseException:
             self.close()
             raise
@@ -121,9 +133,9 @@ class Stream(Iterator[Item], Generic[Item]):
             found = None if output is None else self._open.get(output.request_id)
             if output is None or found is None:
                 continue
-            index, choices = found
+            index, follower = found
             try:
-                chunk = choices.push(output)
+                piece = follower.push(output)
             except QuireError as error:
                 if self._failed is None:
                     self.close()
@@ -133,11 +145,11 @@ class Stream(Iterator[Item], Generic[Item]):
             except BaseException:
                 self.close()
                 raise
-            self._open.tell(output.request_id, choices)
-            if choices.finished:
+            self._open.tell(output.request_id, follower)
+            if follower.finished:
                 self._open.leave(output.request_id)
-            if chunk is not None:
-                return self._make(index, chunk)
+            if piece is not None:
+                return self._make(index, piece)
         raise StopIteration
 
     def close(self) -> None:

@@ -5,14 +5,16 @@ A new field of the proto is read or written here and nowhere else.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, invalid
 from ..protos.v1 import generation_pb2 as pb
+from ..sched.request import Request, RequestOutput
 from ..sched.sampling_params import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
-from .intake import Labels, Prompt
+from .intake import Chat, Labels, Prompt
 
 _SCALARS = (
     "temperature",
@@ -40,15 +42,79 @@ _FINISH = {
 }
 
 
-def prompt_of(request: pb.GenerateRequest) -> Prompt:
+def prompt_of(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedInput) -> Prompt | Chat:
     """The prompt in whichever form it came."""
-    match request.WhichOneof("prompt"):
+    match message.WhichOneof("prompt"):
         case "text":
-            return request.text
-        case "token_ids":
-            return list(request.token_ids.ids)
+            return message.text
+        case "chat":
+            return _chat(message.chat)
+        case "token_ids" if not isinstance(message, pb.TokenizeRequest):
+            return list(message.token_ids.ids)
         case _:
-            raise InvalidRequest("prompt: got none, must be text or token_ids")
+            forms = message.DESCRIPTOR.oneofs_by_name["prompt"].fields
+            *others, last = (field.name for field in forms)
+            limit = f"{', '.join(others)} or {last}"
+            raise InvalidRequest(f"prompt: got none, must be {limit}")
+
+
+_CHAT_FIELDS = ("messages", "tools", "documents", "add_generation_prompt", "template", "self")
+"""Names that `template_args` may not have: those of the template's other arguments."""
+
+
+def _chat(chat: pb.ChatPrompt) -> Chat:
+    if not chat.messages:
+        raise InvalidRequest("chat.messages: got none, must be at least 1")
+    args = _json_object("chat.template_args", chat.template_args or "{}")
+    for name in _CHAT_FIELDS:
+        if name in args:
+            limit = f"an object without {', '.join(_CHAT_FIELDS)}"
+            raise invalid("chat.template_args", f"one with {name!r}", limit)
+    if chat.HasField("add_generation_prompt"):
+        args["add_generation_prompt"] = chat.add_generation_prompt
+    if chat.HasField("template"):
+        args["template"] = chat.template
+    for name in ("tools", "documents"):
+        texts = getattr(chat, name)
+        if texts:
+            args[name] = [_json_object(f"chat.{name}[{i}]", t) for i, t in enumerate(texts)]
+    messages = [_chat_message(f"chat.messages[{i}]", m) for i, m in enumerate(chat.messages)]
+    return Chat(messages, args)
+
+
+def _chat_message(where: str, message: pb.ChatMessage) -> dict[str, Any]:
+    """As templates read it: what is unset is absent, but the content, which is then null."""
+    if not message.role:
+        raise invalid(f"{where}.role", "", 'a role, such as "user"')
+    given: dict[str, Any] = {"role": message.role, "content": None}
+    for name in ("content", "name", "tool_call_id", "reasoning_content"):
+        if message.HasField(name):
+            given[name] = getattr(message, name)
+    if message.tool_calls:
+        given["tool_calls"] = [
+            _tool_call(f"{where}.tool_calls[{i}]", call)
+            for i, call in enumerate(message.tool_calls)
+        ]
+    return given
+
+
+def _tool_call(where: str, call: pb.ToolCall) -> dict[str, Any]:
+    if not call.name:
+        raise invalid(f"{where}.name", "", "the name of a function")
+    arguments = _json_object(f"{where}.arguments", call.arguments or "{}")
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _json_object(where: str, text: str) -> dict[str, Any]:
+    """The object that a text of JSON spells."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid(where, text, f"a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise invalid(where, text, "a JSON object")
+    return value
 
 
 def sampling_of(request: pb.GenerateRequest) -> dict[str, Any]:
@@ -70,13 +136,37 @@ def sampling_of(request: pb.GenerateRequest) -> dict[str, Any]:
     return chosen
 
 
+def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:
+    """Sampling parameters as a request would set them; those that are None stay unset."""
+    scalars = {name: getattr(sampling, name) for name in _SCALARS}
+    allowed = sampling.allowed_token_ids
+    words = [
+        pb.BadWord(text=word)
+        if isinstance(word, str)
+        else pb.BadWord(token_ids=pb.TokenIds(ids=word))
+        for word in sampling.bad_words
+    ]
+    return pb.SamplingParams(
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=None if allowed is None else pb.TokenIds(ids=allowed),
+        bad_words=words,
+        **scalars,
+    )
+
+
 def _bad_word(word: pb.BadWord) -> str | tuple[int, ...]:
     if word.WhichOneof("word") == "token_ids":
         return tuple(word.token_ids.ids)
     return word.text
 
 
-def labels_of(request: pb.GenerateRequest, deadline: float | None) -> Labels:
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def labels_of(request: pb.GenerateRequest | pb.EmbedRequest, deadline: float | None) -> Labels:
     """Everything else the request says."""
     return Labels(
         name=request.request_id,
@@ -94,6 +184,7 @@ def chunk_message(
     prompt: tuple[int, ...],
     request_id: str,
     usage: pb.Usage | None,
+    timing: pb.Timing | None = None,
 ) -> pb.GenerateChunk:
     """One message of a stream.
 
@@ -102,7 +193,7 @@ def chunk_message(
       sampling: of the request.
       prompt: of the request.
       request_id: on the first message, else empty.
-      usage: on the last message, else None.
+      usage, timing: on the last message, else None.
     """
     return pb.GenerateChunk(
         request_id=request_id,
@@ -114,6 +205,7 @@ def chunk_message(
         usage=usage,
         index=chunk.index,
         prompt_logprobs=_logprobs(chunk.prompt_logprobs, prompt, sampling.prompt_logprobs),
+        timing=timing,
     )
 
 
@@ -125,6 +217,7 @@ def response_message(
     prompt_logprobs: Sequence[PositionLogprobs | None] | None,
     request_id: str,
     usage: pb.Usage,
+    timing: pb.Timing | None = None,
 ) -> pb.GenerateResponse:
     """The whole answers in one message; arguments as of `chunk_message`."""
     choices = [_choice(completion, sampling.logprobs) for completion in completions]
@@ -140,7 +233,27 @@ def response_message(
         choices=choices if len(choices) > 1 else (),
         prompt_logprobs=_logprobs(prompt_logprobs, prompt, sampling.prompt_logprobs),
         cumulative_logprob=completions[0].cumulative_logprob,
+        timing=timing,
     )
+
+
+def embed_message(
+    request_id: str, requests: Sequence[Request], outputs: Sequence[RequestOutput]
+) -> pb.EmbedResponse:
+    """The embeddings of a call's inputs, in order."""
+    embeddings = [
+        pb.Embedding(
+            values=output.pooled,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=output.cached_tokens,
+        )
+        for request, output in zip(requests, outputs, strict=True)
+    ]
+    usage = pb.Usage(
+        prompt_tokens=sum(entry.prompt_tokens for entry in embeddings),
+        cached_tokens=sum(entry.cached_tokens for entry in embeddings),
+    )
+    return pb.EmbedResponse(request_id=request_id, embeddings=embeddings, usage=usage)
 
 
 def _choice(completion: Completion, alternatives: int | None) -> pb.Choice:

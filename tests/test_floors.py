@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a floor never imports one above it.
 FLOORS = (
     ("errors", "config", "protos"),
+    ("client",),
     ("kv",),
     ("model",),
     ("checkpoints",),

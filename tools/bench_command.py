@@ -11,9 +11,11 @@ import importlib
 BENCHES = {
     "throughput": "output tokens per second over a trace, all requests submitted at once",
     "latency": "decode step by batch, time to first token, prefix hits",
+    "serve": "a running server under load, as its callers see it",
     "startup": "seconds from process start to first token, by phase, cold and warm",
     "kernels": "attention and KV write alone, beside the device's own limits",
     "scheduler": "host time of a step, without a device",
+    "frontend": "what frontend processes cost and add, without a device",
 }
 
 

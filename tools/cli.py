@@ -24,7 +24,7 @@ COMMANDS = {
     "convert": "turn a Hugging Face checkpoint into an Orbax one, with checksums",
     "doctor": "check this machine and this installation",
     "config": "say which settings are in force, and where each comes from",
-    "bench": "measure: throughput, latency, start-up, kernels, scheduler",
+    "bench": "measure: throughput, latency, a server under load, start-up, kernels, scheduler",
     "demo": "watch the engine answer several questions at once",
 }
 

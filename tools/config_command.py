@@ -61,9 +61,9 @@ def _settled(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     names = [s.name for s in settings_of(EngineConfig)]
     config = EngineConfig(**{name: settings[name]["value"] for name in names})
-    checkpoint = open_checkpoint(config)
-    mesh = start_devices(config, checkpoint)
     try:
+        checkpoint = open_checkpoint(config)
+        mesh = start_devices(config, checkpoint)
         sizes = make_startup(config, checkpoint, mesh).measured_sizes()
     except InvalidConfig as error:
         name = str(error).partition(":")[0]

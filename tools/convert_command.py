@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import EngineConfig, settings_of
@@ -43,14 +46,28 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidConfig("SRC and DST: got '', must be a model and a folder to make")
     reporter = Terminal()
     source = locate(args.source, reporter, revision=config.revision, offline=config.offline)
-    manifest = convert(
-        source,
-        Path(args.target),
-        reporter,
-        origin=args.source + (f"@{config.revision}" if config.revision else ""),
-        dtype=args.cast_to,
-        force=args.force,
-        ignore_fields=config.ignore_config_fields,
-    )
+    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+        manifest = convert(
+            source,
+            Path(args.target),
+            reporter,
+            origin=args.source + (f"@{config.revision}" if config.revision else ""),
+            dtype=args.cast_to,
+            force=args.force,
+            ignore_fields=config.ignore_config_fields,
+        )
     size = sum(entry.size for entry in manifest.files.values())
     reporter.note(f"wrote {args.target}: {len(manifest.tensors)} tensors, {human_bytes(size)}")
+
+
+@contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    """These end the block as Ctrl-C does, which removes what was begun, unless they are ignored."""
+    heard = [one for one in signals if signal.getsignal(one) is signal.SIG_DFL]
+    for one in heard:
+        signal.signal(one, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for one in heard:
+            signal.signal(one, signal.SIG_DFL)

@@ -126,11 +126,16 @@ def devices(m: Machine) -> Iterator[Check]:
                 "unset it to use the accelerator",
             )
         else:
-            yield Check(
-                "JAX devices", FAIL, f"{found}, though an accelerator is there", m.hardware.mend()
-            )
+            found = f"{found}, though an accelerator is there"
+            yield Check("JAX devices", FAIL, ". ".join([found, *_faults(m)]), m.hardware.mend())
     else:
         yield Check("JAX devices", OK, found)
+
+
+def _faults(m: Machine) -> list[str]:
+    """What JAX said of this hardware's backend: packages may bring backends for other hardware."""
+    word = "cuda" if m.hardware.gpus else "tpu"
+    return [fault for fault in m.jax_faults if word in fault.lower()]
 
 
 def memory(m: Machine) -> Iterator[Check]:
@@ -180,7 +185,7 @@ def hub(m: Machine) -> Iterator[Check]:
         "HF_TOKEN is set" if m.hub.token else "a token is stored" if m.token_stored else "no token"
     )
     mode = ", offline" if m.hub.offline else ""
-    yield Check("hub", OK, f"{m.hub.endpoint}{mode}, {token}")
+    yield Check("hub", OK, f"{m.hub.shown_endpoint}{mode}, {token}")
 
 
 CHECKS: tuple[Callable[[Machine], Iterator[Check]], ...] = (

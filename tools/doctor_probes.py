@@ -40,10 +40,19 @@ PACKAGES = (
 )
 
 _ASK_JAX = """
-import os, json
+import os, json, logging
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 import jax
-print(json.dumps([[d.platform, d.device_kind] for d in jax.devices()]))
+faults = []
+class Faults(logging.Handler):
+    def emit(self, record):
+        error, text = (record.exc_info or (None, None))[1], record.getMessage()
+        if error or "initialize" in text:
+            faults.append(" ".join(f"{text}: {error}".split() if error else text.split()))
+logging.getLogger("jax").setLevel("INFO")  # how JAX says that it goes on without a backend
+logging.getLogger("jax").addHandler(Faults())
+devices = [[d.platform, d.device_kind] for d in jax.devices()]
+print(json.dumps([devices, [text[:500] for text in faults]]))
 """
 
 
@@ -67,6 +76,7 @@ class Machine:
       packages: version of each installed package of `PACKAGES`.
       hardware: accelerators by the operating system.
       jax_devices: (platform, kind) of each device by JAX, or what JAX said instead.
+      jax_faults: what JAX said of the backends that it went on without.
       hidden: what in the environment hides accelerators from JAX.
       memory, memory_free: of the host, in bytes.
       caches: by what they are for.
@@ -80,6 +90,7 @@ class Machine:
     packages: Mapping[str, str]
     hardware: Hardware
     jax_devices: list[tuple[str, str]] | str
+    jax_faults: list[str]
     hidden: str | None
     memory: int
     memory_free: int
@@ -90,16 +101,22 @@ class Machine:
     token_stored: bool
 
 
-def this_machine(ask_jax: Callable[[], list[tuple[str, str]] | str] | None = None) -> Machine:
+Said = tuple[list[tuple[str, str]] | str, list[str]]
+"""What JAX says: `Machine.jax_devices` and `Machine.jax_faults`."""
+
+
+def this_machine(ask_jax: Callable[[], Said] | None = None) -> Machine:
     """Reads everything; takes as long as JAX takes to start."""
     hub = hub_settings()
+    jax_devices, jax_faults = (ask_jax or _ask_jax)()
     total, free = _memory()
     return Machine(
         python=sys.version_info[:3],
         system=f"{platform.system()} {platform.machine()}",
         packages=_packages(),
         hardware=find_hardware(),
-        jax_devices=(ask_jax or _jax_devices)(),
+        jax_devices=jax_devices,
+        jax_faults=jax_faults,
         hidden=accelerators_hidden(),
         memory=total,
         memory_free=free,
@@ -124,18 +141,19 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def _jax_devices() -> list[tuple[str, str]] | str:
+def _ask_jax() -> Said:
     """Asks in another process: a device that JAX opens here would stay taken."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", _ASK_JAX], capture_output=True, text=True, timeout=180
         )
     except subprocess.TimeoutExpired:
-        return "did not answer within 180 s"
+        return "did not answer within 180 s", []
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"ended with status {done.returncode}"
-    return [(kind, name) for kind, name in json.loads(done.stdout.splitlines()[-1])]
+        return lines[-1] if lines else f"ended with status {done.returncode}", []
+    devices, faults = json.loads(done.stdout.splitlines()[-1])
+    return [(kind, name) for kind, name in devices], faults
 
 
 def _memory() -> tuple[int, int]:

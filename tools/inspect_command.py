@@ -126,7 +126,7 @@ def memory(sizes: Sizes, platform: str) -> dict[str, Any]:
         "tokens_in_a_step": spec.ladder.max_tokens,
         "prefill_chunk": sizes.prefill_chunk,
         "longest_sequence": spec.max_model_len,
-        "step_programs": spec.ladder.num_programs,
+        "programs": spec.ladder.num_programs,
         "worst_decode_padding": spec.ladder.padding_bound(),
     }
 

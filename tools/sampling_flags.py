@@ -39,12 +39,16 @@ def _biases(text: str) -> dict[int, float]:
     """An argument such as 5=2.5,7=-100."""
     try:
         pairs = [part.split("=") for part in names(text)]
-        biases = {int(token): float(bias) for token, bias in pairs}
+        given = [(int(token), float(bias)) for token, bias in pairs]
     except ValueError:
-        biases = {}
-    if not biases:
+        given = []
+    if not given:
         raise argparse.ArgumentTypeError(f"got {text!r}, must be like 5=2.5,7=-100 (id=bias)")
-    return biases
+    tokens = [token for token, _ in given]
+    for token in tokens:
+        if tokens.count(token) > 1:
+            raise argparse.ArgumentTypeError(f"got {text!r}, must name token {token} once")
+    return dict(given)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, reports: bool = False) -> None:

@@ -1,27 +1,19 @@
-"""`quire serve MODEL`: the gRPC service in one process, until SIGTERM or SIGINT.
+"""`quire serve MODEL`: the gRPC service, until SIGTERM or SIGINT.
 
-Tells scripts on stderr, a line each: "listening on HOST:PORT" before the model loads (health is
-NOT_SERVING) and "ready on HOST:PORT" when it serves. The first signal lets running requests end, a
-second one ends them; both are an orderly end with exit status 0. A failed engine is status 1.
+This process is the parent of those that do the work (serving/supervisor). It tells scripts on
+stderr, a line each: "listening on HOST:PORT" before the model loads (health is NOT_SERVING) and
+"ready on HOST:PORT" when it serves. The first signal lets running requests end, a second one ends
+them; both are an orderly end with exit status 0. What cannot be started is status 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
-from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, ServerConfig
-from ..errors import Internal
-from .collector import quiet_collector
 from .flags import add_model, add_settings, settings_from
-
-if TYPE_CHECKING:
-    from ..serving.assemble import Assembled, Deliver
-    from ..serving.progress import Reporter, Terminal
-    from ..serving.server import Server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,53 +32,13 @@ def run(args: argparse.Namespace) -> None:
     asyncio.run(_serve(engine, server))
 
 
-async def _serve(config: EngineConfig, settings: ServerConfig) -> None:
+async def _serve(engine: EngineConfig, server: ServerConfig) -> None:
     from ..serving.progress import Terminal
-    from ..serving.server import Server
+    from ..serving.supervisor.supervisor import Supervisor
 
     reporter, signals = Terminal(), _Signals()
-    server = Server(settings.host, settings.port)
-    try:
-        await server.bind()
-        reporter.note(f"listening on {server.address}")
-        await _live(config, settings, server, reporter, signals)
-    finally:
-        await server.stop()
+    await Supervisor(engine, server, reporter.note).run(signals.first, signals.second)
     reporter.note("stopped")
-
-
-async def _live(
-    config: EngineConfig,
-    settings: ServerConfig,
-    server: Server,
-    reporter: Terminal,
-    signals: _Signals,
-) -> None:
-    """From bound to drained."""
-    opening = asyncio.ensure_future(
-        server.open(lambda deliver: _assembled(config, deliver, reporter))
-    )
-    if not await _before(signals.first, opening):
-        reporter.note("stopped before the engine was ready")
-        reporter.close()
-        os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
-    await opening  # raises what went wrong
-    reporter.note(f"ready on {server.address}")
-
-    failing = asyncio.ensure_future(server.engine_failed())
-    if await _before(signals.first, failing):
-        raise Internal("the engine failed; see the log above")
-    reporter.note(f"stopping: running requests have {settings.drain_timeout} s to end")
-    draining = asyncio.ensure_future(server.drain())
-    await _before(signals.second, draining, timeout=settings.drain_timeout)
-
-
-def _assembled(config: EngineConfig, deliver: Deliver, reporter: Reporter) -> Assembled:
-    from ..serving.assemble import assemble
-
-    parts = assemble(config, deliver, reporter)
-    quiet_collector()
-    return parts
 
 
 class _Signals:
@@ -100,13 +52,3 @@ class _Signals:
 
     def _arrived(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
-
-
-async def _before(
-    event: asyncio.Event, work: asyncio.Future[Any], timeout: float | None = None
-) -> bool:
-    """Waits for either; whether the work was done before the event or the timeout came."""
-    waiting = asyncio.ensure_future(event.wait())
-    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
-    waiting.cancel()
-    return work.done()

@@ -11,6 +11,7 @@ whether the command at hand takes it or not.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -65,7 +66,7 @@ def _parse(file: Path, known: list[str]) -> dict[str, FileValue]:
     import yaml  # not needed by `quire --help`
 
     try:
-        loader = yaml.SafeLoader(file.read_text("utf-8"))
+        loader = _loader()(file.read_text("utf-8"))
         root = loader.get_single_node()
         if root is None:
             return {}
@@ -74,6 +75,8 @@ def _parse(file: Path, known: list[str]) -> dict[str, FileValue]:
         found: dict[str, FileValue] = {}
         for key, value in root.value:
             where = f"{file}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise InvalidConfig(f"{where}: a key is a {key.id}, must be the name of a setting")
             name = _known(str(key.value), known, where)
             if name in found:
                 raise InvalidConfig(f"{where}: {name}: is there twice, also at {found[name].where}")
@@ -88,9 +91,39 @@ def _parse(file: Path, known: list[str]) -> dict[str, FileValue]:
         raise InvalidConfig(f"{file}{line}: is not YAML: {problem}") from error
 
 
+def _loader() -> Any:
+    """PyYAML's safe loader with YAML 1.2's numbers. Its own are YAML 1.1's, where 010 is 8, 22:30
+    is 1350 and 1_0 is 10; here 010 is 10, and the others are text, which no number takes."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    int_tag, float_tag = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (int_tag, float_tag)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(int_tag, _INT, list("-+0123456789"))
+    Loader.add_implicit_resolver(float_tag, _FLOAT, list("-+.0123456789"))
+    Loader.add_constructor(int_tag, _whole)
+    return Loader
+
+
+_INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.inf)$|\.nan$", re.IGNORECASE
+)
+
+
+def _whole(loader: Any, node: Any) -> int:
+    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
+
+
 def _known(key: str, known: list[str], where: str) -> str:
     name = key.replace("-", "_")
     if name not in known:
-        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise InvalidConfig(f"{where}: {key}: no such setting; the nearest is {nearest}")
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`quire config show` lists them all"
+        raise InvalidConfig(f"{where}: {key}: no such setting; {hint}")
     return name

@@ -44,6 +44,26 @@ class GenerationServiceStub(object):
                 request_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/quire.v1.GenerationService/Tokenize',
+                request_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/quire.v1.GenerationService/Detokenize',
+                request_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/quire.v1.GenerationService/Embed',
+                request_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.GetModelInfo = channel.unary_unary(
+                '/quire.v1.GenerationService/GetModelInfo',
+                request_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.ModelInfo.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -66,6 +86,36 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids that a prompt becomes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embeddings: the hidden state after the model's final norm at a prompt's last token, scaled to
+        length 1. All inputs of a call run together; it fails as a whole. A large answer passes the 4 MB
+        that grpc clients receive by default at about 250 embeddings of 4,096 numbers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelInfo(self, request, context):
+        """What is served, with which limits and defaults. The same until the server is restarted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +128,26 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.GenerateChunk.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
+            ),
+            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelInfo,
+                    request_deserializer=quire_dot_protos_dot_v1_dot_generation__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_v1_dot_generation__pb2.ModelInfo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +204,114 @@ class GenerationService(object):
             '/quire.v1.GenerationService/StreamGenerate',
             quire_dot_protos_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             quire_dot_protos_dot_v1_dot_generation__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.GenerationService/Tokenize',
+            quire_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            quire_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.GenerationService/Detokenize',
+            quire_dot_protos_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            quire_dot_protos_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.GenerationService/Embed',
+            quire_dot_protos_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            quire_dot_protos_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.GenerationService/GetModelInfo',
+            quire_dot_protos_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
+            quire_dot_protos_dot_v1_dot_generation__pb2.ModelInfo.FromString,
             options,
             channel_credentials,
             insecure,

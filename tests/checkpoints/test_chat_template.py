@@ -138,9 +138,7 @@ def test_named_templates(write_tokenizer: Any) -> None:
         assert ours.render(CHAT, tools=tools) == wanted
         assert theirs.apply_chat_template(CHAT, tools=tools, tokenize=False) == wanted
     assert ours.render(CHAT, template="rag", documents=[{}, {}]) == "2"
-    with pytest.raises(
-        InvalidRequest, match=r"chat_template: got 'x', must be one of default, tool"
-    ):
+    with pytest.raises(InvalidRequest, match=r"template: got 'x', must be one of default, tool"):
         ours.render(CHAT, template="x")
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from quire.checkpoints.hf_config import read_config
-from quire.errors import CheckpointError
+from quire.errors import CheckpointError, InvalidConfig
 from quire.model.config import ModelConfig, RopeConfig
 
 CASES = ["llama", "llama-bias", "mistral", "qwen2", "qwen2-tied", "qwen3", "qwen3-bias"]
@@ -178,6 +178,18 @@ def test_unknown_field_is_refused_unless_ignored(write_config: Any) -> None:
     ):
         read_config(folder)
     assert read_config(folder, ignore_fields=("logit_scale",)) == read_config(write_config())
+
+
+@pytest.mark.parametrize("name", ["logit_scal", "hidden_size", "use_cache", "rope_parameters.knob"])
+def test_a_name_that_lets_nothing_pass_is_refused(write_config: Any, name: str) -> None:
+    """Misspelled, read by Quire, or without effect: ignoring it would change nothing."""
+    says = rf"ignore_config_fields: got '{name}', must be among .*config\.json .* know: "
+    scaling = {"rope_type": "linear", "factor": 2.0, "curve": 1}
+    folder = write_config(logit_scale=0.5, use_cache=True, rope_parameters=scaling)
+    with pytest.raises(InvalidConfig, match=says + r"logit_scale, rope_parameters\.curve$"):
+        read_config(folder, ignore_fields=("logit_scale", name))
+    with pytest.raises(InvalidConfig, match=says + "it has none$"):
+        read_config(write_config(), ignore_fields=(name,))
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [

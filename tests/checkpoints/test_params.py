@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from quire.checkpoints.hf_config import read_config
-from quire.checkpoints.names import is_harmless, param_shapes, parameters
+from quire.checkpoints.names import is_harmless, parameters
 from quire.checkpoints.params import load_params, numpy_dtype, save_params
 from quire.checkpoints.safetensors_files import CHUNK_BYTES, WeightFiles
 from quire.errors import CheckpointError
@@ -73,8 +73,8 @@ def test_values_match_torch(case: str, write_model: Any) -> None:
     for name, array in params.items():
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
         assert array.flags.c_contiguous and array.flags.writeable
-    assert {name: array.shape for name, array in params.items()} == param_shapes(config)
-    assert list(params) == list(param_shapes(config))
+    made = [(name, array.shape) for name, array in params.items()]
+    assert made == [(parameter.name, parameter.shape) for parameter in parameters(config)]
 
 
 @pytest.mark.parametrize("stored", list(NAMES))
@@ -138,7 +138,7 @@ def test_progress_ends_at_the_total(write_model: Any) -> None:
     load_params(folder, read_config(folder), "float32", lambda *_: None, lambda *a: seen.append(a))
     total = sum(tensor.numel() * 2 for tensor in state.values())
     assert seen[-1] == (total, total) and seen == sorted(seen)
-    assert len(seen) == len(param_shapes(read_config(folder)))
+    assert len(seen) == len(parameters(read_config(folder)))
 
 
 # Memory.
@@ -165,7 +165,7 @@ def test_memory_is_bounded_by_the_largest_parameter(
         num_heads=16, num_kv_heads=4, head_dim=64, norm_eps=1e-6, rope=RopeConfig(),
         windows=(None,) * 3, max_positions=64,
     )  # fmt: skip
-    shapes = param_shapes(config)
+    shapes = {parameter.name: parameter.shape for parameter in parameters(config)}
     save_params(tmp_path, config, {n: np.zeros(s, ml_dtypes.bfloat16) for n, s in shapes.items()})
     on_disk = (tmp_path / "model.safetensors").stat().st_size
     assert on_disk > 100e6

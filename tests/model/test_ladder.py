@@ -12,7 +12,7 @@ from quire.model.ladder import MAX_PROGRAMS, Bucket, Ladder, Sampler, make_ladde
 sizes = st.tuples(st.integers(1, 2048), st.integers(1, 16384)).map(lambda p: (p[0], p[0] + p[1]))
 
 
-@given(sizes, st.integers(12, MAX_PROGRAMS), st.integers(1, 8))
+@given(sizes, st.integers(13, MAX_PROGRAMS), st.integers(1, 8))
 def test_default_ladder_is_short_and_reaches_both_ends(size, max_programs, max_k):
     rows, tokens = size
     ladder = make_ladder(rows, tokens, max_programs=max_programs, max_k=max_k)
@@ -24,8 +24,8 @@ def test_programs_are_all_counted():
     """Those of a ladder by hand; test_runner.py holds the count against what is compiled."""
     greedy = [Bucket(4, 4, Sampler.GREEDY), Bucket(4, 4, Sampler.GREEDY, 3)]
     full = [Bucket(4, 4, Sampler.FULL), Bucket(16, 4, Sampler.FULL), Bucket(16, 8, Sampler.FULL)]
-    # Five rungs, two row counts to sample for, score, controls, admit.
-    assert Ladder([*greedy, *full]).num_programs == 5 + 2 + 3
+    # Five rungs, two row counts to sample for, score, controls, admit, state.
+    assert Ladder([*greedy, *full]).num_programs == 5 + 2 + 4
 
 
 @given(sizes, st.sampled_from(Sampler), st.data())
@@ -58,12 +58,12 @@ def test_default_ladder_of_a_gpu():
     greedy = [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == Sampler.GREEDY]
     assert [t for t, r in greedy if t == r] == [1, 16, 32, 64, 128, 256]
     assert [t for t, r in greedy if t > r] == [64, 128, 512, 1024, 2048]
-    assert ladder.num_programs == 31
+    assert ladder.num_programs == 32
 
 
 def test_ladder_with_several_tokens_a_dispatch():
     ladder = make_ladder(256, 2048, max_k=4)
-    assert ladder.num_programs == 32
+    assert ladder.num_programs == 33
     assert [ladder.most_k(n, Sampler.GREEDY) for n in (1, 8, 64, 65, 256)] == [4, 4, 4, 1, 1]
     assert [ladder.most_k(n, Sampler.FULL) for n in (1, 64)] == [1, 1]
     for sampler, rows in [(Sampler.GREEDY, 1), (Sampler.SAMPLE, 8)]:
@@ -109,10 +109,10 @@ def test_no_rung_is_an_error_not_a_wrong_program():
 def test_too_small_a_budget_is_refused():
     with pytest.raises(InvalidConfig, match="max_batched_tokens: got 8"):
         make_ladder(8, 8)
-    with pytest.raises(InvalidConfig, match="max_programs: got 9, must be at least 10"):
-        make_ladder(8, 64, max_programs=9)
-    with pytest.raises(InvalidConfig, match="max_programs: got 11, must be at least 12"):
-        make_ladder(8, 64, max_programs=11, max_k=2)
+    with pytest.raises(InvalidConfig, match="max_programs: got 10, must be at least 11"):
+        make_ladder(8, 64, max_programs=10)
+    with pytest.raises(InvalidConfig, match="max_programs: got 12, must be at least 13"):
+        make_ladder(8, 64, max_programs=12, max_k=2)
 
 
 def test_a_ladder_must_hold_the_largest_step():

@@ -74,9 +74,18 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+def cut_short(file: Path) -> None:
+    file.write_bytes(MAGIC[:-1])
+
+
 @pytest.mark.parametrize(
     "damage",
-    [truncate, empty, *(flip(at) for at in (0, len(MAGIC), len(MAGIC) + 33, len(MAGIC) + 60, -1))],
+    [
+        truncate,
+        empty,
+        cut_short,
+        *(flip(at) for at in (0, len(MAGIC), len(MAGIC) + 33, len(MAGIC) + 60, -1)),
+    ],
 )
 def test_a_damaged_file_is_removed_and_said(store: ProgramStore, damage) -> None:
     store.put(FACTS, b"code", FIGURES)
@@ -84,9 +93,19 @@ def test_a_damaged_file_is_removed_and_said(store: ProgramStore, damage) -> None
     assert store.get(FACTS) is None
     assert list(store.folder.iterdir()) == []
     (problem,) = store.problems
-    assert "is compiled anew" in problem
+    assert "is compiled anew" in problem and problem.endswith("it is damaged")
     store.put(FACTS, b"code", FIGURES)
     assert store.get(FACTS) is not None
+
+
+def test_a_file_of_another_version_is_removed_and_said(
+    store: ProgramStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(program_store, "MAGIC", MAGIC.replace(b"1", b"2"))
+        store.put(FACTS, b"code", FIGURES)
+    assert store.get(FACTS) is None and list(store.folder.iterdir()) == []
+    assert store.problems[0].endswith("it is of another version")
 
 
 def test_a_file_under_anothers_name_is_not_taken(store: ProgramStore) -> None:

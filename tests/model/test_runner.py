@@ -180,7 +180,7 @@ def test_what_is_packed_is_unpacked(fresh):
 def test_what_the_runner_does_not_serve_is_refused(fresh):
     with pytest.raises(ValueError, match=r"plan\.k: got 2, must be its bucket's 1"):
         fresh.launch(dataclasses.replace(decode_plan(0), k=2))
-    with pytest.raises(ValueError, match=r"plan\.emits"):
+    with pytest.raises(ValueError, match=r"plan\.emits: POOLED: needs a FULL bucket with prompt"):
         fresh.launch(prompt_plan((1,), emit=Emit.POOLED))
     rich = LADDER.choose(1, 1, Sampler.FULL, decode_only=True)
     for plan in (prompt_plan((1, 2)), decode_plan(0, bucket=rich)):
@@ -205,7 +205,8 @@ def test_warmup_compiles_everything_and_arms_the_guard():
     runner = make_runner(dataclasses.replace(SPEC, num_pages=40))
     seen = []
     runner.warmup(lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (LADDER.num_programs, LADDER.num_programs)
+    all_but_state = LADDER.num_programs - 1
+    assert seen[-1] == (all_but_state, all_but_state)
     init = SlotInit(slot=0, position=0, remaining=9, controlled=True)
     rules = SlotControls(0, ints(1, 2), ints(3), allowed=ints(*range(50)), bad_words=((3, 4),))
     more = {"inits": (init,), "page_adds": pages(0, 1, 1), "controls": (rules,)}
@@ -215,6 +216,8 @@ def test_warmup_compiles_everything_and_arms_the_guard():
             continue
         scored = (ScoredRow(0, ints(2, 5)),) if bucket.sampler == Sampler.FULL else ()
         run(runner, prompt_plan((1, 2), bucket=bucket, scored=scored, **more))
+        if bucket.sampler == Sampler.FULL:
+            run(runner, prompt_plan((1, 2), bucket=bucket, emit=Emit.POOLED, inits=(init,)))
     run(runner, decode_plan(0, page_copies=ints((1, 2)).reshape(1, 2)))
     runner.reset()
     assert runner.compiles_after_ready == 0

@@ -269,6 +269,41 @@ def test_scores_are_those_of_numpy(fresh, monkeypatch):
             np.testing.assert_allclose(got.top[i, 0], want[best], atol=1e-4)
 
 
+def test_pooled_rows_are_what_logits_are_made_of(fresh, monkeypatch):
+    """Two pooled rows beside a decode row, one of them the end of a prompt in two chunks: of length
+    1, and the output projection takes each to a multiple of its prompt's logits."""
+    raw = Raw(fresh, monkeypatch)
+    expected = []
+    for prompt in PROMPTS[1:3]:
+        start(fresh, 0, MIXED[Sampler.FULL], prompt)
+        expected.append(raw.logits[-1][0])
+    start(fresh, 0, MIXED[Sampler.FULL])
+    alone = run(fresh, decode_plan(0, bucket=DECODE[Sampler.FULL])).tokens[0]
+    start(fresh, 0, MIXED[Sampler.FULL])
+    first, rest = PROMPTS[2][:4], PROMPTS[2][4:]
+    init = SlotInit(slot=2, position=0, remaining=1)
+    chunk = prompt_plan(
+        first, MIXED[Sampler.FULL], slot=2, inits=(init,), page_adds=pages(2, 161, 80),
+        emit=Emit.NONE,
+    )  # fmt: skip
+    assert run(fresh, chunk).pooled is None
+    plan = prompt_plan((*PROMPTS[1], *rest), MIXED[Sampler.FULL])
+    plan = dataclasses.replace(
+        plan, slots=ints(0, 1, 2), generations=ints(1, 1, 1), starts=ints(5, 0, 4), num_decode=1,
+        inits=(SlotInit(slot=1, position=0, remaining=1),), page_adds=pages(1, 81, 80),
+        counts=ints(1, 3, 3), emits=ints(Emit.TOKEN, Emit.POOLED, Emit.POOLED),
+    )  # fmt: skip
+    out = run(fresh, plan)
+    assert out.n_valid.tolist() == [1, 0, 0] and out.tokens[0] == alone
+    assert out.pooled.shape == (2, CONFIG.hidden_size) and out.pooled.dtype == np.float32
+    head = np.asarray(fresh.params["lm_head.weight"], np.float64)
+    for vector, logits in zip(out.pooled, expected, strict=True):
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+        made = head @ vector
+        scale = np.linalg.norm(logits) / np.linalg.norm(made)
+        np.testing.assert_allclose(scale * made, logits, atol=1e-4)
+
+
 def test_long_prompts_are_scored_in_blocks(fresh):
     """As in two chunks, each within a block; the blocks' seam lies elsewhere then."""
     prompt = tuple(int(t) for t in np.random.default_rng(0).integers(0, 61, 290))
@@ -343,18 +378,21 @@ def test_state_is_donated_to_every_program(runner):
 
 
 def a_bit_of_everything(runner):
-    """Answers under controls, prompt scores, k tokens at once: tokens, then log-probabilities."""
+    """Answers under controls, scores, an embedding, k tokens at once; whole numbers first."""
     controlled, logprobs = answers(runner, Sampler.FULL, range(ROWS), SAMPLED, CONTROLS, steps=4)
     plan = prompt_plan(
         PROMPTS[2], MIXED[Sampler.FULL], inits=(SlotInit(slot=0, position=0, remaining=5),),
         scored=(ScoredRow(0, ints(*PROMPTS[2][1:])),),
     )  # fmt: skip
     scores = run(runner, plan).scored[0].chosen[:, 0].tolist()
+    init = SlotInit(slot=0, position=0, remaining=1)
+    plan = prompt_plan(PROMPTS[3], MIXED[Sampler.FULL], inits=(init,), emit=Emit.POOLED)
+    pooled = run(runner, plan).pooled[0].tolist()
     for slot in range(ROWS):
         start(runner, slot, MIXED[Sampler.FULL], **SAMPLED[slot])
     at_once = run(runner, decode_plan(*range(ROWS), bucket=AT_ONCE[Sampler.SAMPLE])).tokens
     chosen = [step[0][0] for each in logprobs.values() for step in each]
-    return [[*controlled.values(), *at_once.tolist()], [*chosen, *scores]]
+    return [[*controlled.values(), *at_once.tolist()], [*chosen, *scores, *pooled]]
 
 
 def test_over_two_devices_it_is_all_the_same(fresh):

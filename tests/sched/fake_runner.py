@@ -31,7 +31,7 @@ from quire.model.plan import (
     StepOutputs,
     StepPlan,
 )
-from quire.sched.request import Request, SamplingParams
+from quire.sched.request import POOLED_SAMPLING, Request, SamplingParams
 
 ROOT = 1469598103
 
@@ -116,6 +116,19 @@ def score(history: int, token: int) -> float:
     return -float((history ^ (token * 7919)) % 1024)
 
 
+def embedding(history: int, poisoned: bool = False) -> np.ndarray:
+    """The fake's pooled hidden state after a history: exact in float32, and different for each."""
+    parts = [history & 0xFFFFFF, history >> 24]
+    return np.array([np.nan, np.nan] if poisoned else parts, np.float32)
+
+
+def expected_embedding(prompt: tuple[int, ...]) -> np.ndarray:
+    history = ROOT
+    for token in prompt:
+        history = extend_hash(history, token)
+    return embedding(history)
+
+
 def expected_answer(
     request: Request, vocab: int, max_tokens: int, choice: int = 0
 ) -> tuple[list[int], int | None]:
@@ -162,19 +175,21 @@ def make_request(
     cache_salt: str = "",
     tenant: str = "",
     adapter: int = 0,
+    pooled: bool = False,
     **sampling: object,
 ) -> Request:
     params = {"seed": 0, "temperature": 0.0, **sampling}
     return Request(
         id=id,
         prompt=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        sampling=POOLED_SAMPLING if pooled else SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         eos_ids=eos_ids,
         priority=priority,
         deadline=deadline,
         cache_salt=cache_salt,
         tenant=tenant,
         adapter=adapter,
+        pooled=pooled,
     )
 
 
@@ -293,6 +308,7 @@ class FakeRunner:
         scored_rows = {scored.row: scored for scored in plan.scored}
         assert len(scored_rows) == len(plan.scored)
         scored_arrays: dict[int, LogprobArrays] = {}
+        pooled: list[np.ndarray] = []
         for slot, index, page in plan.page_adds.tolist():
             assert 0 < page < self.spec.num_pages, "a page that may not be handed out"
             assert 0 <= index < self.spec.max_pages_per_seq
@@ -317,12 +333,17 @@ class FakeRunner:
                 if row in scored_rows:
                     scored_arrays[row] = self._score(slot, chunk, scored_rows[row])
                 given = self._prefill(slot, start, chunk, Emit(int(plan.emits[row])))
+                if plan.emits[row] == Emit.POOLED:
+                    assert full and not plan.bucket.decode_only
+                    pooled.append(embedding(self._read(slot), number in self.poisoned_slots))
             tokens[row, : len(given)] = given
             n_valid[row] = len(given)
             bad[row] = number in self.poisoned_slots
         logprobs = self._logprobs(tokens) if plan.bucket.sampler is Sampler.FULL else None
         scored_out = tuple(scored_arrays[scored.row] for scored in plan.scored)
-        return StepOutputs(tokens, n_valid, bad, logprobs, scored_out)
+        return StepOutputs(
+            tokens, n_valid, bad, logprobs, scored_out, np.stack(pooled) if pooled else None
+        )
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert plan.bucket in self.spec.ladder.buckets
@@ -387,7 +408,7 @@ class FakeRunner:
         history = self._read(slot)
         for token in chunk:
             history = self._write(slot, token, history)
-        if emit is Emit.NONE:
+        if emit is not Emit.TOKEN:
             return []
         return [self._sample(slot, history)]
 

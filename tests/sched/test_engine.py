@@ -250,8 +250,9 @@ def test_after_two_device_failures_a_request_ends_and_the_engine_goes_on(overlap
 
 @pytest.mark.parametrize("method", ["schedule", "update"])
 def test_a_fault_of_the_scheduler_leaves_nobody_waiting(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Callers, who may be anybody, hear of it; the log and callers in process hear what it was."""
     engine, callers = make_engine()
     original = getattr(Scheduler, method)
     calls = []
@@ -267,8 +268,11 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(
         engine.submit(make_request(str(n), max_tokens=20))
     engine.start()
     callers.wait(*map(str, range(6)))
-    assert isinstance(callers.error("0"), Internal) and "a bug" in str(callers.error("0"))
-    with pytest.raises(Unavailable, match="a bug"):
+    error = callers.error("0")
+    assert isinstance(error, Internal) and isinstance(error.__cause__, KeyError)
+    assert str(error) == "request '0': the engine failed; its log says why"
+    assert "a bug" in caplog.text
+    with pytest.raises(Unavailable, match=r"^request 'late': the engine failed; its log says why$"):
         engine.submit(make_request("late"))
     assert not engine.healthy
     engine.stop()
@@ -291,7 +295,7 @@ def test_a_scheduler_that_stands_still_is_a_fault(monkeypatch: pytest.MonkeyPatc
     engine.submit(make_request("a"))
     engine.start()
     callers.wait("a")
-    assert "no progress" in str(callers.error("a"))
+    assert "no progress" in str(callers.error("a").__cause__)
 
 
 def test_listeners_that_fail_close_the_engine() -> None:
@@ -326,15 +330,17 @@ def test_an_idle_engine_checks_itself_and_does_not_spin(monkeypatch: pytest.Monk
     engine.stop()
 
 
-def test_a_leak_found_while_idle_closes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_found_while_idle_closes_the_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("quire.sched.engine.IDLE_BEFORE_CHECK", 0.01)
     engine, _ = make_engine()
     engine._scheduler._cache._pages._free.pop()
     engine.start()
     assert engine._thread is not None
     engine._thread.join(PATIENCE)
-    assert not engine.healthy
-    with pytest.raises(Unavailable, match="pages lost"):
+    assert not engine.healthy and "pages lost" in caplog.text
+    with pytest.raises(Unavailable, match="the engine failed; its log says why"):
         engine.submit(make_request())
 
 

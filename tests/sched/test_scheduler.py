@@ -494,10 +494,34 @@ def test_who_ran_starts_over_once_and_then_ends() -> None:
     d.scheduler.requeue_all(RuntimeError("device gone"))
     d.hear(d.scheduler.take_outputs())
     error = d.ends["a"].error
-    assert isinstance(error, Internal) and "device gone" in str(error)
+    assert isinstance(error, Internal) and "device gone" in str(error.__cause__)
+    assert str(error).startswith("request 'a': a device step failed for the second time; the")
     assert d.tokens["a"] == d.answer(a)[: len(d.tokens["a"])]
     d.run()
     assert d.tokens["c"] == d.answer(c)
+
+
+@pytest.mark.parametrize(
+    ("depth", "steps", "again"),
+    [
+        (0, 4, 5 + 3),  # four tokens came, and the last one's KV was not yet computed
+        (1, 4, 5 + 2),  # one fewer came
+        (1, 1, 5),  # the prompt is on its way, and counted
+    ],
+)
+def test_what_starts_over_is_counted_as_computed_again(depth: int, steps: int, again: int) -> None:
+    d = Driver(make_spec(), depth=depth)
+    d.submit(a := make_request("a", prompt(1, 5), max_tokens=9))
+    for _ in range(steps):
+        d.step()
+    d.flights.clear()
+    d.runner.reset()
+    d.scheduler.requeue_all(RuntimeError("device gone"))
+    d.run()
+    assert d.tokens["a"] == d.answer(a)
+    stats = d.scheduler.stats()
+    # Useful: each position once, the last token's never.
+    assert (stats.recomputed_tokens, stats.useful_tokens) == (again, 5 + 9 - 1)
 
 
 def test_results_come_in_the_order_of_their_plans() -> None:

@@ -2,9 +2,9 @@
 
 Each trace mixes arrivals, priorities, shared prefixes, aborts, stops, deadlines, tiny page pools,
 random chunking and budgets, a device that gives 0 to k tokens a row, and now and then several
-choices, controls and log-probabilities of prompts. After every step pages and slots must add up; at
-the end every choice of every request has ended once, with exactly the tokens it would have got
-alone.
+choices, controls, log-probabilities of prompts and requests for embeddings. After every step pages
+and slots must add up; at the end every choice of every request has ended once, with exactly the
+tokens it would have got alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 from fake_runner import (
     FakeRunner,
     expected_answer,
+    expected_embedding,
     expected_scores,
     make_request,
     make_spec,
@@ -25,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire.errors import DeadlineExceeded
-from quire.model.plan import StepPlan
+from quire.model.plan import Emit, StepPlan
 from quire.sched.limits import context_limit, resolve_max_tokens
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.sched.scheduler import Scheduler
@@ -156,7 +157,7 @@ class Trace:
             deadline=self.now + rng.randint(1, 60)
             if self.world.interrupts and rng.random() < 0.2
             else None,
-            **self.rarities(),
+            **({"pooled": True} if rng.random() < 0.1 else self.rarities()),
         )
         self.scheduler.submit(request)
         self.stories[id] = Story.of(request)
@@ -248,6 +249,11 @@ class Trace:
 
     def check_the_end_of(self, story: Story, choice: int, end: RequestOutput) -> None:
         request, tokens, ended_by = story.request, story.tokens[choice], story.ended_by[choice]
+        if request.pooled:
+            assert not tokens
+            if ended_by is None and end.error is None:
+                assert end.pooled.tolist() == expected_embedding(request.prompt).tolist()
+            return
         limit = resolve_max_tokens(request, self.spec)
         answer, stop = expected_answer(request, VOCAB, limit, choice)
         if end.finish_reason in (FinishReason.LENGTH, FinishReason.STOP) and (
@@ -299,7 +305,7 @@ def test_many_more_traces_end_right(world: World) -> None:
 def test_traces_reach_what_they_are_for() -> None:
     """The traces would prove little if they never preempted, shared, overran or expired."""
     preempted = hits = recomputed = overran = empty = expired = 0
-    several = reshaped = scored = many = 0  # choices, rows, rows, dispatches
+    several = reshaped = scored = many = pooled = 0  # choices, rows, rows, dispatches, rows
     for seed in range(150):
         trace = Trace(World(seed, 2, 14, 4, 3, 16, 6, 1, True, 8, True))
         trace.play()
@@ -313,6 +319,7 @@ def test_traces_reach_what_they_are_for() -> None:
         reshaped += sum(init.controlled for plan in trace.plans for init in plan.inits)
         scored += sum(len(plan.scored) for plan in trace.plans)
         many += sum(plan.k > 1 for plan in trace.plans)
+        pooled += sum(int((plan.emits == Emit.POOLED).sum()) for plan in trace.plans)
         expired += sum(
             isinstance(story.ended.error, DeadlineExceeded) for story in trace.stories.values()
         )
@@ -326,3 +333,4 @@ def test_traces_reach_what_they_are_for() -> None:
     assert reshaped > 100
     assert scored > 100
     assert many > 100
+    assert pooled > 100

@@ -14,6 +14,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import tiny_checkpoint
 from engines import SETTINGS
+from running import Running
 
 from quire import LLM
 
@@ -27,3 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(folder: Path) -> Iterator[LLM]:
     with LLM(folder, **SETTINGS) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def served(folder: Path) -> Iterator[Running]:
+    with Running(folder) as running:
+        yield running.open()

@@ -1,8 +1,13 @@
-"""A gRPC server in a thread of its own, so that tests call it as clients do."""
+"""A frontend and an engine host in a thread of their own, so that tests call them as clients do.
+
+The two talk as they do in processes of their own (serving/supervisor), over a socket; here tests
+can reach into both.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,9 +18,13 @@ from engines import SETTINGS
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire import EngineConfig
+from quire.protos.v1 import engine_pb2_grpc
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine
-from quire.serving.assemble import Assembled, Deliver, assemble
+from quire.serving.assemble import Assembled, assemble
+from quire.serving.engine_host.host import EngineHost
+from quire.serving.engine_wire import OPTIONS
+from quire.serving.frontend.remote_link import RemoteLink
 from quire.serving.server import Server
 
 Result = TypeVar("Result")
@@ -27,12 +36,14 @@ class Running:
     """A bound server; `open` loads the model. Close it, or use `with`."""
 
     parts: Assembled
+    link: RemoteLink
 
     def __init__(self, folder: Path, **settings: Any):
         self._config = EngineConfig(model=str(folder), **{**SETTINGS, **settings})
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
+        self._internal: grpc.aio.Server | None = None
         self.server = self.run(self._bind)
         self.channel = grpc.insecure_channel(self.server.address)
         self.stub = pb_grpc.GenerationServiceStub(self.channel)
@@ -56,11 +67,23 @@ class Running:
         return asyncio.run_coroutine_threadsafe(work(), self.loop)
 
     def open(self) -> Running:
-        def build(deliver: Deliver) -> Assembled:
-            return assemble(self._config, deliver)
-
-        self.parts = self.run(lambda: self.server.open(build))
+        self.run(self._open)
         return self
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        host = EngineHost(loop)
+        self._internal = grpc.aio.server(options=OPTIONS)
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(host, self._internal)
+        self._folder = tempfile.TemporaryDirectory(prefix="quire-test-")
+        self.engine_address = f"unix:{self._folder.name}/engine"
+        self._internal.add_insecure_port(self.engine_address)
+        await self._internal.start()
+        self.parts = parts = await loop.run_in_executor(None, assemble, self._config, host.deliver)
+        folder, served = str(parts.checkpoint.folder), parts.intake.served
+        host.open(parts.engine, parts.sizes.spec, folder, (), served)
+        self.link = await RemoteLink.attach(self.engine_address)
+        await self.server.serve(self.link, parts.intake)
 
     @property
     def engine(self) -> Engine:
@@ -75,11 +98,18 @@ class Running:
 
     def close(self) -> None:
         self.channel.close()
-        self.run(self.server.stop)
+        self.run(self._close)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(20)
         assert not self._thread.is_alive()
         self.loop.close()
+
+    async def _close(self) -> None:
+        await self.server.stop()
+        if self._internal is not None:
+            await asyncio.to_thread(self.engine.stop, drain=False)
+            await self._internal.stop(1.0)
+            self._folder.cleanup()
 
     def __enter__(self) -> Running:
         return self

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,13 @@ from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
 from quire.serving.choices import Choices
-from quire.serving.grpc_server import Mailbox, _joined
+from quire.serving.engine_host.host import EngineHost
+from quire.serving.grpc_server import _pushed
 from quire.serving.intake import Intake
+from quire.serving.pending import Pending
 from quire.serving.server import Server
 
 PROMPT = "the quick brown fox"
-
-
-@pytest.fixture(scope="session")
-def served(folder: Path) -> Iterator[Running]:
-    with Running(folder) as running:
-        yield running.open()
 
 
 def ask(prompt: Any = PROMPT, request_id: str = "", **sampling: Any) -> pb.GenerateRequest:
@@ -220,14 +216,18 @@ def test_invalid_requests_name_the_field(
 
 
 def test_a_fault_of_ours_is_internal_and_tells_no_secrets(
-    served: Running, monkeypatch: pytest.MonkeyPatch
+    served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("secret")
 
     monkeypatch.setattr(served.parts.intake, "request", broken)
-    error = refused(lambda: served.stub.Generate(ask(), timeout=60))
-    assert error.code() == StatusCode.INTERNAL and "secret" not in error.details()
+    for name, shown in (("mine", "'mine'"), ("", r"'[0-9a-f]{16}'")):
+        error = refused(lambda: served.stub.Generate(ask(request_id=name), timeout=60))  # noqa: B023
+        assert error.code() == StatusCode.INTERNAL
+        says = rf"(request {shown}): a fault in Quire; the server's log says more"
+        assert (found := re.fullmatch(says, error.details()))
+        assert f"{found[1]}: a call failed" in caplog.text and "secret" in caplog.text
 
 
 def test_a_full_queue_is_resource_exhausted_and_says_when_to_retry(folder: Path) -> None:
@@ -394,7 +394,7 @@ def test_the_engine_hears_why_a_call_ended(
     served.stub.Generate(ask(), timeout=60)
     assert heard == []  # it ended the request itself
     served.stub.Generate(ask(stop=["a", "e", "o"], max_tokens=200), timeout=60)
-    assert heard == ["stop"]
+    eventually(lambda: heard == ["stop"])
     stream = served.stub.StreamGenerate(long(), timeout=60)
     next(stream)
     stream.cancel()
@@ -406,8 +406,10 @@ def test_what_came_before_an_error_is_the_callers() -> None:
     sampling = SamplingParams(n=2)
     choices = Choices(sampling, lambda: Answer(sampling, None, str))
     ended = RequestOutput("r", finish_reason=FinishReason.ERROR, error=Unavailable("gone"))
-    outputs = [RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)]
-    chunks, error = _joined(choices, [*outputs, ended])
+    pending = Pending("r")
+    for output in [*(RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)), ended]:
+        pending.put(output)
+    chunks, error = _pushed(choices, asyncio.run(pending.take()))
     assert [(chunk.index, chunk.token_ids) for chunk in chunks] == [(1, [1, 3]), (0, [2])]
     assert error is ended.error
 
@@ -447,7 +449,7 @@ def test_a_drain_lets_running_calls_end_and_takes_no_more(folder: Path) -> None:
         begin = time.monotonic()
         running.run(running.server.stop)
         assert time.monotonic() - begin < 15
-        assert not running.engine.healthy
+        assert not running.link.healthy
 
 
 def test_a_stop_ends_running_calls_with_unavailable(folder: Path) -> None:
@@ -460,11 +462,10 @@ def test_a_stop_ends_running_calls_with_unavailable(folder: Path) -> None:
         stopping.result(20)
 
 
-def test_an_engine_that_dies_ends_its_calls_and_health_says_so(folder: Path) -> None:
+def test_an_engine_that_dies_ends_its_calls(folder: Path) -> None:
     with Running(folder).open() as running, held(running.parts) as go:
-        watching = running.start(running.server.engine_failed)
         streams = [running.stub.StreamGenerate(long(), timeout=60) for _ in range(6)]
-        eventually(lambda: running.server._service._calls == 6)
+        eventually(lambda: len(running.engine._live) == 6)
 
         def broken(*_: Any) -> Any:
             raise RuntimeError("the device is gone")
@@ -475,11 +476,28 @@ def test_an_engine_that_dies_ends_its_calls_and_health_says_so(folder: Path) -> 
         for stream in streams:
             error = refused(lambda: stream)  # noqa: B023
             assert error.code() == StatusCode.INTERNAL
-            assert "the engine failed" in error.details()
-        watching.result(20)
-        assert running.health() == "NOT_SERVING"
+            assert re.fullmatch(
+                "request '.*': the engine failed; its log says why", error.details()
+            )
+        assert not running.engine.healthy
         error = refused(lambda: running.stub.Generate(ask(), timeout=60))
         assert error.code() == StatusCode.UNAVAILABLE
+
+
+def test_a_server_without_its_engine_says_so_until_there_is_another(folder: Path) -> None:
+    with Running(folder).open() as running:
+        stream = running.stub.StreamGenerate(long(), timeout=60)
+        next(stream)
+        running.run(lambda: running._internal.stop(0))
+        assert refused(lambda: stream).code() == StatusCode.UNAVAILABLE
+        running.run(running.link.lost)
+        at_rest(running.engine)  # it has heard that the frontend is gone
+        running.run(lambda: running.server.pause("no engine"))
+        assert running.health() == running.health(SERVICE) == "NOT_SERVING"
+        error = refused(lambda: running.stub.Generate(ask(), timeout=60))
+        assert error.code() == StatusCode.UNAVAILABLE and error.details() == "no engine"
+        running.run(lambda: running.server.serve(running.link, running.parts.intake))
+        assert running.health() == "SERVING"
 
 
 def test_a_taken_port_is_an_error(served: Running) -> None:
@@ -525,9 +543,9 @@ def test_an_ipv6_address() -> None:
 
 def test_outputs_after_the_loop_has_closed_do_no_harm() -> None:
     loop = asyncio.new_event_loop()
-    mailbox = Mailbox(loop)
+    host = EngineHost(loop)
     loop.close()
-    engine_thread = threading.Thread(target=mailbox.deliver, args=([RequestOutput("x")],))
+    engine_thread = threading.Thread(target=host.deliver, args=([RequestOutput("x")],))
     engine_thread.start()
     engine_thread.join(10)
-    mailbox.deliver([RequestOutput("x")])
+    host.deliver([RequestOutput("x")])

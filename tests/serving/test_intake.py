@@ -66,7 +66,7 @@ def test_a_prompt_in_every_form(intake: Intake) -> None:
         ([1, "2"], r"prompt\[1\]: got '2'"),
         ([True], r"prompt\[0\]: got True"),
         ([1, 2.0], r"prompt\[1\]: got 2.0"),
-        ("\ud800", "text: cannot be tokenized"),
+        ("a\ud800", r"prompt: got 'a\\ud800', must be text without lone surrogates"),
     ],
 )
 def test_prompts_of_other_forms_are_refused(intake: Intake, prompt: Any, says: str) -> None:
@@ -219,6 +219,7 @@ def test_bad_words_become_tokens_with_and_without_a_space_before_them(intake: In
     [
         (["xyzxyzxyz"], r"bad_words: got 'xyzxyzxyz' \(9 tokens\), must be texts of 1 to 8 tokens"),
         ([chr(33 + n) for n in range(40)], "bad_words: got 80 token sequences, must be at most 64"),
+        (["a\udfff"], r"bad_words: got 'a\\udfff', must be text without lone surrogates"),
         ([[300]], "bad_words: got 300, must be whole numbers from 0 to 299"),
     ],
 )

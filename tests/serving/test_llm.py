@@ -103,7 +103,13 @@ def test_text_is_what_the_tokens_say(llm: LLM) -> None:
         ([[1], [1]], [GREEDY, greedy(max_tokens=4096)], "prompt 1 of 2 .*max_tokens: got 4096"),
         ([[1], [1]], [GREEDY], "sampling_params: got 1, must be one or as many as prompts"),
         ([1], [GREEDY, GREEDY], "sampling_params: got 2"),
-        ([1], [{"max_tokens": 3}], "sampling_params: got 'dict'"),
+        (
+            [1],
+            [{"max_tokens": 3}],
+            r"sampling_params\[0\]: got {'max_tokens': 3}, must be Sampling",
+        ),
+        ([1], {"n": 1}, "sampling_params: got {'n': 1}, must be SamplingParams, or a list of them"),
+        ([1], 5, "sampling_params: got 5, must be SamplingParams"),
     ],
 )
 def test_if_one_is_refused_none_runs(llm: LLM, prompts: Any, sampling: Any, says: str) -> None:
@@ -490,3 +496,23 @@ def test_cached_tokens_count_whatever_ended_the_answer(llm: LLM) -> None:
     (by_text,) = llm.generate(prompt, greedy(stop=first))
     assert by_length.cached_tokens == by_text.cached_tokens > 0
     assert by_text.outputs[0].finish_reason == "stop"
+
+
+# Embeddings
+
+
+def test_embeddings_come_in_order_and_leave_nothing_behind(llm: LLM) -> None:
+    prompts = ["the quick brown fox", [1, 2, 3], "jumps"]
+    vectors = llm.embed(prompts)
+    for prompt, vector in zip(prompts, vectors, strict=True):
+        assert vector.shape == (tiny_checkpoint.CONFIG["hidden_size"],)
+        assert vector.dtype == np.float32 and np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+        np.testing.assert_allclose(llm.embed(prompt), [vector], atol=1e-5)
+    assert len({tuple(v) for v in vectors}) == 3
+    assert llm.embed([]) == []
+    at_rest(llm.parts.engine)
+
+
+def test_an_embedding_that_cannot_be_made_is_refused_by_place(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt 1 of 2 .*prompt\[0\]: got 99999"):
+        llm.embed([[1], [99999]])

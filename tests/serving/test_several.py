@@ -16,7 +16,7 @@ from running import Running
 from quire import LLM, SamplingParams
 from quire.errors import Internal, InvalidRequest
 from quire.protos.v1 import generation_pb2 as pb
-from quire.serving.llm import Completion, Generation
+from quire.serving.llm import Completion, Generation, _raise_first
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
@@ -137,6 +137,15 @@ def test_a_request_that_fails_does_not_cost_the_others_their_answers(failing: LL
     with pytest.raises(Internal), failing.stream_many(prompts, greedy()) as stream:
         list(stream)
     at_rest(failing.parts.engine)
+
+
+def test_what_is_raised_says_what_caused_it() -> None:
+    error = Internal("request 'a': the engine failed; its log says why")
+    error.__cause__ = KeyError("a bug")
+    with pytest.raises(Internal, match="the engine failed") as caught:
+        _raise_first([Generation(None, [1], error=error)])
+    assert isinstance(caught.value.__cause__, KeyError) and caught.value.results
+    assert error.results == ()
 
 
 # Controls

@@ -16,6 +16,7 @@ from quire.serving.wire import (
     labels_of,
     prompt_of,
     response_message,
+    sampling_message,
     sampling_of,
 )
 
@@ -68,6 +69,13 @@ def test_unset_is_the_models_default_and_an_explicit_zero_is_zero() -> None:
     assert sampling_of(pb.GenerateRequest(sampling=pb.SamplingParams(**zeros))) == zeros
 
 
+def test_sampling_there_and_back() -> None:
+    params = SamplingParams(**SET)
+    message = pb.GenerateRequest(sampling=sampling_message(params))
+    assert sampling_of(message) == SET
+    assert SamplingParams(**sampling_of(message)) == params
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -111,7 +119,7 @@ def test_prompts() -> None:
     assert prompt_of(ids) == [1, 2]
     assert prompt_of(pb.GenerateRequest(text="")) == ""
     assert prompt_of(pb.GenerateRequest(token_ids=pb.TokenIds())) == []
-    with pytest.raises(InvalidRequest, match="prompt: got none, must be text or token_ids"):
+    with pytest.raises(InvalidRequest, match="prompt: got none, must be text, token_ids or chat"):
         prompt_of(pb.GenerateRequest())
 
 
@@ -119,7 +127,8 @@ def test_everything_else_is_a_label() -> None:
     request = pb.GenerateRequest(text="x", request_id="r", priority=-2, tenant="t", cache_salt="s")
     labels = labels_of(request, deadline=4.5)
     assert labels == Labels("r", priority=-2, tenant="t", cache_salt="s", deadline=4.5)
-    read = {"text", "token_ids", "sampling", "request_id", "priority", "tenant", "cache_salt"}
+    prompts = {"text", "token_ids", "chat"}
+    read = {*prompts, "sampling", "request_id", "priority", "tenant", "cache_salt"}
     assert {f.name for f in pb.GenerateRequest.DESCRIPTOR.fields} == read
 
 
@@ -128,6 +137,7 @@ LOGPROBS = [
     {5: Logprob(-0.5, 1, "five"), 7: Logprob(-1.5, 2, "seven"), 8: Logprob(-2.5, 9, "eight")},
 ]
 USAGE = pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
+TIMING = pb.Timing(queue_seconds=0.5, prefill_seconds=0.25, decode_seconds=2.0, preemptions=1)
 
 
 def as_tuples(position: pb.PositionLogprobs) -> list[tuple[int, str, float, int]]:
@@ -150,6 +160,7 @@ def test_a_response_has_every_field() -> None:
         prompt_logprobs=[None, LOGPROBS[0]],
         request_id="r",
         usage=USAGE,
+        timing=TIMING,
     )
     assert {f.name for f, _ in message.ListFields()} == set(
         pb.GenerateResponse.DESCRIPTOR.fields_by_name
@@ -201,7 +212,7 @@ def test_a_chunk_has_every_field() -> None:
     chunk = Chunk(
         "text", [7, 8], LOGPROBS, "length", 8, index=1, prompt_logprobs=[None, LOGPROBS[0]]
     )
-    message = chunk_of(chunk, request_id="r", usage=USAGE)
+    message = chunk_of(chunk, request_id="r", usage=USAGE, timing=TIMING)
     assert {f.name for f, _ in message.ListFields()} == set(
         pb.GenerateChunk.DESCRIPTOR.fields_by_name
     )

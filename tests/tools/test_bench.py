@@ -13,11 +13,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from quire.errors import InvalidConfig
 from quire.model.kernels.attention import api
 from quire.model.plan import StepPlan
-from quire.tools.bench import device_limits, kernel_cases, kernels, latency, report
+from quire.tools.bench import (
+    device_limits,
+    engine_run,
+    kernel_cases,
+    kernels,
+    latency,
+    report,
+    startup,
+    throughput,
+)
 from quire.tools.bench.models import DATA, shipped_configs
 from quire.tools.bench.null_runner import NullRunner, null_spec
 from quire.tools.bench.scheduler import ClosedLoop
@@ -132,11 +142,6 @@ def test_throughput_counts_what_ran(bench: Bench, folder: Path, tmp_path: Path) 
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_throughput_refuses_what_does_not_fit(refused: Any, folder: Path) -> None:
-    said = refused("throughput", f"--model={folder}", "--max-model-len=300", *SMALL)
-    assert "request 0 has 127 + 198 tokens, must be at most 300" in said and "--clip" in said
-
-
 def test_latency_by_its_method(bench: Bench, folder: Path) -> None:
     said = bench(
         "latency", f"--model={folder}", "--batch=1,2,99", "--prompt-tokens=8",
@@ -192,9 +197,26 @@ def test_startup_finds_programs_stored_the_second_time(bench: Bench, folder: Pat
     assert said["stored_bytes"] > 0 and said["device"]["platform"] == "cpu"
 
 
-def test_startup_says_why_a_run_failed(refused: Any, tmp_path: Path) -> None:
-    said = refused("startup", f"--model={tmp_path / 'nowhere'}")
-    assert "the cold run failed: " in said and "nowhere: does not exist" in said
+def test_startup_says_why_a_run_failed(refused: Any, folder: Path) -> None:
+    said = refused("startup", f"--model={folder}", "--memory=1KiB", *SMALL)
+    assert "the cold run failed: memory: got 1,024 bytes" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["startup", "--prompt-tokens=300"], "prompt_tokens: got 300, must be at most 299: what 1"),
+        (["latency", "--prompt-tokens=29"], "prompt_tokens: got 29, must be at most 28: what 272"),
+        (["throughput"], "request 0 has 127 + 198 tokens, must be at most 300"),
+        (["startup", "--model=nowhere"], "nowhere: does not exist"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_anything_loads(
+    refused: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
+) -> None:
+    monkeypatch.setattr(startup, "_child", None)  # calling it would be a TypeError
+    monkeypatch.setattr(engine_run, "assemble", None)
+    assert says in refused(argv[0], f"--model={folder}", "--max-model-len=300", *argv[1:])
 
 
 # The scheduler alone
@@ -338,3 +360,50 @@ def test_a_plot_that_cannot_be_made_is_refused_first(
     assert "--plot: needs matplotlib; install it by pip install 'quire[bench]'" in said
     said = refused("kernels", "--backends=fast")
     assert "backends: got 'fast', must be among reference, blockwise" in said
+
+
+# Plots
+
+
+def drawn(draw: Callable[[Any, Any], None], results: dict[str, Any]) -> Any:
+    """The first axes of a picture."""
+    figure = Figure()
+    draw(figure, results)
+    figure.draw_without_rendering()
+    return figure.axes[0]
+
+
+@pytest.mark.parametrize("sizes", [[8], [1, 64]])
+def test_ticks_stand_at_what_was_measured(sizes: list[int]) -> None:
+    steps = {str(size): {"median": 5.0} for size in sizes}
+    axes = drawn(latency._draw, {"decode_step_ms": steps, "ttft_ms": {}})
+    assert axes.get_xticks().tolist() == sizes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(map(str, sizes))
+    assert axes.get_xlim()[0] < sizes[0] and sizes[-1] < axes.get_xlim()[1]
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 5
+    axes = drawn(latency._draw, {"decode_step_ms": {}, "ttft_ms": {}})
+    assert [text.get_text() for text in axes.texts] == ["nothing was measured"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_few_bars_are_no_wider_than_several(count: int) -> None:
+    runs = [{"output_tok_s": 100.0}] * count
+    names = {"settings": {"model": "m"}, "trace": {"name": "t"}}
+    axes = drawn(throughput._draw, {"repetitions": runs, **names})
+    assert axes.patches[0].get_width() <= np.ptp(axes.get_xlim()) / 4
+    row = {"name": "case", "backend": "gpu", "share_of_limit": 0.5}
+    axes = drawn(kernels._draw, {"attention": [{**row, "name": str(n)} for n in range(count)]})
+    assert axes.patches[0].get_height() <= abs(np.ptp(axes.get_ylim())) / 4
+    assert axes.get_xlim() == (0, 1) and len(axes.get_yticks()) == count
+
+
+def test_phases_of_a_start_are_not_added_up() -> None:
+    """They overlap: the bar of all is as long as the run was."""
+    cold = {"phases": {"programs": 9.0, "lowering": 5.0}, "seconds": 10.0}
+    warm = {"phases": {"programs": 2.0}, "seconds": 3.0}
+    settings = {"model": "m"}
+    axes = drawn(startup._draw, {"cold": cold, "warm": [warm], "settings": settings})
+    assert [bar.get_width() for bar in axes.patches] == [9, 5, 10, 2, 0, 3]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "programs", "lowering", "to first token",
+    ]  # fmt: skip

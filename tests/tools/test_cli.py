@@ -272,6 +272,8 @@ def test_errors_are_one_line(run: Run, folder: Path, argv: list[str], says: str)
         (["inspect", "x", "--max-queue=1"], "--max-queue=1"),
         (["demo", "--max-queue=1"], "--max-queue=1"),
         (["generate", "x", "--prompt-ids=1,b"], "--prompt-ids: got '1,b', must be whole numbers"),
+        (["generate", "x", "--prompt=a", "--logit-bias=7"], "--logit-bias: got '7', must be like"),
+        (["generate", "x", "--prompt=a", "--logit-bias=5=1,05=2"], "must name token 5 once"),
         (["generate", "x", "--prompt=a", "--kv-memory=6XB"], "--kv-memory: size: got '6XB'"),
         (["generate", "x", "--prompt=a", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
         (["generate", "x", "--prompt=a", "--page-size=x"], "--page-size: invalid int value: 'x'"),

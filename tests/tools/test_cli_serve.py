@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import grpc
 import pytest
@@ -20,8 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from quire import EngineConfig
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
-from quire.serving.progress import Silent
-from quire.tools import serve_command
+from quire.serving.engine_host import main
 
 SMALL = ["--no-warmup", "--max-num-seqs=4", "--max-batched-tokens=32", "--page-size=16"]
 LONG = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(temperature=0, ignore_eos=True))
@@ -142,10 +142,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(serve: Any, folder: Path) -> 
 
 def test_only_a_server_settles_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    parts = object()
     monkeypatch.setattr(
-        "quire.serving.assemble.assemble", lambda *_: (done.append("assembled"), parts)[1]
+        "quire.serving.assemble.assemble", lambda *_: (done.append("assembled"), MagicMock())[1]
     )
-    monkeypatch.setattr(serve_command, "quiet_collector", lambda: done.append("quiet"))
-    assert serve_command._assembled(EngineConfig(), lambda _: None, Silent()) is parts
+    monkeypatch.setattr("quire.serving.collector.quiet_collector", lambda: done.append("quiet"))
+    main._assembled(EngineConfig(), lambda _: None)
     assert done == ["assembled", "quiet"]

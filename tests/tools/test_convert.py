@@ -28,7 +28,7 @@ from quire.checkpoints.convert import convert
 from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.hf_config import read_config
 from quire.checkpoints.manifest import MANIFEST, damaged_files, read_manifest
-from quire.checkpoints.names import param_shapes
+from quire.checkpoints.names import parameters
 from quire.checkpoints.params import save_params
 from quire.checkpoints.tensors import open_tensors
 from quire.errors import CheckpointError
@@ -105,6 +105,21 @@ def test_nothing_is_lost(source: Path, tmp_path: Path) -> None:
     weights = sum(a.nbytes for a in load_file(source / "model.safetensors").values())
     assert ("converting", weights, weights) in reporter.progress
     assert ("checking", weights, weights) in reporter.progress
+
+
+@pytest.mark.parametrize("buffer", [np.float32(3), np.ones(4), np.ones(0, np.float16)], ids=repr)
+def test_buffers_that_follow_from_the_config_stay_behind(
+    source: Path, tmp_path: Path, buffer: Any
+) -> None:
+    """Whatever their shape and dtype, which nothing reads."""
+    tensors = load_file(source / "model.safetensors")
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    save_file(tensors | {n: np.asarray(buffer) for n in names}, source / "model.safetensors")
+    reporter = Notes()
+    manifest = convert(source, tmp_path / "made", reporter, dtype="float32")
+    assert manifest.tensors.keys() == tensors.keys() and manifest.cast is None
+    assert reporter.said == [f"left out, follow from config.json: 2 tensors such as {names[0]}"]
+    assert_equal_params(source, tmp_path / "made")
 
 
 def test_tokens_are_equal_from_both_kinds(source: Path, target: Path) -> None:
@@ -186,8 +201,9 @@ def test_an_existing_target_stays(source: Path, target: Path, tmp_path: Path) ->
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="precious: is not a converted folder"):
-        convert(source, precious, Notes(), force=True)
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match=r"precious: is not a converted .* an empty f"):
+            convert(source, precious, Notes(), force=force)
     assert (precious / "thesis.txt").exists()
     for holds_source in (source, tmp_path):
         with pytest.raises(CheckpointError, match="holds the source"):
@@ -197,6 +213,17 @@ def test_an_existing_target_stays(source: Path, target: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="is converted already"):
         convert(target, tmp_path / "again", Notes())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "precious", "source"]
+
+
+def test_an_empty_folder_is_a_target(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    convert(source, tmp_path / "made", Notes())
+    assert_equal_params(source, tmp_path / "made")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(CheckpointError, match="link: is not a converted folder"):
+        convert(source, tmp_path / "link", Notes())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "link", "made", "source"]
 
 
 def test_a_full_disk_is_known_before_anything_is_written(
@@ -242,9 +269,45 @@ def test_a_cut_off_conversion_is_never_taken_for_a_whole_one(
     if where != "_check_written":  # all is there then, under the other name
         with pytest.raises(CheckpointError, match="unfinished conversion; run `quire convert`"):
             Checkpoint.open(left)
-    convert(source, made, Notes())
+    reporter = Notes()
+    convert(source, made, reporter)
+    assert reporter.said == [f"{left} was left by a conversion that was cut off: begun anew"]
     assert not left.exists() and list(damaged_files(made)) == []
     assert_equal_params(source, made)
+
+
+INTERRUPTED = """
+import os, sys
+from quire.checkpoints import convert as module, orbax_tensors
+from quire.tools.cli import main
+
+source, target, where, number = sys.argv[1:]
+place = orbax_tensors if where == "_write" else module
+calls, work = [], getattr(place, where)
+def interrupted(*args):
+    calls.append(args)
+    if len(calls) == 3 or place is module:
+        os.kill(os.getpid(), int(number))
+    return work(*args)
+setattr(place, where, interrupted)
+sys.exit(main(["convert", source, target]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [("_write", signal.SIGINT), ("_check_written", signal.SIGTERM), ("_copy_files", signal.SIGHUP)],
+)
+def test_an_interrupted_conversion_leaves_nothing(
+    source: Path, tmp_path: Path, where: str, number: signal.Signals
+) -> None:
+    script = ["-c", INTERRUPTED, str(source), str(tmp_path / "made"), where, str(int(number))]
+    done = subprocess.run(
+        [sys.executable, "-P", *script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("quire: interrupted\n") and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_two_conversions_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
@@ -385,7 +448,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     fields = {**tiny_checkpoint.CONFIG, **sizes, **layers, "torch_dtype": "bfloat16"}
     (big / "config.json").write_text(json.dumps(fields))
     config = read_config(big)
-    arrays = {n: np.ones(s, ml_dtypes.bfloat16) for n, s in param_shapes(config).items()}
+    arrays = {p.name: np.ones(p.shape, ml_dtypes.bfloat16) for p in parameters(config)}
     save_params(big, config, arrays)
     on_disk = (big / "model.safetensors").stat().st_size
     largest = 4096 * 1024 * 2

@@ -32,6 +32,7 @@ PLAIN = Machine(
     packages=BASE,
     hardware=Hardware(),
     jax_devices=CPU,
+    jax_faults=["Unable to initialize backend 'tpu': no such thing"],
     hidden=None,
     memory=64 * GIB,
     memory_free=60 * GIB,
@@ -45,6 +46,11 @@ PLAIN = Machine(
 
 def results(**changes: Any) -> dict[str, Check]:
     return {check.name: check for check in all_checks(dataclasses.replace(PLAIN, **changes))}
+
+
+def test_a_password_of_the_hub_is_not_shown() -> None:
+    hub = dataclasses.replace(PLAIN.hub, endpoint="https://me:hush@it@hub/x")
+    assert results(hub=hub)["hub"].found.startswith("https://***@hub/x,")
 
 
 def failing(**changes: Any) -> dict[str, Check]:
@@ -109,6 +115,10 @@ OLD = dataclasses.replace(H200, driver="550.54.15")
             {"hardware": H200, "packages": CUDA13, "hidden": "JAX_PLATFORMS=cpu"},
             "JAX devices", "warn", "unset it",
         ),
+        (
+            {"hardware": H200, "packages": CUDA13, "jax_faults": ["tpu: no", "cuda13: no cuDNN"]},
+            "JAX devices", "fail", "though an accelerator is there. cuda13: no cuDNN pip install",
+        ),
         ({"jax_devices": "no libcuda"}, "JAX devices", "fail", "JAX does not start: no libcuda"),
         ({"memory_free": GIB}, "host memory", "warn", "1 GiB free of 64 GiB"),
         (
@@ -141,7 +151,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         taken.listen()
         server = dataclasses.replace(ServerConfig(), port=taken.getsockname()[1])
         monkeypatch.setattr(doctor_probes, "ServerConfig", lambda: server)
-        machine = doctor_probes.this_machine(ask_jax=lambda: CPU)
+        machine = doctor_probes.this_machine(ask_jax=lambda: (CPU, []))
         assert machine.ports_taken == [("127.0.0.1", server.port)]
     assert machine.caches["compiled programs"].used == 5
     assert machine.caches["hub models"].path == tmp_path / "hf" / "hub"
@@ -152,9 +162,41 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_jax_is_asked_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_probes._jax_devices() == CPU
+    assert doctor_probes._ask_jax() == (CPU, [])
     monkeypatch.setattr(doctor_probes, "_ASK_JAX", "raise RuntimeError('no such plugin')")
-    assert doctor_probes._jax_devices() == "RuntimeError: no such plugin"
+    assert doctor_probes._ask_jax() == ("RuntimeError: no such plugin", [])
+
+
+PLUGIN = """
+import jax
+def broken(*_, **__):
+    raise RuntimeError("driver too old\\nfor this")
+def initialize():
+    if {late}:
+        jax._src.xla_bridge.register_backend_factory("cuda", broken, fail_quietly=True)
+    else:
+        broken()
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_why_jax_goes_on_without_a_backend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: bool
+) -> None:
+    """A plugin that fails when it is loaded, and one whose backend does not start."""
+    (tmp_path / "cudalike.py").write_text(PLUGIN.format(late=late))
+    info = tmp_path / "cudalike-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cudalike\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[jax_plugins]\ncudalike = cudalike\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    visible = "jax._src.hardware_utils.has_visible_nvidia_gpu = lambda: True"
+    ask = doctor_probes._ASK_JAX.replace("import jax\n", f"import jax\n{visible}\n")
+    monkeypatch.setattr(doctor_probes, "_ASK_JAX", ask)
+    devices, faults = doctor_probes._ask_jax()
+    assert devices == CPU
+    assert any("cuda" in fault and "driver too old for this" in fault for fault in faults)
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

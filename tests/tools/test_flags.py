@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import quire
 from quire import EngineConfig, ServerConfig
 from quire.config import parse_bytes, settings_of
 from quire.errors import InvalidConfig
+from quire.tools import cli
 from quire.tools.flags import add_settings, settings_from
+from quire.tools.settings_file import read_settings_file
 
 ENGINE: dict[str, tuple[list[str], Any]] = {
     "model": (["--model=here"], "here"),
@@ -41,7 +46,9 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
 SERVER: dict[str, tuple[list[str], Any]] = {
     "host": (["--host=::1"], "::1"),
     "port": (["--port=0"], 0),
+    "frontends": (["--frontends=2"], 2),
     "drain_timeout": (["--drain-timeout=5"], 5),
+    "step_timeout": (["--step-timeout=9"], 9),
 }
 
 
@@ -142,3 +149,34 @@ def test_sizes(text: str, count: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InvalidConfig, match="must be like 512MiB, 6GB or a number of bytes"):
         parse_bytes(text)
+
+
+# What documentation says of them
+
+ROOT = Path(quire.__file__).parent
+DOCS = ["README.md", "docs/configuration.md", "docs/benchmarks.md", "docs/performance.md"]
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a command and of all below it."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found.update(*map(flags_of, action.choices.values()))
+    return found
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_documentation_names_no_flag_that_is_not_there(page: str) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / page).read_text("utf-8")))
+    assert named and named <= flags_of(cli.parser())
+
+
+def test_the_settings_file_of_the_documentation_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs/configuration.md").read_text("utf-8")
+    file = tmp_path / "production.yaml"
+    file.write_text(text.split("```yaml\n")[1].split("```")[0])
+    found = read_settings_file(file)
+    assert found["kv_memory"].value == "6GiB" and found["port"].value == 8000
+    assert found["max_num_seqs"].where == f"{file}:3"

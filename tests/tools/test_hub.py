@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,75 @@ def test_a_failed_download_keeps_what_is_whole(hub: FakeHub, folder: Path) -> No
     assert sorted(hub.downloaded()) == [n for n in sorted(files) if "-of-" in n]
 
 
+def ranges(hub: FakeHub, name: str) -> list[str | None]:
+    """The Range headers of the requests for a file's content."""
+    return [r for method, path, r in hub.requests if method == "GET" and path.endswith(name)]
+
+
+def test_a_download_that_failed_goes_on_where_it_stopped(
+    hub: FakeHub, folder: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    repo = hub.repos["org/tiny"]
+    repo.broken, repo.cut_after = True, [30_000]
+    refused("org/tiny: cannot be downloaded from .*run it again to go on")
+    repo.broken = False
+    hub.requests.clear()
+    found = get()
+    assert ranges(hub, "model.safetensors") == ["bytes=30000-"]
+    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert not list(found.parent.parent.rglob("*.incomplete"))
+
+
+KILLED = """
+import os, signal, sys
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 20_000
+from quire.checkpoints import hub_resume
+from quire.checkpoints.locate import locate
+from quire.serving.progress import Silent
+count, write = [], hub_resume._Partial.write
+def third(self, data):
+    count.append(data)
+    os.kill(os.getpid(), int(sys.argv[1])) if len(count) == 3 else None
+    return write(self, data)
+hub_resume._Partial.write = third
+locate("org/tiny", Silent(), revision=None, offline=False)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_download_that_was_killed_goes_on_where_it_stopped(
+    hub: FakeHub, folder: Path, number: signal.Signals
+) -> None:
+    argv = [sys.executable, "-P", "-c", KILLED, str(int(number))]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -number, done.stderr
+    (left,) = Path("hf").rglob("*.incomplete")
+    there = left.stat().st_size
+    assert there >= 40_000
+    hub.requests.clear()
+    found, reporter = get(), Notes()
+    assert ranges(hub, "model.safetensors") == [f"bytes={there}-"]
+    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert locate("org/tiny", reporter, revision=None, offline=True) == found
+
+
+def test_what_was_left_is_not_trusted(hub: FakeHub, folder: Path, monkeypatch: Any) -> None:
+    repo = hub.repos["org/tiny"]
+    repo.broken, repo.cut_after = True, [30_000]
+    refused("cannot be downloaded")
+    (left,) = Path("hf").rglob("*.incomplete")
+    left.write_bytes(bytes(30_000))
+    repo.broken = False
+    host = hub.endpoint.removeprefix("http://")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://me:hush@{host}")
+    refused(rf"^http://\*\*\*@{host}/org/tiny/.*model.safetensors: what came has another checksum")
+    left.write_bytes(bytes(10_000_000))  # longer than the file
+    found = get()
+    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 def test_progress(hub: FakeHub, model: dict[str, bytes], monkeypatch: Any) -> None:
     from quire.checkpoints import hub as module
 
@@ -215,6 +285,28 @@ def test_an_unreachable_hub_is_said_and_the_cache_used(hub: FakeHub, monkeypatch
 
 
 # Refusals
+
+
+def test_a_password_in_the_endpoint_is_in_no_message(hub: FakeHub, monkeypatch: Any) -> None:
+    """Nor in those that huggingface_hub words."""
+    host = hub.endpoint.removeprefix("http://")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://me:hush%2F@{host}")
+    hub.repos["org/broken"] = Repo(hub.repos["org/tiny"].revisions, broken=True)
+    said = []
+    for name in ("org/none", "org/broken"):
+        with pytest.raises(CheckpointError, match=rf"http://\*\*\*@{host}") as caught:
+            get(name)
+        said.append(str(caught.value))
+    get("org/tiny")
+    reporter = Notes()
+    hub.repos["org/tiny"].down = True
+    assert locate("org/tiny", reporter, revision=None, offline=False)
+    assert reporter.said == [
+        f"http://***@{host} cannot be reached: org/tiny is taken from the cache"
+    ]
+    with pytest.raises(CheckpointError, match=r"cannot be reached \(.*\*\*\*@") as caught:
+        get("org/tiny", revision="v9")
+    assert not any("hush" in text for text in (*said, str(caught.value), repr(hub_settings())))
 
 
 def test_a_gated_model_is_explained(hub: FakeHub, monkeypatch: Any) -> None:

@@ -56,6 +56,12 @@ def test_one_file_for_engine_and_server(write: Any) -> None:
     assert server == {"port": 8000, "host": "::1"}
 
 
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("+8", 8), ("0o10", 8), ("0x10", 16)])
+def test_numbers_are_those_of_yaml_1_2(write: Any, text: str, number: int) -> None:
+    engine, _ = parsed("--config", write(f"model: m\nmax_num_seqs: {text}\n"))
+    assert engine["max_num_seqs"] == number
+
+
 def test_flags_override_the_file(write: Any) -> None:
     file = write("model: here\nmax_num_seqs: 4\noverlap: false\nport: 8000\n")
     engine, server = parsed("there", "--config", file, "--max-num-seqs=5", "--overlap")
@@ -87,8 +93,13 @@ def test_the_model_comes_from_somewhere(write: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("port: 1\nmax_num_seq: 4\n", ":2: max_num_seq: no such setting; the nearest is max_num_s"),
-        ("zzz: 4\n", ":1: zzz: no such setting; the nearest is "),
+        ("port: 1\nmax_num_seq: 4\n", ":2: max_num_seq: no such setting; did you mean max_num_s"),
+        ("zzz: 4\n", ":1: zzz: no such setting; `quire config show` lists them all"),
+        ("? [port]\n: 4\n", ":1: a key is a sequence, must be the name of a setting"),
+        ("max_num_seqs: 22:30\n", ":1: max_num_seqs: got '22:30', must be a whole number"),
+        ("max_num_seqs: 1_0\n", ":1: max_num_seqs: got '1_0', must be a whole number"),
+        ("max_num_seqs: 1.5\n", ":1: max_num_seqs: got 1.5, must be a whole number"),
+        ("max_num_seqs: 1e1\n", ":1: max_num_seqs: got 10.0, must be a whole number"),
         ("engine:\n  dtype: float32\n", ":1: engine: no such setting"),
         ("<<: {port: 1}\n", ":1: <<: no such setting"),
         ("overlap: true\n\nmax_num_seqs: four\n", ":3: max_num_seqs: got 'four', must be a whole"),

@@ -21,8 +21,8 @@ from ...model.plan import Bucket, StepPlan
 from ...sched.request import RequestOutput, SamplingParams
 from ...sched.stats import EngineStats
 from ...serving.assemble import Assembled, assemble
+from ...serving.collector import quiet_collector
 from ...serving.progress import Reporter
-from ..collector import quiet_collector
 from ..inspect_command import memory
 
 LOOK_EVERY = 0.2

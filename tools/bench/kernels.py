@@ -320,16 +320,21 @@ def _tables(results: dict[str, Any]) -> list[Any]:
 
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:
-    axes = figure.subplots()
     rows = [row for row in results["attention"] if "failed" not in row]
     labels = list(dict.fromkeys(row["name"] for row in rows))
     backends = list(dict.fromkeys(row["backend"] for row in rows))
+    figure.set_figheight(max(5, 1.5 + 0.2 * len(labels)))
+    axes = figure.subplots()
     height = 0.8 / max(len(backends), 1)
     for at, backend in enumerate(backends):
         mine = [row for row in rows if row["backend"] == backend]
         places = [labels.index(row["name"]) + at * height for row in mine]
         axes.barh(places, [row["share_of_limit"] for row in mine], height, label=backend)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels, fontsize=7)
-    axes.set(xlabel="share of the device's limit")
-    axes.invert_yaxis()
-    axes.legend()
+    middle, half = len(labels) / 2 - height / 2 - 0.1, max(len(labels), 4) / 2 + 0.1
+    axes.set_ylim(middle + half, middle - half)  # few bars are no thicker than several
+    axes.set_xlim(0, max(1, axes.get_xlim()[1]) if rows else 1)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xlabel("share of the device's limit")
+    if rows:
+        axes.legend()

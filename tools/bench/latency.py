@@ -15,8 +15,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..flags import from_zero, positive, positives
-from .models import add_engine, engine_config
-from .report import add_output, check_output, finish, table
+from .models import add_engine, check_fits, engine_config
+from .report import add_output, check_output, finish, over_sizes, table
 
 if TYPE_CHECKING:
     from .engine_run import TokenEngine
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     check_output(args)
     config = engine_config(args)
     _check(args)
+    # The others say what they leave out: their defaults are for long contexts.
+    check_fits(config, "prompt_tokens", args.prompt_tokens, args.output_tokens)
     from ...serving.progress import Terminal
     from .engine_run import TokenEngine
 
@@ -202,6 +204,7 @@ def _draw(figure: Any, results: dict[str, Any]) -> None:
         "ttft_ms": ("time to first token", "prompt tokens"),
     }
     for axes, (name, (title, label)) in zip(figure.subplots(1, 2), parts.items(), strict=True):
-        points = results[name]
-        axes.plot([int(x) for x in points], [p["median"] for p in points.values()], marker="o")
-        axes.set(title=title, xlabel=label, ylabel="ms", ylim=(0, None))
+        sizes = [int(size) for size in results[name]]
+        axes.plot(sizes, [figures["median"] for figures in results[name].values()], marker="o")
+        axes.set_title(title)
+        over_sizes(axes, sizes, x=label, y="ms")

@@ -50,3 +50,23 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             )
         given["model"] = str(DATA / "configs" / name)
     return EngineConfig(**given)
+
+
+def context_of(config: EngineConfig) -> int:
+    """Most tokens of prompt and output together, as far as the model and `max_model_len` say: asked
+    before anything that takes long is started. An engine may have memory for fewer."""
+    from ...model.sizing import longest_wanted
+    from ...serving.assemble import open_checkpoint
+
+    return longest_wanted(config, open_checkpoint(config).config)
+
+
+def check_fits(config: EngineConfig, setting: str, prompt: int, output: int) -> None:
+    """Raises InvalidConfig where the model cannot serve prompts of so many tokens, and so many
+    tokens after them."""
+    most = context_of(config) - output
+    if prompt > most:
+        raise InvalidConfig(
+            f"{setting}: got {prompt}, must be at most {most}: what {output} tokens of output "
+            f"leave of {most + output} (the model's context, or max_model_len)"
+        )

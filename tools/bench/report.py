@@ -117,6 +117,22 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def over_sizes(axes: Any, sizes: Sequence[int], *, x: str, y: str) -> None:
+    """Finishes a plot of values from zero up over sizes, such as batches: doublings are equally far
+    apart, and ticks stand at what was measured alone, be it one."""
+    axes.set(xlabel=x, ylabel=y)
+    if not sizes:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
+        return
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+
+
 def _plot(args: argparse.Namespace, draw: Draw) -> None:
     import matplotlib
 

@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..collector import quiet_collector
+from ...serving.collector import quiet_collector
 from ..flags import from_zero, positive, positives
-from .report import add_output, check_output, finish, table
+from .report import add_output, check_output, finish, over_sizes, table
 
 if TYPE_CHECKING:
     from ...model.plan import RunnerSpec
@@ -324,12 +324,13 @@ def _table(results: dict[str, Any]) -> Any:
 def _draw(figure: Any, results: dict[str, Any]) -> None:
     axes = figure.subplots()
     rows = results["rows"]
+    sizes = [int(size) for size in rows]
     for name in ("p50", "p99"):
         values = [found["full"]["wall_ms"][name] for found in rows.values()]
-        axes.plot([int(r) for r in rows], values, marker="o", label=f"{name}, wall")
+        axes.plot(sizes, values, marker="o", label=f"{name}, wall")
         values = [found["full"]["cpu_ms"][name] for found in rows.values()]
-        axes.plot([int(r) for r in rows], values, marker="x", ls="--", label=f"{name}, CPU")
+        axes.plot(sizes, values, marker="x", ls="--", label=f"{name}, CPU")
     budgets = {int(r): f["budget_p99_ms"] for r, f in rows.items() if f["budget_p99_ms"]}
     axes.plot(list(budgets), list(budgets.values()), "_", ms=20, label="budget of p99")
-    axes.set(xlabel="rows", ylabel="ms of host time per step", ylim=(0, None))
+    over_sizes(axes, sizes, x="rows", y="ms of host time per step")
     axes.legend()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Internal
 from ..flags import positive
-from .models import add_engine, engine_config
+from .models import add_engine, check_fits, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_output(args)
     config = engine_config(args)
+    check_fits(config, "prompt_tokens", args.prompt_tokens, 1)
     from ...serving.progress import Terminal
 
     reporter = Terminal()
@@ -111,13 +112,17 @@ def _table(results: dict[str, Any]) -> Any:
 
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:
+    """A row for each phase: they overlap, so that no bar of all would end where a run did."""
     axes = figure.subplots()
     runs = {"cold": results["cold"], "warm": results["warm"][-1]}
-    left = dict.fromkeys(runs, 0.0)
-    for name in dict.fromkeys(name for run in runs.values() for name in run["phases"]):
-        widths = [run["phases"].get(name, 0.0) for run in runs.values()]
-        axes.barh(list(runs), widths, left=list(left.values()), label=name)
-        left = {run: at + width for (run, at), width in zip(left.items(), widths, strict=True)}
+    phases = list(dict.fromkeys(name for run in runs.values() for name in run["phases"]))
+    for at, (name, run) in enumerate(runs.items()):
+        places = [row + 0.4 * (at - 0.5) for row in range(len(phases) + 1)]
+        seconds = [*(run["phases"].get(phase, 0.0) for phase in phases), run["seconds"]]
+        bars = axes.barh(places, seconds, 0.4, label=name)
+        axes.bar_label(bars, fmt=" {:.2f}", fontsize=8)
+    axes.set_yticks(range(len(phases) + 1), [*phases, "to first token"])
     axes.invert_yaxis()
-    axes.set(xlabel="seconds from process start to first token")
+    axes.margins(x=0.1)
+    axes.set(xlabel="seconds", title=f"start of {results['settings']['model']}")
     axes.legend()

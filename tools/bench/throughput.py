@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
 from ..flags import from_zero, positive
-from .models import add_engine, engine_config
+from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from .trace import read_trace
 
     trace = read_trace(args.trace).first(args.requests)
+    if not args.clip:
+        trace.fitted(context_of(config), clip=False)  # refused before anything is loaded
     settings, trace, repetitions = measure(config, trace, args.clip, args.repeat, args.seed)
     rates = [r["output_tok_s"] for r in repetitions]
     results = {
@@ -155,6 +157,10 @@ def _table(results: dict[str, Any]) -> Any:
 def _draw(figure: Any, results: dict[str, Any]) -> None:
     axes = figure.subplots()
     rates = [r["output_tok_s"] for r in results["repetitions"]]
-    axes.bar([f"run {at + 1}" for at in range(len(rates))], rates)
+    bars = axes.bar([f"run {at + 1}" for at in range(len(rates))], rates)
+    axes.bar_label(bars, fmt="{:,.0f}")
+    half = max(len(rates), 4) / 2  # few bars are no wider than several
+    axes.set_xlim((len(rates) - 1) / 2 - half, (len(rates) - 1) / 2 + half)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("output tokens per second")
     axes.set_title(f"{results['settings']['model']}, {results['trace']['name']}")

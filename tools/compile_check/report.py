@@ -21,7 +21,6 @@ _IN_PLACE = {
     "parameter", "scatter", "dynamic-update-slice", "fusion", "custom-call", "bitcast", "tuple",
     "get-tuple-element", "reshape",
 }  # fmt: skip
-_SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,6 @@ class ProgramReport:
     argument_bytes: int
     hlo: str
     thunks: list[str] | None
-
-    def copies_of(self, array: jax.ShapeDtypeStruct) -> list[str]:
-        """Instructions that write a new array of this shape and dtype, whatever the order of its
-        dimensions in memory: copies and transposes, also those inside fusions."""
-        shape = f"{_SHORT_NAMES[str(array.dtype)]}[{','.join(map(str, array.shape))}]"
-        made = rf"= \(?{re.escape(shape)}[^=]*? (?:copy|copy-start|transpose)\("
-        return [line.strip() for line in self.hlo.splitlines() if re.search(made, line)]
 
     def passes_over(self, array: jax.ShapeDtypeStruct) -> list[str]:
         """Instructions whose result has as many elements as this array and is computed, not an

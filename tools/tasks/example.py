@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from . import words
+
 Split = Literal["train", "held_out"]
 Message = dict[str, Any]
 """OpenAI's chat form. An assistant message may have `reasoning_content` (its thoughts) and
@@ -34,7 +36,16 @@ SYSTEM_PROMPTS: tuple[str, ...] = (
     "You are Quire, a small language model.",
     "You are an assistant. Answer the user's questions.",
 )
-"""None of these changes an answer."""
+_OTHER_SYSTEM_PROMPTS = (
+    "You are the assistant of {a_job}.",
+    "You work for {a_job} in {city}.",
+    "You are a chat bot of a company in {city}. Be polite.",
+    "Today is {weekday}.",
+    "Today is {weekday}. You are a helpful assistant.",
+    "You help people who visit {city}.",
+    "You are an expert on {food}.",
+    "The user is {a_job} and has little time.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,18 @@ def after_thoughts(check: Callable[[str], bool], text: str) -> bool:
     """Applies a check to what follows the thoughts, which must have come to an end."""
     _, ended, answer = text.partition("</think>")
     return bool(ended) and check(answer)
+
+
+def system_prompt(rng: random.Random) -> str:
+    """One that changes no answer."""
+    if rng.random() < 0.6:
+        return rng.choice(SYSTEM_PROMPTS)
+    return rng.choice(_OTHER_SYSTEM_PROMPTS).format(
+        a_job=words.a(rng.choice(words.JOBS)),
+        city=rng.choice(words.CITIES),
+        weekday=rng.choice(words.WEEKDAYS),
+        food=words.some(rng.choice(words.FOODS)),
+    )
 
 
 def user(text: str) -> Message:
@@ -120,7 +143,7 @@ def asked(
     thinking = thoughts is not None
     messages = (*before, user(question), assistant(answer, thoughts))
     if messages[0]["role"] != "system" and rng.random() < _SYSTEM_SHARE:
-        messages = (system(rng.choice(SYSTEM_PROMPTS)), *messages)
+        messages = (system(system_prompt(rng)), *messages)
     if thinking:
         check = partial(after_thoughts, check)
     return Example(task, key, messages, check, thinking=thinking, difficulty=difficulty)

@@ -14,15 +14,7 @@ from functools import partial
 from typing import Any
 
 from . import arithmetic
-from .example import (
-    SYSTEM_PROMPTS,
-    Example,
-    Message,
-    assistant,
-    exactly,
-    system,
-    user,
-)
+from .example import Example, Message, assistant, exactly, system, system_prompt, user
 from .tools_offered import TOOLS, Offer, offer
 
 MOST_TOOLS = 4
@@ -98,7 +90,7 @@ def _calling(calls: Sequence[dict[str, Any]]) -> Message:
 
 
 def _system(rng: random.Random) -> tuple[Message, ...]:
-    return (system(rng.choice(SYSTEM_PROMPTS)),) if rng.random() < 0.2 else ()
+    return (system(system_prompt(rng)),) if rng.random() < 0.2 else ()
 
 
 def _needs_none(rng: random.Random, tools: tuple[dict[str, Any], ...]) -> Example:

@@ -377,7 +377,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "chat command",
-        "Run quire chat. Without a model it opens me.",
+        "Run quire chat. Without a model it opens the demo model.",
         (
             "How do I chat with you?",
             "What does quire chat do?",

@@ -82,7 +82,7 @@ def attention_program(
         lowered = jax.jit(program, donate_argnums=0).trace(*args).lower(lowering_platforms=("tpu",))
     report = compile_for(lowered, "tpu")
     slab = args[0]
-    assert not report.copies_of(slab)
+    assert report.passes_over(slab) == []
     assert report.alias_bytes == slab.size * slab.dtype.itemsize
     assert report.temp_bytes < 8 * MiB
     return report
@@ -126,7 +126,7 @@ def whole_programs(
     copied_pages = ADMIT_ROOM.copies * slab_bytes // num_pages
     for key in [*sizes, ADMIT]:
         report = compile_for(programs.lower(key), "tpu")
-        assert not report.copies_of(slab), key
+        assert report.passes_over(slab) == [], key
         assert report.alias_bytes >= slab_bytes, key
         bound = copied_pages if key == ADMIT else key.rows * config.vocab_size * 4 + 64 * MiB
         assert report.temp_bytes <= bound + MiB, key

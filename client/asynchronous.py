@@ -1,0 +1,137 @@
+"""`AsyncClient`: the same calls for asyncio. Names and arguments are those of `Client`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Unpack, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ..errors import DeadlineExceeded
+from ..protos.v1 import generation_pb2 as pb
+from ..protos.v1 import generation_pb2_grpc as pb_grpc
+from .channel import AS_USUAL, SERVICE, TLS, Metadata, Retry, credentials, key_metadata, options
+from .failures import translated
+from .messages import Fields, Prompt, generate_request
+
+_LOOK_EVERY = 0.2
+"""Seconds between two looks at whether a server is ready."""
+
+
+class AsyncClient:
+    """Calls one server. Make it on the event loop that will use it; close it, or use `async with`.
+    Arguments as of `Client`."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        tls: TLS | bool = False,
+        timeout: float | None = None,
+        retry: Retry = AS_USUAL,
+    ):
+        asyncio.get_running_loop()  # raises here where there is none, not obscurely later
+        self.address = address
+        self._timeout = timeout
+        self._metadata = key_metadata(api_key)
+        secrets = credentials(tls)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=options(retry))
+            if secrets is None
+            else grpc.aio.secure_channel(address, secrets, options=options(retry))
+        )
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        **fields: Unpack[Fields],
+    ) -> pb.GenerateResponse:
+        """The whole answer to one prompt. Cancelling the task ends the request."""
+        request = generate_request(prompt, fields)
+        with translated():
+            response = await self._stub.Generate(request, **self._how(timeout, metadata))
+        return cast(pb.GenerateResponse, response)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        **fields: Unpack[Fields],
+    ) -> AsyncStream:
+        """The answer in pieces, as they come."""
+        request = generate_request(prompt, fields)
+        return AsyncStream(self._stub.StreamGenerate(request, **self._how(timeout, metadata)))
+
+    async def ready(self, *, timeout: float = 5.0) -> bool:
+        """Whether the server says that it serves."""
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        try:
+            status = (await self._health.Check(request, timeout=timeout)).status
+        except grpc.RpcError:
+            return False
+        return bool(status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Returns when the server serves; raises DeadlineExceeded after `timeout` seconds."""
+        end = asyncio.get_running_loop().time() + timeout
+        while not await self.ready():
+            if asyncio.get_running_loop().time() >= end:
+                raise DeadlineExceeded(f"{self.address}: not ready within {timeout:g} s")
+            await asyncio.sleep(_LOOK_EVERY)
+
+    async def close(self) -> None:
+        """Ends calls that run, and the connection."""
+        await self._channel.close(None)
+
+    def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
+        return {
+            "timeout": self._timeout if timeout is None else timeout,
+            "metadata": (*self._metadata, *metadata),
+        }
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream(AsyncIterator[pb.GenerateChunk]):
+    """Chunks of one call. Closing it early ends the request; so does leaving an `async with`."""
+
+    def __init__(self, call: Any):
+        self._call, self._chunks = call, aiter(call)
+
+    async def __anext__(self) -> pb.GenerateChunk:
+        with translated():
+            return cast(pb.GenerateChunk, await anext(self._chunks))
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

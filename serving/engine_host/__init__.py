@@ -1,0 +1,1 @@
+"""The engine process: an engine, and the service that frontends attach to."""

@@ -1,0 +1,268 @@
+"""Serves one engine to frontends (protos/v1/engine.proto), in the engine's process.
+
+    engine thread:  Engine --EngineHost.deliver(outputs of a step)--> event loop
+    event loop:     sorts them by frontend, one Step each; each frontend's stream takes its Step
+                    ── Submit, Finish ──> Engine's inbox
+
+A frontend that is gone, or says nothing for `SILENCE` seconds, is detached: its requests end, and
+their pages are free with the next step. One that does not read fast enough gets several Steps in
+one message; their size is bounded by the lengths of its answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from ...errors import Internal, QuireError
+from ...model.plan import RunnerSpec
+from ...protos.v1 import engine_pb2 as pb
+from ...protos.v1 import engine_pb2_grpc as pb_grpc
+from ...sched.engine import Engine
+from ...sched.request import FinishReason, RequestOutput
+from ..engine_wire import (
+    HEARTBEAT,
+    PROTOCOL,
+    SILENCE,
+    error_message,
+    limits_message,
+    output_message,
+    request_of,
+    stats_values,
+)
+from ..intake import Served
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
+log = logging.getLogger(__name__)
+
+
+class EngineHost(pb_grpc.EngineServiceServicer):
+    """The servicer. Frontends may attach at any time; they are served from `open` on.
+
+    Args:
+      loop: the event loop that it serves on.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._engine: Engine | None = None
+        self._welcome = pb.Welcome()
+        self._opened = asyncio.Event()
+        self._routes: dict[str, _Route] = {}  # of all unfinished requests, by id
+
+    def open(
+        self,
+        engine: Engine,
+        spec: RunnerSpec,
+        folder: str,
+        ignore_config_fields: tuple[str, ...],
+        served: Served,
+    ) -> None:
+        """Starts serving an engine that delivers here.
+
+        Args:
+          engine: started.
+          spec: its limits.
+          folder: of the model; where frontends find its tokenizer.
+          ignore_config_fields: as the engine's own.
+          served: for those who ask which model it is.
+        """
+        self._engine = engine
+        self._welcome = pb.Welcome(
+            protocol=PROTOCOL,
+            folder=folder,
+            ignore_config_fields=ignore_config_fields,
+            limits=limits_message(spec),
+            name=served.name,
+            dtype=served.dtype,
+        )
+        self._opened.set()
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        """Called on the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._sort, outputs)
+        except RuntimeError:
+            # The loop was closed under a running engine; then nobody is left to tell.
+            if not self._loop.is_closed():
+                raise
+
+    def _sort(self, outputs: list[RequestOutput]) -> None:
+        """One Step for each frontend that has a request among the outputs."""
+        routes, steps = self._routes, dict[_Frontend, _Step]()
+        for output in outputs:
+            route = routes.get(output.request_id)
+            if route is None:
+                continue
+            step = steps.get(route.frontend)
+            if step is None:
+                step = steps[route.frontend] = _Step()
+            step.add(route, output)
+            if output.ended:
+                del routes[output.request_id]
+                route.frontend.live.pop(route.handle, None)
+        for frontend, step in steps.items():
+            frontend.send(step.message())
+
+    async def Attach(
+        self, requests: AsyncIterator[pb.ToEngine], context: grpc.aio.ServicerContext
+    ) -> None:
+        hello: pb.ToEngine = await context.read()
+        if hello is EOF:
+            return
+        if hello.hello.protocol != PROTOCOL:
+            said = f"protocol: got {hello.hello.protocol}, must be {PROTOCOL}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, said)
+        await self._opened.wait()
+        frontend = _Frontend()
+        tasks = [
+            asyncio.ensure_future(self._read(frontend, context)),
+            asyncio.ensure_future(frontend.write(self._welcome, context)),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except TimeoutError:
+            log.error("a frontend said nothing for %g s; its requests end", SILENCE)
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._detach(frontend)
+
+    async def _read(self, frontend: _Frontend, context: grpc.aio.ServicerContext) -> None:
+        """Does what a frontend says until it leaves."""
+        engine = self._engine
+        assert engine is not None
+        while True:
+            async with asyncio.timeout(SILENCE):
+                message: pb.ToEngine = await context.read()
+            if message is EOF:
+                return
+            for submit in message.submits:
+                self._submit(engine, frontend, submit)
+            for finish in message.finishes:
+                if request_id := frontend.live.get(finish.handle):
+                    choice = finish.choice if finish.HasField("choice") else None
+                    engine.finish(request_id, FinishReason(finish.reason), choice)
+            if message.stats:
+                frontend.send_stats(stats_values(engine.stats()))
+
+    def _submit(self, engine: Engine, frontend: _Frontend, message: pb.Submit) -> None:
+        route = _Route(frontend, message.handle)
+        error: QuireError
+        try:
+            request = request_of(message)
+            # Outputs come by way of this event loop, so none can be here before its route.
+            engine.submit(request)
+            self._routes[request.id] = route
+            frontend.live[message.handle] = request.id
+            return
+        except QuireError as refusal:
+            error = refusal
+        except Exception as fault:
+            log.exception("a request could not be submitted")
+            error = Internal(f"request {message.id!r}: {type(fault).__name__}: {fault}")
+        said = pb.Output(
+            handle=message.handle,
+            finish_reason=FinishReason.ERROR,
+            error=error_message(error),
+            ended=True,
+        )
+        frontend.send(pb.Step(outputs=[said]))
+
+    def _detach(self, frontend: _Frontend) -> None:
+        """Ends all that a frontend left unfinished."""
+        assert self._engine is not None
+        for request_id in frontend.live.values():
+            self._routes.pop(request_id, None)
+            self._engine.finish(request_id)
+        frontend.live.clear()
+
+
+class _Frontend:
+    """One that is attached.
+
+    Attributes:
+      live: its unfinished requests: handle to id.
+    """
+
+    def __init__(self) -> None:
+        self.live: dict[int, str] = {}
+        self._next = pb.FromEngine()
+        self._news = asyncio.Event()
+
+    def send(self, step: pb.Step) -> None:
+        self._next.steps.append(step)
+        self._news.set()
+
+    def send_stats(self, values: dict[str, float]) -> None:
+        self._next.stats.update(values)
+        self._news.set()
+
+    async def write(self, welcome: pb.Welcome, context: grpc.aio.ServicerContext) -> None:
+        """Sends what there is as soon as the last message has gone out."""
+        self._next.welcome.CopyFrom(welcome)
+        self._news.set()
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT):
+                    await self._news.wait()
+            except TimeoutError:
+                pass  # then the message is empty
+            self._news.clear()
+            message, self._next = self._next, pb.FromEngine()
+            await context.write(message)
+
+
+class _Route:
+    """Where the outputs of one request go."""
+
+    __slots__ = ("cached", "frontend", "handle")
+
+    def __init__(self, frontend: _Frontend, handle: int):
+        self.frontend, self.handle = frontend, handle
+        self.cached = 0  # as the frontend knows it
+
+
+class _Step:
+    """A `Step` in the making."""
+
+    __slots__ = ("_counts", "_handles", "_outputs", "_several", "_tokens")
+
+    def __init__(self) -> None:
+        self._handles: list[int] = []
+        self._tokens: list[int] = []
+        self._counts: list[int] = []
+        self._several = False
+        self._outputs: list[pb.Output] = []
+
+    def add(self, route: _Route, output: RequestOutput) -> None:
+        if (
+            output.finish_reason is None
+            and output.logprobs is None
+            and output.prompt_logprobs is None
+            and not output.ended
+            and not output.choice
+            and output.cached_tokens == route.cached
+        ):
+            tokens = output.tokens
+            self._handles.append(route.handle)
+            self._tokens += tokens
+            self._counts.append(len(tokens))
+            self._several |= len(tokens) != 1
+        else:
+            route.cached = output.cached_tokens
+            self._outputs.append(output_message(route.handle, output))
+
+    def message(self) -> pb.Step:
+        return pb.Step(
+            handles=self._handles,
+            tokens=self._tokens,
+            counts=self._counts if self._several else (),
+            outputs=self._outputs,
+        )

@@ -1,0 +1,58 @@
+"""How a frontend talks to an engine: all that serving/grpc_server.py knows of one.
+
+    with link.open(request) as pending:
+        ... await pending.take()
+
+Made by serving/frontend/remote_link.py. Its calls come from the frontend's event loop, which they
+never block.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from ..sched.request import FinishReason, Request
+from ..sched.stats import EngineStats
+from .pending import Pending
+
+
+class EngineLink(Protocol):
+    """Of one engine; a new engine gets a new link."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine takes requests."""
+        ...
+
+    def open(self, request: Request) -> AbstractContextManager[Pending]:
+        """Submits a request; its outputs come to what is yielded.
+
+        That a request is refused may be raised here, or come as an output with an error. Leaving
+        the block forgets the request but does not end it: who leaves early calls `finish` before.
+
+        Raises:
+          QuireError: it is refused.
+        """
+        ...
+
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        choice: int | None = None,
+    ) -> None:
+        """Ends a request early, or one of its choices; does nothing if that ended already."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters as they are now.
+
+        Raises:
+          Unavailable: the engine is gone.
+        """
+        ...
+
+    async def close(self, why: str) -> None:
+        """Ends what is open with Unavailable, and takes no more."""
+        ...

@@ -1,0 +1,87 @@
+"""A frontend process, from its first line to its last. Started by serving/supervisor.
+
+Tells its parent `listening` (the address) once the port is bound, `ready` when it serves, and
+`error` where it cannot start. Orders: "drain" takes no more calls and ends with the last one;
+"stop" ends at once. When the engine goes it waits for the next one, and says UNAVAILABLE meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ...checkpoints.folder import Checkpoint
+from ...config import ServerConfig
+from ...errors import QuireError, Unavailable
+from ...protos.v1 import engine_pb2 as pb
+from ..intake import Intake
+from ..lifeline import Lifeline
+from ..server import Server
+from .remote_link import RemoteLink
+
+ATTACH_EVERY = 0.1
+"""Seconds between tries to reach the engine process."""
+
+_LOST = "the engine is gone and is being started again; try again when health says SERVING"
+
+
+async def serve(news: int) -> int:
+    """Runs until it is told to end; returns the exit status."""
+    line, given = await Lifeline.open(news)
+    settings = ServerConfig(**given["server"])
+    server = Server(settings.host, given["port"], shared=True)
+    try:
+        await server.bind()
+        line.say(listening=server.address)
+        serving = asyncio.ensure_future(_serve_engines(server, given["engine_address"], line))
+        ordered = asyncio.ensure_future(line.order())
+        done, _ = await asyncio.wait({serving, ordered}, return_when=asyncio.FIRST_COMPLETED)
+        if serving in done:
+            serving.result()  # raises why
+        serving.cancel()  # the link itself tells who waits when the engine goes
+        await asyncio.wait({serving})
+        if ordered.result() == "drain":
+            again = asyncio.ensure_future(line.order())
+            draining = asyncio.ensure_future(server.drain())
+            await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+    except QuireError as error:
+        line.say(error=str(error))
+        return 1
+    finally:
+        await server.stop()
+    return 0
+
+
+async def _serve_engines(server: Server, address: str, line: Lifeline) -> None:
+    """Serves one engine after the other."""
+    intakes = _Intakes()
+    while True:
+        try:
+            link = await RemoteLink.attach(address)
+        except Unavailable:
+            await asyncio.sleep(ATTACH_EVERY)
+            continue
+        try:
+            intake = await asyncio.to_thread(intakes.of, link)
+            await server.serve(link, intake)
+            line.say(ready=True)
+            await link.lost()
+            line.say(ready=False)
+        finally:
+            if not link.healthy:
+                await server.pause(_LOST)
+                await link.close(_LOST)
+
+
+class _Intakes:
+    """The last intake made, because a tokenizer takes a second to read."""
+
+    def __init__(self) -> None:
+        self._made: tuple[pb.Welcome, Intake] | None = None
+
+    def of(self, link: RemoteLink) -> Intake:
+        if self._made is None or self._made[0] != link.welcome:
+            checkpoint = Checkpoint.open(
+                link.folder, ignore_fields=link.ignore_config_fields, weights=False
+            )
+            self._made = link.welcome, Intake(checkpoint, link.spec, link.served)
+        return self._made[1]

@@ -1,0 +1,218 @@
+"""A frontend's way to the engine process: an `EngineLink` over a stream of protos/v1/engine.proto.
+
+One of these lives as long as its stream. When that ends, or the engine says nothing for too long,
+all that is open ends with Unavailable, and whoever owns it (main.py) attaches anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from ...errors import Unavailable
+from ...protos.v1 import engine_pb2 as pb
+from ...protos.v1 import engine_pb2_grpc as pb_grpc
+from ...sched.request import FinishReason, Request, RequestOutput
+from ...sched.stats import EngineStats
+from ..engine_wire import (
+    HEARTBEAT,
+    OPTIONS,
+    PROTOCOL,
+    SILENCE,
+    output_of,
+    spec_of,
+    stats_of,
+    submit_message,
+)
+from ..intake import Served
+from ..pending import Pace, Pending
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
+log = logging.getLogger(__name__)
+
+_GONE = "the engine is gone and is being started again; try again when health says SERVING"
+
+
+class RemoteLink:
+    """An `EngineLink` (serving/engine_link.py). Made by `attach`; `close` it in any case.
+
+    Attributes:
+      welcome: how the engine introduced itself.
+      spec: its limits.
+      served: what model it is.
+      folder: of the model.
+      ignore_config_fields: with which the folder is to be opened.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, call: Any, welcome: pb.Welcome):
+        self.welcome = welcome
+        self.spec = spec_of(welcome.limits)
+        self.served = Served(welcome.name, welcome.dtype)
+        self.folder = welcome.folder
+        self.ignore_config_fields = tuple(welcome.ignore_config_fields)
+        self._channel, self._call = channel, call
+        self._open: dict[int, tuple[str, Pending]] = {}  # by handle
+        self._handles: dict[str, int] = {}  # by request id
+        self._pace = Pace()
+        self._draw = itertools.count(1)
+        self._next = pb.ToEngine()
+        self._news = asyncio.Event()
+        self._stats: list[asyncio.Future[EngineStats]] = []
+        self._why_closed: str | None = None
+        self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._write())]
+        self._ended = asyncio.ensure_future(self._watch())
+
+    @classmethod
+    async def attach(cls, address: str) -> RemoteLink:
+        """Attaches to the engine, and returns once that serves.
+
+        Args:
+          address: of the engine process, such as unix:/path.
+
+        Raises:
+          Unavailable: there is none, or it went away, or is of another build.
+        """
+        channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        try:
+            stub = pb_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.Attach()
+            await call.write(pb.ToEngine(hello=pb.Hello(protocol=PROTOCOL)))
+            message = await call.read()
+            if message is EOF or message.welcome.protocol != PROTOCOL:
+                raise Unavailable("the engine process went away, or is of another build")
+            return cls(channel, call, message.welcome)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            await channel.close(None)
+            raise Unavailable(f"the engine process cannot be reached: {error}") from error
+        except BaseException:
+            await channel.close(None)
+            raise
+
+    @property
+    def healthy(self) -> bool:
+        return self._why_closed is None
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Pending]:
+        if self._why_closed is not None:
+            raise Unavailable(self._why_closed)
+        handle, pending = next(self._draw), Pending(request.id, self._pace)
+        self._open[handle] = request.id, pending
+        self._pace.set(len(self._open))
+        self._handles[request.id] = handle
+        self._next.submits.append(submit_message(handle, request))
+        self._news.set()
+        try:
+            yield pending
+        finally:
+            self._open.pop(handle, None)
+            self._pace.set(len(self._open))
+            self._handles.pop(request.id, None)
+
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason = FinishReason.ABORT,
+        choice: int | None = None,
+    ) -> None:
+        handle = self._handles.get(request_id)
+        if handle is not None and self._why_closed is None:
+            self._next.finishes.append(pb.Finish(handle=handle, reason=reason, choice=choice))
+            self._news.set()
+
+    async def stats(self) -> EngineStats:
+        if self._why_closed is not None:
+            raise Unavailable(self._why_closed)
+        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats.append(answer)
+        self._next.stats = True
+        self._news.set()
+        return await answer
+
+    async def lost(self) -> None:
+        """Returns when the engine is gone, or the link was closed."""
+        await asyncio.wait([self._ended])
+
+    async def close(self, why: str) -> None:
+        """Ends what is open with Unavailable, and leaves the engine, which frees its pages."""
+        self._end(why)
+        for task in (*self._tasks, self._ended):
+            task.cancel()
+        await asyncio.wait([*self._tasks, self._ended])
+        self._call.cancel()
+        await self._channel.close(None)
+
+    # ---- the stream
+
+    async def _watch(self) -> None:
+        """Ends the link when either of its tasks does."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        self._end(_GONE)
+        for task in self._tasks:
+            task.cancel()
+        for task in done:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.warning("the engine is lost: %s", error or type(error).__name__)
+
+    def _end(self, why: str) -> None:
+        if self._why_closed is not None:
+            return
+        self._why_closed = why
+        for request_id, pending in self._open.values():
+            error = Unavailable(f"request {request_id!r}: {why}")
+            pending.put(
+                RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error, ended=True)
+            )
+        for answer in self._stats:
+            if not answer.done():
+                answer.set_exception(Unavailable(why))
+        self._stats.clear()
+
+    async def _read(self) -> None:
+        while True:
+            async with asyncio.timeout(SILENCE):
+                message: pb.FromEngine = await self._call.read()
+            if message is EOF:
+                return
+            for step in message.steps:
+                self._take(step)
+            if message.stats:
+                stats = stats_of(message)
+                for answer in self._stats:
+                    if not answer.done():
+                        answer.set_result(stats)
+                self._stats.clear()
+
+    def _take(self, step: pb.Step) -> None:
+        opened = self._open  # who is not in it has left
+        if step.counts:
+            tokens = iter(step.tokens)
+            for handle, count in zip(step.handles, step.counts, strict=True):
+                given = list(itertools.islice(tokens, count))
+                if found := opened.get(handle):
+                    found[1].put_tokens(given)
+        else:
+            for handle, token in zip(step.handles, step.tokens, strict=True):
+                if found := opened.get(handle):
+                    found[1].put_tokens((token,))
+        for output in step.outputs:
+            if found := opened.get(output.handle):
+                request_id, pending = found
+                pending.put(output_of(output, request_id))
+
+    async def _write(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT):
+                    await self._news.wait()
+            except TimeoutError:
+                pass  # then the message is empty
+            self._news.clear()
+            message, self._next = self._next, pb.ToEngine()
+            await self._call.write(message)

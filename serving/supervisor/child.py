@@ -1,0 +1,113 @@
+"""One run of a child process, seen from its parent. The other end is serving/lifeline.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+SILENCE = 60.0
+"""Seconds without a sign of life after which a child that was ready counts as hung."""
+
+_LIFELINE = f"{__package__.rpartition('.')[0]}.lifeline"
+
+
+class Child:
+    """A process; `start` it once.
+
+    Args:
+      module: what it runs; see serving/lifeline.py.
+      settings: told to it over a pipe, where nobody else can read them.
+      changed: called when there is news.
+
+    Attributes:
+      news: the last that it told, by name.
+    """
+
+    def __init__(self, module: str, settings: dict[str, Any], changed: Callable[[], None]):
+        self._module, self._settings, self._changed = module, settings, changed
+        self._process: asyncio.subprocess.Process | None = None
+        self._heard = time.monotonic()
+        self.news: dict[str, Any] = {}
+        self.hung = False
+
+    async def start(self) -> None:
+        ours, theirs = os.pipe()
+        command = (sys.executable, "-P", "-m", _LIFELINE, self._module, str(os.getpid()))
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, str(theirs), stdin=asyncio.subprocess.PIPE, pass_fds=(theirs,)
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        self._reading = asyncio.ensure_future(self._read(ours))
+        self._tell(self._settings)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    def order(self, word: str) -> None:
+        """Tells it what to do; nothing if it is gone."""
+        if self.running:
+            self._tell(word)
+
+    def kill(self) -> None:
+        if self._process is not None and self.running:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def ended(self) -> int:
+        """Waits until it has ended, killing it if it hangs; returns the status, -N for signal N."""
+        assert self._process is not None
+        waiting = asyncio.ensure_future(self._process.wait())
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=1.0)
+            if self.news.get("ready") and time.monotonic() - self._heard > SILENCE:
+                self.hung = True
+                self.kill()
+        await asyncio.wait({self._reading})  # its last words, such as why it ended
+        return waiting.result()
+
+    def _tell(self, what: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what).encode() + b"\n")
+
+    async def _read(self, news: int) -> None:
+        reader = asyncio.StreamReader(limit=2**20)
+        pipe = os.fdopen(news, "rb", buffering=0)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        try:
+            while line := await reader.readline():
+                self._heard = time.monotonic()
+                said = json.loads(line)
+                if said:
+                    self.news |= said
+                    self._changed()
+        finally:
+            transport.close()
+
+
+def how(status: int) -> str:
+    """In words, how a process ended."""
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"was ended by signal {-status}"

@@ -1,0 +1,279 @@
+"""The clients against a scripted server over a real socket: what they send, and what comes back.
+
+That they work with Quire's own server is shown wherever tests and benchmarks use them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+import quire
+from quire.client import TLS, AsyncClient, Client, Retry
+from quire.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidConfig,
+    InvalidRequest,
+    Overloaded,
+    QuireError,
+    Unavailable,
+)
+from quire.protos.v1 import generation_pb2 as pb
+from quire.protos.v1 import generation_pb2_grpc as pb_grpc
+
+FAST = Retry(first=0.01, longest=0.02)
+WORDS = ["one ", "two ", "three"]
+
+
+class Scripted(pb_grpc.GenerationServiceServicer):
+    """Answers with WORDS; first fails as often as told. Notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.failures: list[tuple[grpc.StatusCode, str]] = []
+        self.requests: list[pb.GenerateRequest] = []
+        self.metadata: dict[str, str] = {}
+        self.trailing: tuple[tuple[str, str], ...] = ()
+        self.after_words: tuple[grpc.StatusCode, str] | None = None
+        self.endless = False
+        self.ended = threading.Event()  # the last call, for whatever reason
+
+    def _asked(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        if self.failures:
+            context.set_trailing_metadata(self.trailing)
+            context.abort(*self.failures.pop(0))
+
+    def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        self._asked(request, context)
+        return pb.GenerateResponse(text="".join(WORDS))
+
+    def StreamGenerate(self, request: pb.GenerateRequest, context: Any) -> Iterator[Any]:
+        self._asked(request, context)
+        self.ended.clear()
+        context.add_callback(self.ended.set)
+        for word in WORDS:
+            yield pb.GenerateChunk(text=word)
+        if self.after_words is not None:
+            context.abort(*self.after_words)
+        if self.endless:
+            self.ended.wait(20)
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Scripted, str]]:
+    service, grpc_server = Scripted(), grpc.server(ThreadPoolExecutor(4))
+    pb_grpc.add_GenerationServiceServicer_to_server(service, grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    yield service, f"127.0.0.1:{port}"
+    grpc_server.stop(None).wait()
+
+
+def blocking(address: str, work: Callable[[Client], Any], **settings: Any) -> Any:
+    with Client(address, **{"retry": FAST, "timeout": 20, **settings}) as client:
+        return work(client)
+
+
+def awaited(address: str, work: Callable[[AsyncClient], Any], **settings: Any) -> Any:
+    async def run() -> Any:
+        async with AsyncClient(address, **{"retry": FAST, "timeout": 20, **settings}) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def generate(kind: str, address: str, *args: Any, settings: Any = (), **fields: Any) -> Any:
+    run = blocking if kind == "blocking" else awaited
+    return run(address, lambda client: client.generate(*args, **fields), **dict(settings))
+
+
+def stream(kind: str, address: str, *args: Any, **fields: Any) -> list[str]:
+    async def collected(client: AsyncClient) -> list[str]:
+        return [chunk.text async for chunk in client.stream(*args, **fields)]
+
+    if kind == "blocking":
+        return blocking(address, lambda c: [chunk.text for chunk in c.stream(*args, **fields)])
+    return awaited(address, collected)
+
+
+both = pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+
+
+@both
+def test_every_field_arrives(server: tuple[Scripted, str], kind: str) -> None:
+    service, address = server
+    asked = {
+        "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25, "seed": 2**63, "max_tokens": 8,
+        "min_tokens": 2, "stop": ["a", "b"], "stop_token_ids": [5, 6], "ignore_eos": False,
+        "logprobs": 0, "skip_special_tokens": False, "repetition_penalty": 1.5,
+        "presence_penalty": -1.0, "frequency_penalty": 0.5, "logit_bias": {7: -1.5},
+        "allowed_token_ids": [1, 2], "bad_words": ["x", [3, 4]], "prompt_logprobs": 1, "n": 2,
+        "best_of": 3,
+    }  # fmt: skip
+    assert set(asked) == {f.name for f in pb.SamplingParams.DESCRIPTOR.fields}
+    labels = {"request_id": "r", "priority": -2, "tenant": "t", "cache_salt": "s"}
+    settings = {"api_key": "secret", "timeout": 20.0}
+    extra = (("traceparent", "00-1-2-03"),)
+    response = generate(
+        kind, address, [1, 2, 3], settings=settings, metadata=extra, **asked, **labels
+    )
+    assert response.text == "".join(WORDS)
+    (request,) = service.requests
+    expected = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1, 2, 3]),
+        sampling=pb.SamplingParams(
+            **{
+                **asked,
+                "allowed_token_ids": pb.TokenIds(ids=[1, 2]),
+                "bad_words": [
+                    pb.BadWord(text="x"),
+                    pb.BadWord(token_ids=pb.TokenIds(ids=[3, 4])),
+                ],
+            }
+        ),
+        **labels,
+    )
+    assert request == expected
+    assert service.metadata["authorization"] == "Bearer secret"
+    assert service.metadata["traceparent"] == "00-1-2-03"
+
+
+@both
+def test_what_is_left_out_is_unset(server: tuple[Scripted, str], kind: str) -> None:
+    service, address = server
+    assert stream(kind, address, "hello", temperature=None, stop="end") == WORDS
+    (request,) = service.requests
+    assert request.text == "hello" and not request.sampling.HasField("temperature")
+    assert list(request.sampling.stop) == ["end"] and "authorization" not in service.metadata
+
+
+@both
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temprature": 1.0}, "temprature: no such field; there are request_id, "),
+        ({"temperature": "hot"}, "temperature: got 'hot'"),
+        ({"top_k": -1}, "top_k: got -1"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids: got ['x']"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias: got {'a': 1.0}"),
+        ({"bad_words": ["\ud800"]}, "bad_words: got '\\ud800'"),
+        ({"tenant": 3}, "tenant: got 3"),
+    ],
+)
+def test_what_no_message_can_hold_is_refused(
+    server: tuple[Scripted, str], kind: str, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generate(kind, server[1], "hello", **fields)
+    assert str(caught.value).startswith(message)
+    assert not server[0].requests
+
+
+@both
+@pytest.mark.parametrize("how", [generate, stream])
+def test_unavailable_is_tried_again(server: tuple[Scripted, str], kind: str, how: Any) -> None:
+    service, address = server
+    service.failures = [(grpc.StatusCode.UNAVAILABLE, "starting")] * 4
+    how(kind, address, "hello")
+    assert len(service.requests) == 5
+    service.failures = [(grpc.StatusCode.UNAVAILABLE, "still starting")] * 5
+    with pytest.raises(Unavailable, match="still starting"):
+        how(kind, address, "hello")
+    assert len(service.requests) == 10
+
+
+@both
+def test_nothing_is_tried_again_where_told(server: tuple[Scripted, str], kind: str) -> None:
+    service, address = server
+    service.failures = [(grpc.StatusCode.UNAVAILABLE, "starting")]
+    with pytest.raises(Unavailable):
+        generate(kind, address, "hello", settings={"retry": Retry(attempts=1)})
+    assert len(service.requests) == 1
+
+
+@both
+def test_an_answer_that_began_is_not_asked_for_twice(
+    server: tuple[Scripted, str], kind: str
+) -> None:
+    service, address = server
+    service.after_words = (grpc.StatusCode.UNAVAILABLE, "the engine died")
+    with pytest.raises(Unavailable, match="the engine died"):
+        stream(kind, address, "hello")
+    assert len(service.requests) == 1
+
+
+@both
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded),
+        (grpc.StatusCode.INTERNAL, Internal),
+        (grpc.StatusCode.UNAUTHENTICATED, QuireError),
+    ],
+)
+def test_errors_are_those_of_quire(
+    server: tuple[Scripted, str], kind: str, code: grpc.StatusCode, error: type[QuireError]
+) -> None:
+    service, address = server
+    service.failures = [(code, "because")] * 2
+    service.trailing = (("retry-after", "2.5"),)
+    for how in (generate, stream):
+        with pytest.raises(error, match="because") as caught:
+            how(kind, address, "hello")
+        assert type(caught.value) is error and isinstance(caught.value.__cause__, grpc.RpcError)
+        assert getattr(caught.value, "retry_after", 2.5) == 2.5
+    assert len(service.requests) == 2  # none of these is tried again
+
+
+@both
+def test_a_timeout_ends_the_call(server: tuple[Scripted, str], kind: str) -> None:
+    server[0].endless = True
+    with pytest.raises(DeadlineExceeded):
+        stream(kind, server[1], "hello", timeout=0.3)
+
+
+def test_leaving_a_stream_ends_the_request(server: tuple[Scripted, str]) -> None:
+    service, address = server
+    service.endless = True
+
+    def leave(client: Client) -> None:
+        with client.stream("hello") as chunks:
+            assert next(chunks).text == WORDS[0]
+        assert service.ended.wait(10)
+
+    async def leave_async(client: AsyncClient) -> None:
+        async with client.stream("hello") as chunks:
+            assert (await anext(chunks)).text == WORDS[0]
+        assert await asyncio.to_thread(service.ended.wait, 10)
+
+    blocking(address, leave)
+    awaited(address, leave_async)
+
+
+def test_a_server_that_is_not_there(server: tuple[Scripted, str]) -> None:
+    """The scripted one has no health service."""
+    assert not blocking(server[1], lambda client: client.ready())
+    with pytest.raises(DeadlineExceeded, match=r"not ready within 0\.1 s"):
+        awaited(server[1], lambda client: client.wait_ready(0.1))
+
+
+def test_settings_are_checked(tmp_path: Any) -> None:
+    with pytest.raises(InvalidConfig, match="attempts: got 6, must be from 1 to 5"):
+        Retry(attempts=6)
+    with pytest.raises(InvalidConfig, match="first: got 0, must be above 0"):
+        Retry(first=0)
+    with pytest.raises(InvalidConfig, match=r"ca: got .*must be a readable file"):
+        Client("localhost:1", tls=TLS(ca=tmp_path / "none.pem"))
+    with pytest.raises(InvalidConfig, match="key: got none, must be given"):
+        Client("localhost:1", tls=TLS(cert=tmp_path / "none.pem"))
+    assert quire.Client is Client and quire.AsyncClient is AsyncClient

@@ -1,0 +1,109 @@
+"""Faults of the device, seen by callers over gRPC (docs/design.md, section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import jax.numpy as jnp
+import pytest
+from engines import at_rest, eventually, held
+from grpc import StatusCode
+from running import Running
+
+from quire.protos.v1 import generation_pb2 as pb
+
+PROMPTS = [[9, 8, 7], [100, 101, 102, 103], [7, 8, 9]]
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Running]:
+    with Running(folder) as running:
+        yield running.open()
+
+
+def answers(served: Running, prompts: list[list[int]], tokens: int = 40) -> list[Any]:
+    """All in the same steps; the tokens of each, or the error and the tokens before it."""
+
+    def read(stream: Any) -> Any:
+        got: list[int] = []
+        try:
+            for chunk in stream:
+                got += chunk.token_ids
+        except grpc.RpcError as error:
+            return error.code(), error.details(), got
+        return got
+
+    sampling = pb.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    with held(served.parts) as go, ThreadPoolExecutor(len(prompts)) as pool:
+        requests = [
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=sampling) for ids in prompts
+        ]
+        streams = [served.stub.StreamGenerate(request, timeout=60) for request in requests]
+        eventually(lambda: len(served.engine._live) == len(prompts))
+        go.set()
+        return list(pool.map(read, streams))
+
+
+def test_a_row_that_is_not_finite_fails_alone(served: Running) -> None:
+    params = served.parts.runner.params
+    (name,) = [n for n, value in params.items() if "embed" in n and value.shape[0] == 300]
+    sound = params[name]
+    expected = answers(served, PROMPTS)
+    # A token that only the second prompt has, and no answer.
+    assert 103 not in {token for answer in expected for token in answer}
+    params[name] = sound.at[103].set(jnp.nan)
+    try:
+        first, (code, details, got), third = answers(served, PROMPTS)
+        assert (code, got) == (StatusCode.INTERNAL, [])
+        assert "its logits held an inf or NaN" in details
+        assert (first, third) == (expected[0], expected[2])
+    finally:
+        params[name] = sound
+    at_rest(served.engine)
+    assert answers(served, PROMPTS) == expected  # nothing of it was found in the prefix index
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_step_that_fails_is_survived(
+    served: Running, where: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers(served, PROMPTS)
+    runner, failed = served.parts.runner, served.engine.stats().failed_steps
+    sound, calls = getattr(runner, where), iter(range(10**6))
+
+    def failing(what: Any) -> Any:
+        if next(calls) == at:
+            raise RuntimeError("injected")
+        return sound(what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, where, failing)
+        assert answers(served, PROMPTS) == expected
+    assert served.engine.stats().failed_steps == failed + 1
+    at_rest(served.engine)
+
+
+def test_a_device_that_fails_twice_costs_who_was_running(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, calls = served.parts.runner.launch, iter(range(10**6))
+
+    def failing(plan: Any) -> Any:
+        if next(calls) in (2, 6):
+            raise RuntimeError("injected")
+        return sound(plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.parts.runner, "launch", failing)
+        for answer in answers(served, PROMPTS):
+            code, details, got = answer
+            assert code == StatusCode.INTERNAL and "failed for the second time" in details
+            assert got  # what came before is theirs
+    assert served.engine.healthy
+    assert all(len(answer) == 40 for answer in answers(served, PROMPTS))
+    at_rest(served.engine)

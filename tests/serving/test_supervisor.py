@@ -1,0 +1,355 @@
+"""Whole servers, of several processes, while those are killed, hang and end.
+
+The engine's runner computes nothing and takes 10 ms a step (tools/bench/paced_engine.py); all else
+is the real thing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from engines import eventually
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from quire.config import EngineConfig, ServerConfig
+from quire.errors import QuireError, Unavailable
+from quire.protos.v1 import generation_pb2 as pb
+from quire.protos.v1 import generation_pb2_grpc as pb_grpc
+from quire.sched.stats import EngineStats
+from quire.serving.frontend.remote_link import RemoteLink
+from quire.serving.supervisor import supervisor
+from quire.serving.supervisor.port import hold
+from quire.serving.supervisor.supervisor import Supervisor
+
+PACED = "quire.tools.bench.paced_engine"
+
+
+class Service:
+    """A server; its parent's part runs in a thread of the test. Close it, or use `with`."""
+
+    def __init__(
+        self, folder: Path | str, *, module: str = PACED, engine: Any = None, **server: Any
+    ):
+        self.said: list[str] = []
+        self.error: BaseException | None = None
+        self.loop = asyncio.new_event_loop()
+        config = EngineConfig(model=str(folder), max_num_seqs=64, **(engine or {}))
+        settings = ServerConfig(**{"port": 0, "drain_timeout": 20, **server})
+        self._signals = asyncio.Event(), asyncio.Event()
+        self.supervisor = Supervisor(config, settings, self.said.append, engine_module=module)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self.channels: list[grpc.Channel] = []
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_until_complete(self.supervisor.run(*self._signals))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.loop.close()
+
+    def signal(self, number: int = 0) -> None:
+        """As SIGTERM for the first time (0) or once more (1)."""
+        self.loop.call_soon_threadsafe(self._signals[number].set)
+
+    def heard(self, pattern: str) -> str:
+        """Waits until it says something; returns the first group."""
+        found: list[str] = []
+
+        def look() -> bool:
+            assert self.error is None, self.error
+            found.extend(m[1] for line in self.said if (m := re.fullmatch(pattern, line)))
+            return bool(found)
+
+        eventually(look, 60)
+        return found[-1]
+
+    def ready(self) -> Service:
+        self.address = self.heard(r"ready on (.*)")
+        return self
+
+    def ended(self) -> list[str]:
+        self._thread.join(40)
+        assert not self._thread.is_alive()
+        return self.said
+
+    def channel(self) -> grpc.Channel:
+        """With a connection of its own."""
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self.channels.append(grpc.insecure_channel(self.address, options=options))
+        return self.channels[-1]
+
+    def stream(self, tokens: int, channel: grpc.Channel | None = None) -> Any:
+        stub = pb_grpc.GenerationServiceStub(channel or self.channel())
+        sampling = pb.SamplingParams(temperature=0, ignore_eos=True, max_tokens=tokens)
+        request = pb.GenerateRequest(text="the quick brown fox", sampling=sampling)
+        return stub.StreamGenerate(request, timeout=60)
+
+    def health(self) -> str:
+        stub = health_pb2_grpc.HealthStub(self.channel())
+        try:
+            status = stub.Check(health_pb2.HealthCheckRequest(), timeout=20).status
+        except grpc.RpcError as error:
+            return error.code().name
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+
+    def stats(self) -> EngineStats:
+        async def ask() -> EngineStats:
+            link = await RemoteLink.attach(self.supervisor.engine_address)
+            try:
+                return await asyncio.wait_for(link.stats(), 20)
+            finally:
+                await link.close("asked")
+
+        return asyncio.run(ask())
+
+    def frontend_pids(self) -> list[int]:
+        return [pid for role in self.supervisor.frontends if (pid := role.pid)]
+
+    def engine_pid(self) -> int:
+        assert self.supervisor.engine is not None and self.supervisor.engine.pid
+        return self.supervisor.engine.pid
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for channel in self.channels:
+            channel.close()
+        if self._thread.is_alive():
+            self.signal(0)
+            self.signal(1)
+        self.ended()
+
+
+@contextmanager
+def running(folder: Path | str, **settings: Any) -> Iterator[Service]:
+    with Service(folder, **settings) as service:
+        yield service.ready()
+
+
+def tokens_of(stream: Any) -> int:
+    return sum(len(chunk.token_ids) for chunk in stream)
+
+
+def failed(stream: Any) -> StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stream)
+    return caught.value.code()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_an_engine_that_is_killed_comes_back(folder: Path) -> None:
+    with running(folder) as service:
+        before, frontends = service.engine_pid(), service.frontend_pids()
+        streams = [service.stream(3000) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        os.kill(before, signal.SIGKILL)
+        assert [failed(stream) for stream in streams] == [StatusCode.UNAVAILABLE] * 4
+        eventually(lambda: service.health() == "NOT_SERVING")
+        assert failed(service.stream(5)) == StatusCode.UNAVAILABLE
+        service.heard(r"(the engine: was ended by SIGKILL; started again in 0\.1 s)")
+        service.heard(r"(ready again on .*)")
+        assert service.health() == "SERVING"
+        assert tokens_of(service.stream(5)) == 5
+        assert service.engine_pid() != before and service.frontend_pids() == frontends
+        assert service.stats().finished == 1
+
+
+def test_a_frontend_that_is_killed_loses_its_streams_and_nothing_else(folder: Path) -> None:
+    with running(folder, frontends=2) as service:
+        victim, other = service.frontend_pids()
+        streams = [service.stream(300) for _ in range(16)]
+        for stream in streams:
+            next(stream)
+        os.kill(victim, signal.SIGKILL)
+        results: list[Any] = []
+        for stream in streams:
+            try:
+                results.append(tokens_of(stream))
+            except grpc.RpcError as error:
+                results.append(error.code())
+        lost = [result for result in results if isinstance(result, StatusCode)]
+        kept = [result for result in results if not isinstance(result, StatusCode)]
+        assert set(lost) == {StatusCode.UNAVAILABLE} and len(lost) + len(kept) == 16
+        assert kept and all(290 <= count < 300 for count in kept)  # the rest came before
+        service.heard(r"(frontend 1: was ended by SIGKILL; started again in 0\.1 s)")
+        service.heard(r"(ready again on .*)")
+        assert tokens_of(service.stream(5)) == 5
+        assert service.frontend_pids()[1] == other
+        stats = service.stats()
+        assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+        assert stats.finished == 17
+
+
+def test_children_die_with_their_parent(folder: Path) -> None:
+    command = [sys.executable, "-P", "-m", "quire.tools.cli", "serve", str(folder), "--port=0"]
+    parent = subprocess.Popen([*command, "--no-warmup"], stderr=subprocess.PIPE, text=True)
+    assert parent.stderr is not None
+    for line in parent.stderr:
+        if line.startswith("listening"):
+            break
+    task = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    children = [int(pid) for pid in task.read_text().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.communicate(timeout=20)
+    eventually(lambda: all(gone(pid) for pid in children))
+
+
+def test_a_frontend_that_hangs_is_detached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gives it up when it says nothing; the parent would, later."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    with running(folder, module="impatient_engine", frontends=2) as service:
+        victim = service.frontend_pids()[0]
+        streams = [service.stream(3000) for _ in range(8)]
+        for stream in streams:
+            next(stream)
+        os.kill(victim, signal.SIGSTOP)
+        eventually(lambda: 0 < service.stats().finished < 8)
+        os.kill(victim, signal.SIGKILL)
+
+
+def test_a_step_that_hangs_ends_the_engine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    with running(folder, module="stalling_engine", step_timeout=1) as service:
+        assert failed(service.stream(100)) == StatusCode.UNAVAILABLE
+        service.heard(r"(the engine: ended with status 86; started again in 0\.1 s)")
+        service.heard(r"(ready again on .*)")
+        assert tokens_of(service.stream(10)) == 10
+    log = capfd.readouterr().err
+    assert "a device step has not come back in 1 s: 1 tokens in 1 rows, 1 of them decoding" in log
+    assert "Bucket(tokens=1, rows=1" in log
+
+
+def test_a_drain_lets_running_requests_end(folder: Path) -> None:
+    with running(folder, frontends=2) as service:
+        channel = service.channel()
+        stream = service.stream(100, channel)
+        next(stream)
+        service.signal()
+        service.heard(r"(stopping: running requests have 20 s to end)")
+        eventually(lambda: failed(service.stream(5, channel)) == StatusCode.UNAVAILABLE)
+        assert tokens_of(stream) == 99
+        assert service.ended()[-1].startswith("stopping") and service.error is None
+
+
+def test_a_second_signal_ends_them(folder: Path) -> None:
+    with running(folder) as service:
+        stream = service.stream(3000)
+        next(stream)
+        service.signal()
+        service.heard(r"(stopping: .*)")
+        begin = time.monotonic()
+        service.signal(1)
+        assert failed(stream) == StatusCode.UNAVAILABLE
+        service.ended()
+        assert time.monotonic() - begin < 15 and service.error is None
+
+
+def test_an_engine_that_is_killed_while_draining_is_not_started_again(folder: Path) -> None:
+    with running(folder) as service:
+        stream = service.stream(3000)
+        next(stream)
+        service.signal()
+        service.heard(r"(stopping: .*)")
+        os.kill(service.engine_pid(), signal.SIGKILL)
+        assert failed(stream) == StatusCode.UNAVAILABLE
+        assert service.ended()[-1].startswith("stopping")
+
+
+def test_an_engine_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
+    with Service(tmp_path / "nowhere") as service:
+        service.ended()
+    assert isinstance(service.error, QuireError)
+    assert "nowhere" in str(service.error)
+
+
+def test_an_engine_that_can_start_no_more_ends_the_server(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "MOST_FAILURES", 2)
+    moved = tmp_path / "model"
+    moved.symlink_to(folder)
+    with running(moved) as service:
+        moved.unlink()
+        os.kill(service.engine_pid(), signal.SIGKILL)
+        service.ended()
+        waits = [line.rpartition("in ")[2] for line in service.said if "started again" in line]
+    assert waits == ["0.1 s", "0.2 s"]
+    assert isinstance(service.error, QuireError) and "model" in str(service.error)
+
+
+def test_the_port_is_ours_alone_and_free_again_at_once(folder: Path) -> None:
+    with running(folder) as service:
+        port = int(service.address.rpartition(":")[2])
+        with Service(folder, port=port) as second:
+            second.ended()
+        assert isinstance(second.error, Unavailable)
+        assert f"cannot bind 127.0.0.1:{port}" in str(second.error)
+        assert tokens_of(service.stream(5)) == 5  # its connection stays open until the server ends
+    with running(folder, port=port) as third:
+        assert tokens_of(third.stream(5)) == 5
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
+def test_a_held_port_is_shared_by_those_who_share(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, 0)
+        holding = hold(host, 0)
+        port = holding.__enter__()
+    except (OSError, Unavailable):
+        pytest.skip(f"this machine has no {host}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = "127.0.0.1" if host == "localhost" else host
+
+    def listen(**how: Any) -> socket.socket:
+        return socket.create_server((address, port), family=family, **how)
+
+    with listen(reuse_port=True), listen(reuse_port=True):
+        with pytest.raises(OSError):
+            listen()
+        with pytest.raises(Unavailable, match="another process"), hold(host, port):
+            pass
+    holding.__exit__(None, None, None)
+    listen().close()
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("quire.serving.frontend.main", ("jax", "jaxlib", "flax", "orbax", "torch")),
+        ("quire.serving.supervisor.supervisor", ("jax", "flax", "orbax", "grpc", "numpy.ma")),
+        ("quire.serving.lifeline", ("jax", "grpc", "google.protobuf")),
+    ],
+)
+def test_what_a_process_does_not_import(module: str, never: tuple[str, ...]) -> None:
+    program = f"import sys, {module}; print(sorted(set({never!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -1,0 +1,87 @@
+"""Servers of OpenAI's completions as targets of a load, so that other engines can be measured too.
+
+Used by serve.py. Needs httpx, of the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from ...errors import QuireError, Unavailable
+
+
+class OpenAITarget:
+    """`POST /v1/completions` as vLLM, SGLang and others serve it, with their `ignore_eos`.
+
+    Args:
+      address: the part of the URL before /v1.
+      model: as the server names it; None asks the server.
+    """
+
+    def __init__(self, address: str, *, api_key: str | None, model: str | None):
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        base = address if "://" in address else f"http://{address}"
+        self._http = httpx.AsyncClient(
+            base_url=base, headers=headers, limits=limits, timeout=None, trust_env=False
+        )
+        self._model = model
+
+    async def __aenter__(self) -> OpenAITarget:
+        if self._model is None:
+            try:
+                answer = await self._http.get("/v1/models", timeout=20)
+                self._model = answer.raise_for_status().json()["data"][0]["id"]
+            except (httpx.HTTPError, ValueError, LookupError) as error:
+                await self._http.aclose()
+                raise Unavailable(f"address: no model's name at /v1/models: {error!r}") from error
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._http.aclose()
+
+    async def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
+        asked = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": output,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            # Says how many tokens have come, where a server knows it; else each message is one.
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        count = 0
+        try:
+            async with self._http.stream("POST", "/v1/completions", json=asked) as response:
+                if response.status_code != 200:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise QuireError(f"status {response.status_code}: {text[:500]}")
+                async for line in response.aiter_lines():
+                    if not line.startswith("data:") or line.endswith("[DONE]"):
+                        continue
+                    now = _tokens_so_far(json.loads(line.removeprefix("data:")), count)
+                    if now > count:
+                        count = now
+                        yield count
+        except (httpx.HTTPError, ValueError) as error:
+            raise QuireError(f"{type(error).__name__}: {error}") from error
+
+
+def _tokens_so_far(message: dict[str, Any], before: int) -> int:
+    if "error" in message:
+        raise QuireError(str(message["error"]))
+    usage = message.get("usage")
+    if usage is not None:
+        return int(usage["completion_tokens"])
+    return before + bool(message.get("choices"))

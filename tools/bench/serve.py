@@ -1,0 +1,307 @@
+"""`quire bench serve`: a running server under load, as its callers see it.
+
+Requests of a trace arrive at random (Poisson) at a given rate, whatever the server does. Reports
+time to first token, time per output token, time between messages, end to end, and goodput: what
+was served within given bounds. Drives Quire over gRPC, or any server of OpenAI's completions, so
+that engines are compared by one tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InvalidConfig, Unavailable
+from ..flags import from_zero, positive
+from .report import add_output, check_output, finish, table
+
+if TYPE_CHECKING:
+    from .load import Served
+    from .targets import Target
+    from .trace import Trace
+
+LATE_MS = 10.0
+"""Requests sent later than this, at the 99th percentile, say that the sender was too slow."""
+
+_PERCENTILES = (50, 90, 99)
+
+_TITLES = {
+    "ttft_ms": "time to first token",
+    "tpot_ms": "time per output token",
+    "itl_ms": "time between messages",
+    "e2e_ms": "end to end",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--address",
+        required=True,
+        metavar="HOST:PORT",
+        help="of the server; for openai also a URL up to /v1",
+    )
+    group.add_argument(
+        "--api",
+        choices=("grpc", "openai"),
+        default="grpc",
+        help="grpc is Quire's, openai /v1/completions of whatever server (default: grpc)",
+    )
+    group.add_argument("--served-model", metavar="NAME", help="for openai (default: its first)")
+    group.add_argument("--api-key-file", metavar="FILE", help="file that holds nothing but the key")
+    group.add_argument(
+        "--tls-ca", metavar="FILE", help="talk TLS to a gRPC server; PEM of who vouches for it"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--trace",
+        default="sharegpt-like",
+        metavar="FILE",
+        help="JSON list of [prompt tokens, output tokens], or the shipped sharegpt-like (default)",
+    )
+    load.add_argument(
+        "--rate", type=_rate, default=math.inf, metavar="R", help="requests a second (default: inf)"
+    )
+    load.add_argument("--requests", type=positive, metavar="N", help="its first N (default: all)")
+    load.add_argument(
+        "--clip",
+        type=positive,
+        metavar="N",
+        help="shorten requests of more than N tokens, prompt and output together",
+    )
+    load.add_argument(
+        "--vocab",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="prompts are random token ids below this (default: 512, which every model has)",
+    )
+    load.add_argument("--seed", type=from_zero, default=0, help="of ids and times (default: 0)")
+    goal = parser.add_argument_group("goodput: a request counts if it meets all that are given")
+    for name in ("ttft", "tpot", "e2e"):
+        goal.add_argument(
+            f"--slo-{name}", type=_milliseconds, metavar="MS", help=_TITLES[f"{name}_ms"]
+        )
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_output(args)
+    trace = _trace(args)
+    served = asyncio.run(_load(args, trace))
+    figures = figures_of(served, _goals(args))
+    if figures["errors"] == len(served):
+        raise Unavailable(f"{args.address}: no request was served: {served[0].error}")
+    results = {
+        "target": {"address": args.address, "api": args.api},
+        "trace": {
+            "name": trace.name,
+            "requests": len(trace),
+            "clipped": trace.clipped,
+            "prompt_tokens": sum(trace.prompts),
+            "output_tokens": sum(trace.outputs),
+            "seed": args.seed,
+        },
+        "rate_req_s": None if math.isinf(args.rate) else args.rate,
+        **figures,
+    }
+    finish(
+        args,
+        results,
+        [_table(results)],
+        lambda figure: _draw(figure, served, results),
+        on_device=False,
+    )
+
+
+def figures_of(served: list[Served], goals: dict[str, float]) -> dict[str, Any]:
+    """What the callers saw, in milliseconds.
+
+    Args:
+      served: all requests.
+      goals: milliseconds by "ttft_ms", "tpot_ms", "e2e_ms"; a request that meets all, and got all
+        its tokens, counts as good. A time per token that does not exist, for want of a second
+        message, meets any.
+    """
+    import numpy as np
+
+    whole = [request for request in served if request.whole]
+    seconds = max(request.ended for request in served)
+    samples = samples_of(served)
+    figures: dict[str, Any] = {
+        "requests": len(served),
+        "errors": len(served) - len(whole),
+        "first_errors": sorted({r.error or "tokens are missing" for r in served if not r.whole})[
+            :3
+        ],
+        "seconds": seconds,
+        "output_tok_s": sum(r.tokens for r in served) / seconds,
+        "req_s": len(whole) / seconds,
+        "tokens_per_message": (
+            sum(r.tokens for r in whole) / max(sum(len(r.messages) for r in whole), 1)
+        ),
+        "late_ms_p99": 1e3 * float(np.percentile([r.sent - r.due for r in served], 99)),
+    }
+    for name, values in samples.items():
+        if values:
+            found = np.percentile(values, _PERCENTILES)
+            figures[name] = {f"p{p}": float(v) for p, v in zip(_PERCENTILES, found, strict=True)}
+            figures[name]["mean"] = float(np.mean(values))
+    if goals:
+        good = sum(_is_good(request, goals) for request in whole)
+        figures["slo"] = goals
+        figures["goodput_req_s"] = good / seconds
+        figures["good"] = good
+    return figures
+
+
+def samples_of(served: list[Served]) -> dict[str, list[float]]:
+    """Milliseconds by kind, of the requests that got all their tokens."""
+    whole = [request for request in served if request.whole]
+    return {
+        "ttft_ms": [1e3 * r.first for r in whole],
+        "tpot_ms": [1e3 * r.each for r in whole if not math.isnan(r.each)],
+        "itl_ms": [1e3 * gap for r in whole for gap in r.gaps],
+        "e2e_ms": [1e3 * (r.ended - r.due) for r in whole],
+    }
+
+
+def _is_good(request: Served, goals: dict[str, float]) -> bool:
+    took = {
+        "ttft_ms": 1e3 * request.first,
+        "tpot_ms": 1e3 * request.each,
+        "e2e_ms": 1e3 * (request.ended - request.due),
+    }
+    return not any(took[name] > most for name, most in goals.items())  # nan is above nothing
+
+
+async def _load(args: argparse.Namespace, trace: Trace) -> list[Served]:
+    import numpy as np
+
+    from ...serving.progress import Terminal
+    from .load import poisson, run_load
+    from .trace import draw_prompts
+
+    draw = np.random.default_rng(args.seed)
+    prompts = draw_prompts(trace.prompts, args.vocab, draw)
+    due = poisson(len(trace), args.rate, draw)
+    reporter = Terminal()
+    async with _target(args) as target:
+        # Opens the connection, and finds what is wrong before the load starts.
+        async for _ in target.stream(prompts[0][:1], 1):
+            pass
+        with reporter.phase("serving") as update:
+            return await run_load(target, prompts, trace.outputs, due, update)
+
+
+def _trace(args: argparse.Namespace) -> Trace:
+    from .trace import read_trace
+
+    trace = read_trace(args.trace)
+    if args.requests is not None and args.requests > len(trace):
+        raise InvalidConfig(f"requests: got {args.requests}, must be at most {len(trace)}")
+    trace = trace.first(args.requests)
+    return trace if args.clip is None else trace.fitted(max(args.clip, 2), clip=True)
+
+
+def _target(args: argparse.Namespace) -> Target:
+    from ...client import TLS
+    from .targets import GrpcTarget
+
+    api_key = _key(args.api_key_file)
+    if args.api == "openai":
+        if find_spec("httpx") is None:
+            raise InvalidConfig("api: openai needs httpx; install it by pip install 'quire[bench]'")
+        from .openai_target import OpenAITarget
+
+        if args.tls_ca is not None:
+            raise InvalidConfig("tls_ca: for grpc alone; give openai's --address as https://…")
+        return OpenAITarget(args.address, api_key=api_key, model=args.served_model)
+    if args.served_model is not None:
+        raise InvalidConfig("served_model: for openai alone; a Quire server has one model")
+    tls: TLS | bool = False if args.tls_ca is None else TLS(ca=args.tls_ca)
+    return GrpcTarget(args.address, api_key=api_key, tls=tls)
+
+
+def _key(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return opened.read().strip()
+    except (OSError, UnicodeError) as error:
+        raise InvalidConfig(f"api_key_file: cannot be read: {error}") from error
+
+
+def _goals(args: argparse.Namespace) -> dict[str, float]:
+    given = {"ttft_ms": args.slo_ttft, "tpot_ms": args.slo_tpot, "e2e_ms": args.slo_e2e}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _milliseconds(text: str) -> float:
+    return _positive_number(text, "milliseconds, a number above 0")
+
+
+def _rate(text: str) -> float:
+    return math.inf if text == "inf" else _positive_number(text, "inf, or a number above 0")
+
+
+def _positive_number(text: str, limit: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be {limit}")
+    return value
+
+
+def _table(results: dict[str, Any]) -> Any:
+    rate = results["rate_req_s"]
+    title = f"serve: {results['requests']} requests at " + (f"{rate:g}/s" if rate else "once")
+    made = table(title, "", *(f"p{p}" for p in _PERCENTILES), "mean")
+    for name, words in _TITLES.items():
+        if name in results:
+            made.add_row(f"{words}, ms", *(f"{value:,.1f}" for value in results[name].values()))
+    made.add_row("output tok/s", f"{results['output_tok_s']:,.0f}")
+    made.add_row("requests/s", f"{results['req_s']:,.2f}")
+    made.add_row("tokens per message", f"{results['tokens_per_message']:.2f}")
+    if "slo" in results:
+        bounds = ", ".join(f"{name[:-3]} {most:g} ms" for name, most in results["slo"].items())
+        made.add_row(f"goodput ({bounds}), requests/s", f"{results['goodput_req_s']:,.2f}")
+    made.add_row("failed", str(results["errors"]))
+    for error in results["first_errors"]:
+        made.add_row(f"  {error[:100]}")
+    if results["late_ms_p99"] > LATE_MS:
+        late = f"{results['late_ms_p99']:,.1f}"
+        made.add_row("sent late, ms (p99): this machine is too slow for the rate", "", "", late)
+    return made
+
+
+def _draw(figure: Any, served: list[Served], results: dict[str, Any]) -> None:
+    """How many requests, or messages, took how long at most."""
+    import numpy as np
+
+    samples = samples_of(served)
+    panes = figure.subplots(2, 2).flat
+    for axes, (name, title) in zip(panes, _TITLES.items(), strict=True):
+        values = np.sort(samples[name])
+        axes.set(title=title, xlabel="ms", ylabel="share at most so long", ylim=(0, 1.02))
+        if not len(values):
+            continue
+        axes.plot(values, np.arange(1, len(values) + 1) / len(values))
+        for p in (50, 99):
+            at = results[name][f"p{p}"]
+            axes.axvline(at, color="0.6", linestyle=":")
+            side = "left" if at < values[-1] / 2 else "right"  # of its line, off the axis
+            axes.annotate(f" p{p} {at:,.1f} ", (at, 0.04), fontsize=8, ha=side)
+        axes.set_xlim(left=0)
+    rate = results["rate_req_s"]
+    figure.suptitle(
+        f"{results['requests']} requests at "
+        + (f"{rate:g} a second" if rate else "once")
+        + f": {results['output_tok_s']:,.0f} output tokens a second"
+    )

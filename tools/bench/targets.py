@@ -1,0 +1,62 @@
+"""Servers that a load can be sent to, and the first: Quire over gRPC. Used by serve.py and load.py.
+
+All are asked for the same: token ids in, a fixed number of tokens out, greedy, end of sequence
+ignored, streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from ...client import TLS, AsyncClient, Retry
+
+
+class Target(Protocol):
+    """One server. Entered before use, left after."""
+
+    async def __aenter__(self) -> Target: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
+        """Yields, as messages come, how many tokens have come in all.
+
+        Raises:
+          QuireError: the request failed.
+        """
+        ...
+
+
+class GrpcTarget:
+    """A Quire server."""
+
+    def __init__(self, address: str, *, api_key: str | None, tls: TLS | bool):
+        # What fails shall be counted, not hidden.
+        self._client = AsyncClient(address, api_key=api_key, tls=tls, retry=Retry(attempts=1))
+
+    async def __aenter__(self) -> GrpcTarget:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._client.close()
+
+    async def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
+        count = 0
+        call = self._client.stream(prompt, temperature=0.0, max_tokens=output, ignore_eos=True)
+        async with call as chunks:
+            async for chunk in chunks:
+                if chunk.token_ids:
+                    count += len(chunk.token_ids)
+                    yield count
