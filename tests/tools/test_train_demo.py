@@ -298,6 +298,16 @@ def test_the_loss_falls_and_the_draft_follows(
     assert float(after[DRAFT]) < 1.0
 
 
+def test_the_draft_does_not_teach_its_teacher(
+    trainer: Trainer, trained: tuple[State, Record], batches: list[np.ndarray]
+) -> None:
+    params = trained[0].params
+    of_draft = jax.jit(jax.grad(lambda params: trainer.losses(params, batches[0])[1][DRAFT]))
+    gradients = of_draft(params)
+    assert all(not np.any(array) for array in gradients[DEMO].values())
+    assert all(np.any(array) for array in gradients[DRAFT].values())
+
+
 def test_a_resumed_training_ends_with_the_same_weights(
     trainer: Trainer,
     trained: tuple[State, Record],

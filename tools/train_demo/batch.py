@@ -37,7 +37,8 @@ def unpack(words: jax.Array, layout: Layout) -> Batch:
         place = jnp.arange(length)
         begun = jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
         following = jnp.roll(part, -1, axis=1)
-        learned = ((following & LEARNED) != 0) & (following < STARTS) & (place < length - 1)
+        # What the model has to write is never the first of a conversation.
+        learned = ((following & LEARNED) != 0) & (place < length - 1)
         before = jax.lax.cummax(jnp.where(learned, -1, place), axis=1)
         after = jax.lax.cummin(jnp.where(learned, length, place), axis=1, reverse=True)
         answers = after - before - 1

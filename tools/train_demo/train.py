@@ -106,7 +106,7 @@ class Trainer:
         narrow = {key: array.astype(model.dtype) for key, array in params.items()}
         return batch_logits(model.bind(narrow), batch, self.mix)
 
-    def _losses(
+    def losses(
         self, params: dict[str, Params], words: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Over the tokens that the models have to write: of the first model cross-entropy, of the
@@ -130,7 +130,7 @@ class Trainer:
     def _step(
         self, state: State, words: jax.Array, factor: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
-        gradients, values = jax.grad(self._losses, has_aux=True)(state.params, words)
+        gradients, values = jax.grad(self.losses, has_aux=True)(state.params, words)
         params, optimizer = {}, {}
         for name, old in state.params.items():
             with jax.named_scope(f"update {name}"):
