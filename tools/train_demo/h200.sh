@@ -18,6 +18,9 @@ work=$(mktemp -d)
 ln -s "$PWD" "$work/quire"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
 
+# For the next command, if the machine is still there by then.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/quire-train-programs}
+
 mkdir -p "$out" "$work/state"
 if [ -n "$state" ]; then
   cat "$state"/state.tar.* | tar -C "$work" -x
