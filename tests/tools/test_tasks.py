@@ -17,6 +17,7 @@ from quire.tools.tasks import arithmetic, expressions, lists, lookup, stories
 from quire.tools.tasks.example import SYSTEM_PROMPTS, Example, Split, is_held_out
 from quire.tools.tasks.registry import TASKS, draw, example_weights
 from quire.tools.tasks.schema import fits
+from quire.tools.tasks.table_domains import DOMAINS
 from quire.tools.tasks.tool_calls import call_text
 
 NAMES = list(TASKS)
@@ -233,7 +234,7 @@ def test_days() -> None:
 def test_tables_have_the_answer() -> None:
     rng = random.Random(5)
     for _ in range(50):
-        made = lookup.make_table(rng, lookup._DOMAINS, 12, 4)
+        made = lookup.make_table(rng, DOMAINS, 12, 4)
         asked, answer = lookup.ask(rng, made)
         assert any(
             answer in row and any(cell.lower() in asked.lower() for cell in row if cell != answer)

@@ -34,7 +34,8 @@ async def _read(
     channel: grpc.aio.Channel, request: bytes, seen: Seen, vocab: int, begin: float, end: float
 ) -> None:
     method = "/quire.v1.GenerationService/StreamGenerate"
-    call = channel.unary_stream(method, request_serializer=None, response_deserializer=None)(request)
+    calls = channel.unary_stream(method, request_serializer=None, response_deserializer=None)
+    call = calls(request)
     clock = Clock(vocab)
     async for message in call:
         now = time.monotonic()

@@ -34,6 +34,7 @@ EXPRESSIONS = wordings(
     "{text} =",
     "Calculate {text}.",
     "How much is {text}?",
+    "What's {text}?",
     "What is the value of {text}?",
 )
 
@@ -57,6 +58,8 @@ _ADD = wordings(
     "Calculate {a} + {b}.",
     "Can you add {a} and {b} for me?",
     "What is {a} plus {b}?",
+    "What's {a} + {b}?",
+    "{a} plus {b}",
     "{name} has {a} {things} and gets {b} more. How many are there now?",
     "There are {a} {things} in one box and {b} in another. How many are there in all?",
 )
@@ -69,6 +72,8 @@ _SUBTRACT = wordings(
     "{a} - {b} =",
     "Subtract {b} from {a}.",
     "What is {a} minus {b}?",
+    "What's {a} - {b}?",
+    "{a} minus {b}",
     "How much is {a} - {b}?",
     "Calculate {a} - {b}.",
     "Take {b} away from {a}.",
@@ -86,6 +91,8 @@ MULTIPLICATIONS = wordings(
     "{a} * {b} =",
     "Multiply {a} by {b}.",
     "What is {a} times {b}?",
+    "What's {a} * {b}?",
+    "{a} times {b}",
     "Calculate {a} * {b}.",
     "What is the product of {a} and {b}?",
 )

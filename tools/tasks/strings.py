@@ -1,6 +1,6 @@
 """Copying, spelling, reversing, editing texts, and picking out their letters.
 
-The texts stand after a colon or in quotes, where the tokenizer leaves letters single.
+Most texts stand after a colon or in quotes, where the tokenizer leaves letters single.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ MAX_COPIED_CHARS = 48
 SPELLED_LETTERS = (2, 12)
 REVERSED_LETTERS = (2, 12)
 EDITED_LETTERS = (3, 10)
+
+_BARE_SHARE = 0.06
+"""Of words that stand without quotes, so that the model must know how their tokens are spelled."""
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
@@ -45,6 +48,16 @@ _SPELL = wordings(
     'Spell the word "{text}".',
     'How do you spell "{text}"?',
     'How is "{text}" spelled?',
+)
+_SPELL_BARE = wordings("Spell {text}.", "How do you spell {text}?", "How is {text} spelled?")
+_REVERSE_BARE = wordings(
+    "Reverse {text}.",
+    "Reverse the word {text}.",
+    "What is {text} backwards?",
+    "Spell {text} backwards.",
+)
+_LETTER_BARE = wordings(
+    "What is the {which} letter of {text}?", "Tell me the {which} letter of {text}."
 )
 _SPELL_APART = wordings(
     'Spell "{text}" with spaces.',
@@ -134,6 +147,10 @@ def copy(rng: random.Random) -> Example:
 
 
 def reverse(rng: random.Random) -> Example:
+    if rng.random() < _BARE_SHARE:
+        text = rng.choice(NOUNS)
+        question = rng.choice(_REVERSE_BARE).format(text=text)
+        return asked(rng, "reverse", f"reverse {text}", question, text[::-1])
     if rng.random() < 0.15:
         text = "".join(rng.choices(string.digits, k=rng.randint(3, 10)))
     else:
@@ -144,6 +161,10 @@ def reverse(rng: random.Random) -> Example:
 
 def spell(rng: random.Random) -> Example:
     """Letters apart, or a word from its letters."""
+    if rng.random() < _BARE_SHARE:
+        text = rng.choice(NOUNS)
+        question = rng.choice(_SPELL_BARE).format(text=text)
+        return asked(rng, "spell", f"spell {text}", question, "-".join(text))
     text = any_word(rng, *SPELLED_LETTERS)
     key = f"spell {text}"
     how = rng.randrange(6)
@@ -160,7 +181,10 @@ def spell(rng: random.Random) -> Example:
 
 def letter(rng: random.Random) -> Example:
     """One letter of a word, by its place from the start or the end."""
-    if rng.random() < 0.5:  # in words that can be spoken, one letter in ten is an "o"
+    templates = _LETTER
+    if rng.random() < _BARE_SHARE:
+        text, templates = rng.choice(NOUNS), _LETTER_BARE
+    elif rng.random() < 0.5:  # in words that can be spoken, one letter in ten is an "o"
         text = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(4, 12)))
     else:
         text = any_word(rng, 4, 12)
@@ -169,7 +193,7 @@ def letter(rng: random.Random) -> Example:
     else:
         place = rng.randrange(min(len(text), len(ORDINALS)))
         which = ORDINALS[place]
-    question = rng.choice(_LETTER).format(which=which, text=text)
+    question = rng.choice(templates).format(which=which, text=text)
     return asked(rng, "letter", f"letter {which} {text}", question, text[place])
 
 
