@@ -7,6 +7,7 @@ the only reader of the environment.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Iterable
@@ -200,6 +201,14 @@ class EngineConfig:
             )
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Settings of the gRPC service."""
@@ -211,6 +220,40 @@ class ServerConfig:
         "processes that answer callers; each is good for some 25,000 tokens a second",
         low=1,
         high=64,
+    )
+    api_keys: str | None = setting(
+        None,
+        "file of API keys that callers must have, and of what their tenants may ask for; see "
+        "`quire keys` (default: whoever reaches the port is served)",
+    )
+    insecure: bool = setting(
+        False, "serve other machines although there are neither API keys nor client certificates"
+    )
+    tls_cert: str | None = setting(
+        None, "PEM file of the server's certificate chain; read again when it changes"
+    )
+    tls_key: str | None = setting(None, "PEM file of its private key, without a password")
+    tls_client_ca: str | None = setting(
+        None, "PEM file of certificates that callers' must be signed by (mutual TLS)"
+    )
+    compression: str = setting(
+        "none",
+        "of responses, for callers that take it; requests may be compressed in any case",
+        choices=("none", "gzip"),
+    )
+    max_message_size: int = setting(
+        "64MiB",
+        "bytes that a request may have; a prompt of a million tokens takes 4 MB",
+        low=2**16,
+        high=2**30,
+        is_size=True,
+    )
+    keepalive: int = setting(
+        60,
+        "seconds after which a connection on which nothing was said is looked at; callers that do "
+        "not answer within 20 s are gone",
+        low=1,
+        high=86_400,
     )
     drain_timeout: int = setting(30, "seconds running requests get to end on SIGTERM", low=0)
     step_timeout: int = setting(
@@ -224,6 +267,17 @@ class ServerConfig:
         _check(self)
         if not self.host:
             raise InvalidConfig("host: got '', must be a name or an address")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise InvalidConfig(f"{missing}: got none, must be given together with {given}")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidConfig("tls_client_ca: works with tls_cert and tls_key alone, got none")
+        knows_callers = self.api_keys is not None or self.tls_client_ca is not None
+        if not (knows_callers or self.insecure or _is_loopback(self.host)):
+            raise InvalidConfig(
+                f"host: got {self.host!r}, which other machines reach, so it needs api_keys or "
+                f"tls_client_ca; `insecure` serves whoever comes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,20 @@ class Overloaded(QuireError):
         self.retry_after = retry_after
 
 
+class Unauthenticated(QuireError):
+    """The caller gave no API key, or one that is not known."""
+
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+
+
+class PermissionDenied(QuireError):
+    """The caller is known, and may not do this."""
+
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class DeadlineExceeded(QuireError):
     """The request's deadline passed before it finished."""
 

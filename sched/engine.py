@@ -18,13 +18,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 from ..errors import Internal, QuireError, Unavailable, invalid
 from ..model.plan import Runner, StepHandle, StepOutputs, StepPlan
 from .limits import check_reason
+from .quota import Limits, Quotas
 from .request import FinishReason, Request, RequestOutput
 from .scheduler import Scheduler
 from .stats import EngineStats
@@ -69,8 +70,10 @@ class Engine:
         *,
         overlap: bool,
         on_outputs: Callable[[list[RequestOutput]], None],
+        quotas: Quotas | None = None,
     ):
         self._runner = runner
+        self._quotas = quotas or Quotas(time.monotonic)
         self._scheduler = scheduler
         self._on_outputs = on_outputs
         self._ahead = 1 if overlap else 0  # steps left in flight after a launch
@@ -81,8 +84,8 @@ class Engine:
         self._wake = threading.Condition()  # guards what follows
         self._state = State.OPEN
         self._why_closed = "the engine was stopped"
-        self._inbox: list[Request | tuple[str, FinishReason, int | None]] = []
-        self._pending = 0  # requests in the inbox
+        self._inbox: list[Request | tuple[str, FinishReason, int | None] | dict[str, float]] = []
+        self._pending: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._live: set[str] = set()  # accepted, and not told yet that they ended
 
     # ---- any thread
@@ -102,10 +105,20 @@ class Engine:
                 raise Unavailable(f"request {request.id!r}: {self._why_closed}")
             if request.id in self._live:
                 raise invalid("id", request.id, "unlike that of every unfinished request")
-            self._scheduler.check_queue(self._pending)
+            pending = self._pending
+            self._scheduler.check_queue(request.tenant, pending.total(), pending[request.tenant])
+            self._quotas.accept(request)
             self._live.add(request.id)
             self._inbox.append(request)
-            self._pending += 1
+            pending[request.tenant] += 1
+            self._wake.notify_all()
+
+    def limit_tenants(self, table: Mapping[str, Limits]) -> None:
+        """What each tenant may ask for from now on, and its share when others ask too; those not
+        named have no limits and a weight of 1."""
+        self._quotas.update(table)
+        with self._wake:
+            self._inbox.append({name: limits.weight for name, limits in table.items()})
             self._wake.notify_all()
 
     def finish(
@@ -227,14 +240,17 @@ class Engine:
             for message in self._inbox:
                 if isinstance(message, Request):
                     self._scheduler.add(message)
+                elif isinstance(message, dict):
+                    self._scheduler.set_weights(message)
                 else:
                     self._scheduler.finish(*message)
             self._inbox.clear()
-            self._pending = 0
+            self._pending.clear()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:
             return
+        self._quotas.observe(outputs)
         ended = [output.request_id for output in outputs if output.ended]
         with self._wake:
             if self._state is State.CLOSED:
@@ -277,7 +293,7 @@ class Engine:
             ended = sorted(self._live)
             self._live.clear()
             self._inbox.clear()
-            self._pending = 0
+            self._pending.clear()
         if not ended:
             return
         try:

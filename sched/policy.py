@@ -1,75 +1,29 @@
-"""Who is served first, who gives way, who may come in, and how many tokens a dispatch decodes.
+"""Who gives way, who may come in, and how many tokens a dispatch decodes.
 
-Called by the scheduler; pure but for the lists in it. Everything here could be decided otherwise
-without harm to correctness: the scheduler keeps pages and slots right under any policy, as long as
-the first in order never gives way to another.
+Called by the scheduler; pure. Who is served first is the business of fairness.py. Everything here
+could be decided otherwise without harm to correctness: the scheduler keeps pages and slots right
+under any policy, as long as the first of those who run never gives way to another.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from collections import Counter
+from collections.abc import Collection, Iterable
 
 from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import RunnerSpec
-from .sequence import Group, Sequence
+from .fairness import OUTPUT_COST, FairQueue
+from .ranked import Ranked
+from .sequence import Sequence
 
 MAX_RECOMPUTE_RATIO = 0.1
 """Recomputed per useful token above which admission reserves the worst case."""
 
+LONG_ANSWER = 1024
+"""Tokens that an answer is taken to have at most where nobody knows."""
 
-def by_rank(seq: Sequence) -> tuple[int, int]:
-    """Order of service: lower priority numbers first, then earlier arrivals."""
-    return seq.rank
-
-
-def by_deadline(group: Group) -> tuple[float, int]:
-    """Order of expiry, for requests that have a deadline."""
-    return group.request.deadline or 0.0, group.arrival
-
-
-class _Named(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=_Named)
-
-
-class Ranked(Collection[Item], Generic[Item]):
-    """Items in order of a key that differs for each. Short enough for a plain sorted list."""
-
-    def __init__(self, key: Callable[[Item], Any]):
-        self._key = key
-        self._items: list[Item] = []
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self._items)
-
-    def __contains__(self, item: object) -> bool:
-        return item in self._items
-
-    @property
-    def first(self) -> Item:
-        return self._items[0]
-
-    @property
-    def last(self) -> Item:
-        """By rank, this is who gives way: the youngest of the lowest priority."""
-        return self._items[-1]
-
-    def add(self, item: Item) -> None:
-        insort(self._items, item, key=self._key)
-
-    def remove(self, item: Item) -> None:
-        at = bisect_left(self._items, self._key(item), key=self._key)
-        if at == len(self._items) or self._items[at] is not item:
-            raise RuntimeError(f"request {item.id!r} is not in this list")
-        del self._items[at]
+MAX_FAIR_RECOMPUTE_RATIO = 0.05
+"""Recomputed per useful token above which nobody gives way to a newcomer of another tenant."""
 
 
 def decode_tokens(
@@ -124,3 +78,53 @@ def may_enter(
     horizon = seq.limit if worst_case else min(seq.limit, len(seq.tokens) + cache.page_size)
     needed = cache.pages_for(horizon) - len(hit.entries) + hit.idle_pages
     return needed + reserved <= cache.available
+
+
+def gives_way(running: Ranked[Sequence], queue: FairQueue) -> Sequence:
+    """Who loses its pages when they run short: of the lowest priority, the youngest; with several
+    tenants, the youngest of the one that holds most pages for its weight.
+
+    Never the first of several who run: a tenant with one answer is only taken as the youngest.
+    """
+    youngest = running.last
+    if not queue.contended:
+        return youngest
+    pages: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+    for seq in running:
+        if seq.rank[0] == youngest.rank[0]:
+            name = seq.group.tenant.name
+            pages[name] += len(seq.kv.pages)
+            answers[name] += 1
+    most = max(pages, key=lambda name: pages[name] / queue.tenants[name].weight)
+    if answers[most] == 1:
+        return youngest
+    return next(seq for seq in reversed(running) if seq.group.tenant.name == most)
+
+
+def gives_place(running: Ranked[Sequence], queue: FairQueue) -> Sequence | None:
+    """Who makes room for the first in the queue, which found no slot or no pages; None: nobody.
+
+    Two reasons to take a place, so that neither is taken back and forth:
+
+    - The newcomer's tenant runs fewer answers than its weight's share of them, and another far more
+      than its own: twice as many, or half of what others should have besides.
+    - The newcomer's tenant has had much less than another lately, though it may run its share: by
+      half of what may be kept unused (fairness.py), and what it is about to get.
+
+    The tenant in question loses its youngest, unless that is its last or has a better priority.
+    """
+    newcomer, total = queue.first, len(running)
+    if not running:
+        return None
+    tenant, tenants = newcomer.group.tenant, queue.tenants.values()
+    extra = tenant.running + 1 - queue.share(tenant, total)
+    loser = max(tenants, key=lambda t: t.running / t.weight)
+    share = queue.share(loser, total)
+    if extra > 0 or loser.running - 1 < min(2 * share, (share + total) / 2):
+        loser = max((t for t in tenants if t.running), key=lambda t: t.time)
+        cost = max(extra, 1) * min(newcomer.max_tokens, LONG_ANSWER) * OUTPUT_COST / tenant.weight
+        if loser.running == 1 or loser.time - tenant.time < queue.credit / 2 + cost:
+            return None
+    seq = next(seq for seq in reversed(running) if seq.group.tenant is loser)
+    return None if seq.rank[0] < newcomer.rank[0] else seq

@@ -11,21 +11,34 @@ are given back in `_vacate`, each exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import QuireError, invalid
 from ..kv.cache import KVCache, PrefixHit
-from .policy import Ranked, by_deadline, by_rank
+from .fairness import FairQueue
+from .ranked import Ranked
 from .request import FinishReason, RequestOutput
 from .sequence import Group, Sequence
+
+
+def by_rank(seq: Sequence) -> tuple[int, int]:
+    """Order of service of those who run: lower priority numbers first, then earlier arrivals."""
+    return seq.rank
+
+
+def by_deadline(group: Group) -> tuple[float, int]:
+    """Order of expiry, for requests that have a deadline."""
+    return group.request.deadline or 0.0, group.arrival
 
 
 class Roster:
     """All requests that have not ended."""
 
-    def __init__(self, num_slots: int, cache: KVCache):
+    def __init__(self, num_slots: int, cache: KVCache, clock: Callable[[], float]):
         self._cache = cache
         self._by_id: dict[str, Group] = {}
-        self._deadlines = Ranked(by_deadline)
-        self.waiting = Ranked(by_rank)
+        self._deadlines = Ranked[Group](by_deadline)
+        self.waiting = FairQueue(clock)
         self.running = Ranked(by_rank)
         self.prefilling: set[Sequence] = set()  # running, with prompt tokens not yet scheduled
         self.outbox: list[RequestOutput] = []
@@ -61,7 +74,7 @@ class Roster:
 
     def enter(self, seq: Sequence, hit: PrefixHit) -> None:
         """A waiting sequence gets a slot, and the pages of its known prefix."""
-        self.waiting.remove(seq)
+        self.waiting.enter(seq)
         self.running.add(seq)
         self.prefilling.add(seq)
         seq.slot = self._free_slots.pop()
@@ -72,7 +85,8 @@ class Roster:
         seq.prefilled = hit.tokens
 
     def suspend(self, seq: Sequence) -> None:
-        """A running sequence gives up slot and pages, and waits where its arrival puts it."""
+        """A running sequence gives up slot and pages, and waits where its arrival puts it among its
+        tenant's."""
         self._vacate(seq)
         self.waiting.add(seq)
 
@@ -136,6 +150,7 @@ class Roster:
                 raise RuntimeError(f"request {seq.id!r} runs in a slot it lost")
             if seq.scheduled > seq.kv.capacity:
                 raise RuntimeError(f"request {seq.id!r} has more tokens than page room")
+        self.waiting.check_integrity(holders)
         self._cache.check_integrity(seq.kv for seq in holders)
 
     def _leave(self, seq: Sequence) -> None:
@@ -163,6 +178,7 @@ class Roster:
 
     def _vacate(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self.waiting.leave(seq)
         self.prefilling.discard(seq)
         self._cache.release(seq.kv)
         self._free_slots.append(seq.slot)

@@ -9,7 +9,7 @@ be made before the results of the last one are known; what is known of a running
 then an upper bound, and pages are granted by it.
 
 Progress is certain: `schedule` goes through the running sequences in order of service and takes
-pages from the end of that order, so the first one runs, or waits for results that are on their way.
+pages from others than the first, so that one runs, or waits for results that are on their way.
 `schedule` returns None only when nothing can be done before results arrive.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
 from .request import FinishReason, Request, RequestOutput
 from .results import accept, gather_scores, logprobs_of
-from .roster import Roster
+from .roster import Roster, by_deadline
 from .sequence import Group, Sequence
 from .stats import EngineStats, Meters
 
@@ -46,7 +46,8 @@ class Scheduler:
       max_batched_tokens: tokens in one step at most.
       prefill_chunk: tokens of one prompt in one step at most.
       prefix_caching: share the KV of equal prompt prefixes.
-      max_queue: requests that may wait before more are refused.
+      max_queue: requests that may wait before more are refused, where one tenant asks; several
+        share twice the room, see `check_queue`.
       clock: seconds, on the scale of Request.deadline.
     """
 
@@ -67,11 +68,12 @@ class Scheduler:
         self._max_queue = max_queue
         self._clock = clock
         self._cache = KVCache(spec.num_pages, spec.page_size, prefix_caching=prefix_caching)
-        self._roster = Roster(spec.num_slots, self._cache)
+        self._roster = Roster(spec.num_slots, self._cache, clock)
         self._flights: deque[Flight] = deque()  # planned, results not read; oldest first
         self._resting: Sequence | None = None  # sits out this step, so as to give way in the next
+        self._asked: Sequence | None = None  # shall sit out the next, because it is in this one
+        self._is_short = False  # the first in the queue found no pages
         self._arrivals = 0
-        self._last_wait = 0.0  # seconds the latest admission had waited
 
         self._meters = Meters(clock)
 
@@ -86,25 +88,34 @@ class Scheduler:
         """Raises InvalidRequest if this request can never be served. Safe from any thread."""
         check_request(request, self._spec)
 
-    def check_queue(self, pending: int = 0) -> None:
-        """Raises Overloaded if the queue, with `pending` more to come, is full.
+    def check_queue(self, tenant: str = "", pending: int = 0, pending_of_tenant: int = 0) -> None:
+        """Raises Overloaded if a tenant has its part of the queue, with what is pending to come.
+
+        That part is as large as what is left free of twice `max_queue`: a tenant alone may have
+        `max_queue` waiting; n that flood have 2 / (n + 1) of it each, and leave as much free, so
+        that others are not refused because of them.
 
         Safe from any thread: behind the back of whoever submits, the queue only gets shorter, or
         longer by preemption, which may go above the limit anyway.
         """
-        waiting = len(self._roster.waiting) + pending
-        if waiting >= self._max_queue:
-            hint = min(max(self._last_wait, 1.0), MAX_RETRY_AFTER)
+        queue = self._roster.waiting
+        known = queue.tenants.get(tenant)
+        waiting = pending_of_tenant + (len(known.waiting) if known else 0)
+        most = 2 * self._max_queue - len(queue) - pending
+        if waiting >= most:
+            last_wait = known.last_wait if known else 0.0
+            hint = min(max(last_wait, 1.0), MAX_RETRY_AFTER)
+            whose = f" of tenant {tenant!r}" if tenant else ""
+            limit = f"at most {min(max(most, 0), self._max_queue)} may"
             raise Overloaded(
-                f"queue: {waiting} requests wait, at most {self._max_queue} may; "
-                f"retry in {hint:.0f} s",
+                f"queue: {waiting} requests{whose} wait, {limit}; retry in {hint:.0f} s",
                 retry_after=hint,
             )
 
     def submit(self, request: Request) -> None:
         """Queues a request, or says why not (InvalidRequest, Overloaded)."""
         self.validate(request)
-        self.check_queue()
+        self.check_queue(request.tenant)
         self.add(request)
 
     def add(self, request: Request) -> None:
@@ -117,6 +128,7 @@ class Scheduler:
         self._roster.add(
             Group(
                 request=request,
+                tenant=self._roster.waiting.tenant(request.tenant),
                 arrival=self._arrivals,
                 submitted=self._clock(),
                 max_tokens=resolve_max_tokens(request, self._spec),
@@ -125,6 +137,10 @@ class Scheduler:
             )
         )
         self._arrivals += choices
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Shares of the tenants from now on, above 0; those not named have 1."""
+        self._roster.waiting.set_weights(weights)
 
     def finish(
         self,
@@ -155,6 +171,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run before results arrive."""
         self._expire()
+        self._make_place()
         step = StepBuilder(self._decode_tokens())
         room = self._plan_running(step)
         self._admit(step, room)
@@ -171,15 +188,43 @@ class Scheduler:
             self._cache,
         )
 
+    def _make_place(self) -> None:
+        """A tenant that runs less than its share does not wait for others' long answers to end.
+
+        Who gives way must be collected first: it rests for a step, and goes in the next.
+        """
+        asked, self._asked = self._asked, None
+        roster = self._roster
+        running, queue = roster.running, roster.waiting
+        is_valid = asked is not None and asked.slot >= 0 and asked is not running.first
+        self._resting = asked if is_valid else None
+        if not queue.contended or not queue or (roster.slot_free and not self._is_short):
+            return
+        if self._meters.recompute.ratio > policy.MAX_FAIR_RECOMPUTE_RATIO:
+            return
+        victim = policy.gives_place(running, queue)
+        if victim is not None:
+            self._give_way(self._resting or victim)
+
+    def _give_way(self, victim: Sequence) -> bool:
+        """Preempts a sequence, or has it rest if it is in flight; whether it is gone."""
+        if victim.in_flight:
+            self._resting = victim
+            if self._roster.waiting.contended:  # it may be part of this step already
+                self._asked = victim
+            return False
+        self._resting = None
+        self._preempt(victim)
+        return True
+
     def _plan_running(self, step: StepBuilder) -> int:
         """Rows for those who run already; returns the tokens left for newcomers.
 
-        One pass in order of service, so that who gives way is not yet part of the step.
+        One pass in order of service.
         """
         running, prefilling = self._roster.running, self._roster.prefilling
         k, rows_left = step.k, self._max_rows
         prompt_room = self._max_tokens - (len(running) - len(prefilling))
-        self._resting = None
         for seq in tuple(running):
             if seq.slot < 0 or seq is self._resting:  # gave way, or is about to
                 continue
@@ -200,11 +245,14 @@ class Scheduler:
                 rows_left -= 1
         return prompt_room
 
-    def _plan_prompt(self, step: StepBuilder, seq: Sequence, room: int) -> int:
-        """The next chunk of a prompt, if there are pages for it; returns the tokens taken."""
+    def _plan_prompt(
+        self, step: StepBuilder, seq: Sequence, room: int, *, may_take: bool = True
+    ) -> int:
+        """The next chunk of a prompt, if there are pages for it, taken from others where it may;
+        returns the tokens taken."""
         start = seq.prefilled
         end = min(start + self._prefill_chunk, start + room, seq.target)
-        if end > seq.kv.capacity and not self._grow(step, seq, end):
+        if end > seq.kv.capacity and not self._grow(step, seq, end, may_take=may_take):
             return 0
         step.prompt(seq, start, end)
         seq.prefilled = end
@@ -217,12 +265,15 @@ class Scheduler:
         if end == seq.target and seq is seq.group.sequences[-1]:
             self._roster.begin_next(seq.group)
         again = max(0, min(end, seq.recompute_until) - start)
+        if self._roster.waiting.contended:
+            seq.group.tenant.charge(end - start - again)
         self._meters.recompute.count(end - start - again, again)
         return end - start
 
     def _admit(self, step: StepBuilder, room: int) -> None:
         """Slots, pages and first chunks for those who wait, strictly in order of service."""
         roster, cache = self._roster, self._cache
+        self._is_short = False
         while room > 0 and roster.waiting and roster.slot_free and step.rows < self._max_rows:
             seq = roster.waiting.first
             # A prompt token that is found instead of computed has no log-probability.
@@ -233,28 +284,31 @@ class Scheduler:
                 roster.running, roster.prefilling, cache, worst_case=worst
             )
             if not policy.may_enter(seq, hit, reserved, cache, worst_case=worst):
+                self._is_short = True
                 return
             roster.enter(seq, hit)
             step.init(seq)
             step.pages(seq.slot, 0, seq.kv.pages)
             self._count_entry(seq, hit)
-            room -= self._plan_prompt(step, seq, room)
+            # Not from those who came in this very step: the step tells the device of them.
+            room -= self._plan_prompt(step, seq, room, may_take=not roster.waiting.contended)
 
-    def _grow(self, step: StepBuilder, seq: Sequence, positions: int) -> bool:
-        """Pages for `positions` of a sequence, taken from the last in order if need be.
+    def _grow(
+        self, step: StepBuilder, seq: Sequence, positions: int, *, may_take: bool = True
+    ) -> bool:
+        """Pages for `positions` of a sequence, taken from another if need be.
 
-        False: it sits this step out. Either it is the last itself, and keeps what it has until
-        somebody needs it; or results of the last are on their way, and are read before it gives
-        way: it rests now, so that none will be on their way in the next step.
+        False: it sits this step out. Either it is the one to give way itself, and keeps what it has
+        until somebody needs it; or results of that one are on their way, and are read before it
+        gives way: it rests, so that none will be on their way.
         """
+        roster = self._roster
         while (added := self._cache.grow(seq.kv, positions)) is None:
-            victim = self._roster.running.last
-            if victim is seq:
+            if not may_take:
                 return False
-            if victim.in_flight:
-                self._resting = victim
+            victim = self._resting or policy.gives_way(roster.running, roster.waiting)
+            if victim is seq or not self._give_way(victim):
                 return False
-            self._preempt(victim)
         step.pages(seq.slot, len(seq.kv.pages) - len(added), added)
         return True
 
@@ -314,6 +368,8 @@ class Scheduler:
                     self._receive_pooled(seq, pooled[row])
                 elif promised and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
+        if self._roster.waiting.contended:
+            self._roster.waiting.charge_rows(flight.rows, counts)
         self._meters.counters.output_tokens += lone
         self._meters.recompute.count(sum(counts[: plan.num_decode]), 0)
         if not self._roster.running:
@@ -394,7 +450,7 @@ class Scheduler:
         for group in self._roster.overdue(now):
             most = group.max_tokens * group.request.sampling.choices
             why = (
-                f"deadline: passed {now - policy.by_deadline(group)[0]:.3f} s ago, after "
+                f"deadline: passed {now - by_deadline(group)[0]:.3f} s ago, after "
                 f"{group.outputs} of at most {most} output tokens"
             )
             self._end_with(group, DeadlineExceeded(why))
@@ -415,7 +471,7 @@ class Scheduler:
         if group.cached_tokens < 0:
             group.cached_tokens = hit.tokens
             self._meters.enter(seq.prompt_len, hit.tokens)
-            self._last_wait = self._clock() - group.submitted
+            group.tenant.last_wait = self._clock() - group.submitted
         seq.cached_tokens = group.cached_tokens
 
     def _observe_waste(self) -> None:

@@ -26,6 +26,7 @@ from ..kv.cache import Holding
 from ..kv.prefix import Chain
 from ..model.plan import IntArray, Sampler
 from .request import Request, TokenLogprobs
+from .tenant import Tenant
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +109,7 @@ class Group:
     """A request that has not ended, while `open` has choices in it."""
 
     request: Request
+    tenant: Tenant
     arrival: int  # of the first choice; the others have the numbers after it
     submitted: float
     max_tokens: int  # resolved: never None

@@ -31,6 +31,7 @@ from .engine_link import EngineLink
 from .intake import MAX_NAME_LENGTH, Chat, Intake, Labels, Prompt, check_labels
 from .model_info import model_info
 from .wire import (
+    check_known,
     chunk_message,
     embed_message,
     labels_of,
@@ -137,6 +138,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         """Submits a request and yields its chunks, and whether each is the last; what is pending
         together for one answer comes as one."""
         link, intake = self._open_backend()
+        check_known(message)
         prompt = await _tokens(intake, prompt_of(message))
         sampling = intake.default_sampling(len(prompt), **sampling_of(message))
         if streamed:
@@ -167,6 +169,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         response = pb.TokenizeResponse()
         async with self._call(context):
             _, intake = self._open_backend()
+            check_known(request)
             prompt = prompt_of(request)
             if not isinstance(prompt, str):
                 if request.HasField("add_special_tokens"):
@@ -187,6 +190,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         response = pb.DetokenizeResponse()
         async with self._call(context):
             _, intake = self._open_backend()
+            check_known(request)
             ids = list(request.token_ids)
             skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
             decode = functools.partial(intake.decode, ids, skip_special_tokens=skip)
@@ -216,6 +220,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.ModelInfo:
         async with self._call(context):
             self._open_backend()
+            check_known(request)
         return self._info
 
     def _open_backend(self) -> tuple[EngineLink, Intake]:
@@ -296,6 +301,7 @@ async def _off_loop(work: Callable[[], Result], *, if_above: int, size: int) -> 
 
 def _embed_requests(intake: Intake, message: pb.EmbedRequest, labels: Labels) -> list[Request]:
     """One an input of an Embed call; what is wrong with one is said to be its."""
+    check_known(message)
     check_labels(labels)
     requests = []
     for at, given in enumerate(message.inputs):

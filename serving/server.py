@@ -7,28 +7,19 @@ and health says NOT_SERVING until the engine is ready, while it is gone, and whe
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ..config import ServerConfig
 from ..errors import Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from .engine_link import EngineLink
 from .grpc_server import SERVICE_NAME, GenerationService
 from .intake import Intake
-
-MAX_MESSAGE_BYTES = 64 << 20
-"""Of a request: a prompt of a million tokens takes 4 MB, which is grpc's own limit."""
-
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Finds out about callers that vanished without a word, whose requests would hold their pages.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # Lets clients look for a vanished server as often as once in 10 s.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-)
+from .transport import add_port, make_server
 
 _LAST_WORDS = 1.0
 """Seconds for last messages to be sent when the server ends."""
@@ -38,14 +29,25 @@ class Server:
     """Binds at once; serves once it has an engine; `stop` it in any case.
 
     Args:
-      host: address to bind, a name or an IPv4 or IPv6 address.
-      port: 0 takes a free one.
+      settings: of the service.
+      port: instead of the one in the settings.
       shared: other frontends have the port too, and get some of the calls.
+      interceptors: see each call first, in this order.
     """
 
-    def __init__(self, host: str, port: int, *, shared: bool = False):
-        self._host, self._wanted = f"[{host}]" if ":" in host else host, port
-        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
+    def __init__(
+        self,
+        settings: ServerConfig,
+        *,
+        port: int | None = None,
+        shared: bool = False,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ):
+        host = settings.host
+        self._settings = settings
+        self._host = f"[{host}]" if ":" in host else host
+        self._wanted = settings.port if port is None else port
+        self._server = make_server(settings, shared=shared, interceptors=interceptors)
         # The type stubs do not know it.
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._service = GenerationService()
@@ -69,10 +71,11 @@ class Server:
 
         Raises:
           Unavailable: the address cannot be bound.
+          InvalidConfig: a TLS file is wrong.
         """
         address = f"{self._host}:{self._wanted}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = add_port(self._server, address, self._settings)
         except RuntimeError as error:
             raise Unavailable(
                 f"host, port: cannot bind {address}; {_why_not(self._host)} ({error})"

@@ -9,11 +9,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from ..errors import InvalidRequest, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..sched.request import Request, RequestOutput
 from ..sched.sampling_params import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
+from .auth.caller import tenant_for
 from .intake import Chat, Labels, Prompt
 
 _SCALARS = (
@@ -40,6 +44,26 @@ _FINISH = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
+
+
+PROXY_NUMBERS = range(1000, 2000)
+"""Of fields that are others' to read; reserved in the .proto."""
+
+
+def check_known(message: Message, where: str = "") -> None:
+    """Raises InvalidRequest for a field that this server does not know: of a newer API, perhaps,
+    and dropping it would change what the caller gets."""
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]  # stubs know it not
+        if unknown.field_number not in PROXY_NUMBERS:
+            raise InvalidRequest(
+                f"{where}field {unknown.field_number}: got a value, must be unset: this server "
+                "does not know it, and may be older than its caller"
+            )
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for part in (value,) if isinstance(value, Message) else value:
+            check_known(part, f"{where}{field.name}.")
 
 
 def prompt_of(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedInput) -> Prompt | Chat:
@@ -167,11 +191,11 @@ def _no_constant(name: str) -> None:
 
 
 def labels_of(request: pb.GenerateRequest | pb.EmbedRequest, deadline: float | None) -> Labels:
-    """Everything else the request says."""
+    """Everything else the request says; its tenant is the API key's, where there are keys."""
     return Labels(
         name=request.request_id,
         priority=request.priority,
-        tenant=request.tenant,
+        tenant=tenant_for(request.tenant),
         cache_salt=request.cache_salt,
         deadline=deadline,
     )

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "answer prompts and print the answers",
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over gRPC",
+    "keys": "make, list and remove API keys for serve",
     "inspect": "say what a checkpoint is and what memory it needs",
     "convert": "turn a Hugging Face checkpoint into an Orbax one, with checksums",
     "doctor": "check this machine and this installation",

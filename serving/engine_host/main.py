@@ -20,6 +20,7 @@ from ...model.plan import RunnerSpec
 from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.engine import Engine
 from ...sched.request import RequestOutput
+from ..auth.follow import follow_keys
 from ..engine_wire import OPTIONS
 from ..intake import Served
 from ..lifeline import Lifeline
@@ -69,6 +70,9 @@ async def serve(news: int, build: Build | None = None) -> int:
         built = building.result()
         host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
         watch(built.engine, settings.step_timeout)
+        if settings.api_keys is not None:
+            limit = built.engine.limit_tenants
+            _followed = follow_keys(settings.api_keys, lambda table: limit(table.tenants))
         line.say(ready=True)
         failed = asyncio.ensure_future(_failed(built.engine))
         await asyncio.wait([ordered, failed], return_when=asyncio.FIRST_COMPLETED)

@@ -13,6 +13,8 @@ from ...checkpoints.folder import Checkpoint
 from ...config import ServerConfig
 from ...errors import QuireError, Unavailable
 from ...protos.v1 import engine_pb2 as pb
+from ..auth.follow import follow_keys
+from ..auth.interceptor import KeyInterceptor
 from ..intake import Intake
 from ..lifeline import Lifeline
 from ..server import Server
@@ -28,8 +30,13 @@ async def serve(news: int) -> int:
     """Runs until it is told to end; returns the exit status."""
     line, given = await Lifeline.open(news)
     settings = ServerConfig(**given["server"])
-    server = Server(settings.host, given["port"], shared=True)
+    checks = KeyInterceptor() if settings.api_keys is not None else None
+    server = Server(
+        settings, port=given["port"], shared=True, interceptors=[checks] if checks else []
+    )
     try:
+        if checks is not None:
+            _followed = follow_keys(str(settings.api_keys), checks.use)
         await server.bind()
         line.say(listening=server.address)
         serving = asyncio.ensure_future(_serve_engines(server, given["engine_address"], line))
@@ -62,10 +69,11 @@ async def _serve_engines(server: Server, address: str, line: Lifeline) -> None:
             continue
         try:
             intake = await asyncio.to_thread(intakes.of, link)
-            await server.serve(link, intake)
-            line.say(ready=True)
-            await link.lost()
-            line.say(ready=False)
+            if link.healthy:
+                await server.serve(link, intake)
+                line.say(ready=True)
+                await link.lost()
+                line.say(ready=False)
         finally:
             if not link.healthy:
                 await server.pause(_LOST)

@@ -89,7 +89,7 @@ class RemoteLink:
             return cls(channel, call, message.welcome)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             await channel.close(None)
-            raise Unavailable(f"the engine process cannot be reached: {error}") from error
+            raise Unavailable(f"the engine cannot be reached: {_in_short(error)}") from error
         except BaseException:
             await channel.close(None)
             raise
@@ -158,7 +158,7 @@ class RemoteLink:
             task.cancel()
         for task in done:
             if not task.cancelled() and (error := task.exception()) is not None:
-                log.warning("the engine is lost: %s", error or type(error).__name__)
+                log.warning("the engine is lost: %s", _in_short(error))
 
     def _end(self, why: str) -> None:
         if self._why_closed is not None:
@@ -216,3 +216,9 @@ class RemoteLink:
             self._news.clear()
             message, self._next = self._next, pb.ToEngine()
             await self._call.write(message)
+
+
+def _in_short(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return str(error) or type(error).__name__

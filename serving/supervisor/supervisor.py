@@ -110,11 +110,12 @@ class Supervisor:
                     task.result()  # raises what went wrong
                 await self._end(keeping, second)
             finally:
+                self._stopping.set()
                 for role in roles:
                     role.kill()
+                await asyncio.wait(keeping, timeout=LAST_WORDS)
                 for task in (asked, announcing, *keeping):
                     task.cancel()
-                await asyncio.wait({asked, announcing, *keeping})
 
     def _role(self, name: str, module: str, settings: dict[str, Any], begun: str) -> Role:
         return Role(
@@ -234,6 +235,8 @@ class Role:
         while True:
             child = self._child = self._make()
             await child.start()
+            if self._stopping.is_set():  # since before there was something to kill
+                child.kill()
             begin = time.monotonic()
             status = await child.ended()
             if self._stopping.is_set():

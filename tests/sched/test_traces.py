@@ -1,10 +1,10 @@
 """Thousands of random traces through the scheduler, against a runner that checks everything.
 
-Each trace mixes arrivals, priorities, shared prefixes, aborts, stops, deadlines, tiny page pools,
-random chunking and budgets, a device that gives 0 to k tokens a row, and now and then several
-choices, controls, log-probabilities of prompts and requests for embeddings. After every step pages
-and slots must add up; at the end every choice of every request has ended once, with exactly the
-tokens it would have got alone.
+Each trace mixes arrivals, priorities, tenants, shared prefixes, aborts, stops, deadlines, tiny page
+pools, random chunking and budgets, a device that gives 0 to k tokens a row, and now and then
+several choices, controls, log-probabilities of prompts and requests for embeddings. After every
+step pages and slots must add up; at the end every choice of every request has ended once, with
+exactly the tokens it would have got alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class World:
     caching: bool
     requests: int
     interrupts: bool  # aborts, stops found by the text layer, deadlines
+    tenants: int = 1  # with weights 1, 2, …
 
 
 @dataclass
@@ -81,6 +82,7 @@ worlds = st.builds(
     caching=st.booleans(),
     requests=st.integers(1, 9),
     interrupts=st.booleans(),
+    tenants=st.integers(1, 3),
 )
 
 
@@ -108,6 +110,9 @@ class Trace:
             prefix_caching=world.caching,
             clock=lambda: self.now,
         )
+        names = [str(n) for n in range(world.tenants)]
+        self.scheduler.set_weights({name: n + 1 for n, name in enumerate(names)})
+        self.tenants = names
         self.flights: deque = deque()
         self.stories: dict[str, Story] = {}
         self.prefixes = [self.some_tokens(rng.randint(0, 9)) for _ in range(2)]
@@ -153,6 +158,7 @@ class Trace:
             stop_token_ids=rng.choice(((), (7,))),
             priority=rng.choice((0, 0, 1)),
             cache_salt=rng.choice(("", "", "x")),
+            tenant=rng.choice(self.tenants),
             seed=rng.randrange(3),
             deadline=self.now + rng.randint(1, 60)
             if self.world.interrupts and rng.random() < 0.2

@@ -18,6 +18,7 @@ from engines import SETTINGS
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire import EngineConfig
+from quire.config import ServerConfig
 from quire.protos.v1 import engine_pb2_grpc
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine
@@ -50,7 +51,7 @@ class Running:
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
     async def _bind(self) -> Server:
-        server = Server("127.0.0.1", 0)
+        server = Server(ServerConfig(port=0))
         await server.bind()
         return server
 

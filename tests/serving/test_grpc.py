@@ -20,6 +20,7 @@ from grpc import StatusCode
 from running import SERVICE, Running
 
 from quire import LLM, SamplingParams
+from quire.config import ServerConfig
 from quire.errors import Unavailable
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
@@ -502,7 +503,7 @@ def test_a_server_without_its_engine_says_so_until_there_is_another(folder: Path
 
 def test_a_taken_port_is_an_error(served: Running) -> None:
     async def bind_again() -> None:
-        server = Server("127.0.0.1", served.server.port)
+        server = Server(ServerConfig(port=served.server.port))
         try:
             await server.bind()
         finally:
@@ -514,7 +515,7 @@ def test_a_taken_port_is_an_error(served: Running) -> None:
 
 def test_a_host_that_cannot_be_resolved_is_not_called_a_taken_port() -> None:
     async def bind() -> None:
-        server = Server("no.such.host.invalid", 0)
+        server = Server(ServerConfig(host="no.such.host.invalid", port=0, insecure=True))
         try:
             await server.bind()
         finally:
@@ -533,7 +534,7 @@ def test_an_ipv6_address() -> None:
         pytest.skip("this machine has no ::1")
 
     async def bind() -> str:
-        server = Server("::1", 0)
+        server = Server(ServerConfig(host="::1", port=0))
         await server.bind()
         await server.stop()
         return server.address

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 from engines import at_rest, eventually, held
+from google.protobuf.descriptor_pb2 import DescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import StatusCode
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -24,6 +25,7 @@ from quire import LLM, SamplingParams, __version__
 from quire.errors import InvalidRequest
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.sampling_params import LIMITS
+from quire.serving.wire import PROXY_NUMBERS
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -395,6 +397,49 @@ def test_every_bad_value_of_a_request_is_refused_by_name(served: Running, method
         details = ask(sampling=pb.SamplingParams(**{name: value}))
         assert details.startswith(name) and "must be " in details, details
     at_rest(served.engine)
+
+
+def with_unknown(message: Any, number: int) -> Any:
+    """As a caller of a newer API would send it: with another field, a varint of 5."""
+    tag, spelled = number << 3, b""
+    while tag > 127:
+        spelled, tag = spelled + bytes([tag & 127 | 128]), tag >> 7
+    return type(message).FromString(message.SerializeToString() + spelled + bytes([tag, 5]))
+
+
+def test_a_field_that_the_server_does_not_know_is_not_dropped(served: Running) -> None:
+    text = {"text": PROMPT}
+    sampling = pb.SamplingParams(max_tokens=1)
+    newer = with_unknown(sampling, 99)
+    calls = {
+        "field 99: got a value": [
+            ("Generate", with_unknown(pb.GenerateRequest(**text), 99)),
+            ("Tokenize", with_unknown(pb.TokenizeRequest(**text), 99)),
+            ("Detokenize", with_unknown(pb.DetokenizeRequest(), 99)),
+            ("Embed", with_unknown(pb.EmbedRequest(inputs=[pb.EmbedInput(**text)]), 99)),
+            ("GetModelInfo", with_unknown(pb.GetModelInfoRequest(), 99)),
+        ],
+        "sampling.field 99: got": [("Generate", pb.GenerateRequest(**text, sampling=newer))],
+        "inputs.field 2999: got": [
+            ("Embed", pb.EmbedRequest(inputs=[with_unknown(pb.EmbedInput(**text), 2999)]))
+        ],
+        "chat.messages.field 99: got": [
+            ("Tokenize", pb.TokenizeRequest(chat=pb.ChatPrompt(
+                messages=[with_unknown(pb.ChatMessage(role="user"), 99)])))
+        ],
+    }  # fmt: skip
+    for start, each in calls.items():
+        for method, request in each:
+            details = refused(lambda m=method, r=request: getattr(served.stub, m)(r, timeout=60))
+            assert details.startswith(start), details
+    for number in (PROXY_NUMBERS.start, PROXY_NUMBERS.stop - 1):
+        passed = pb.GenerateRequest(**text, sampling=with_unknown(sampling, number))
+        assert served.stub.Generate(with_unknown(passed, number), timeout=60).token_ids
+    for message in (pb.GenerateRequest, pb.SamplingParams, pb.EmbedRequest):
+        described = DescriptorProto()
+        message.DESCRIPTOR.CopyToProto(described)
+        (kept,) = described.reserved_range
+        assert range(kept.start, kept.end) == PROXY_NUMBERS
 
 
 def test_the_lists_of_bad_values_have_every_field() -> None:

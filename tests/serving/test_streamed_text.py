@@ -3,6 +3,7 @@ scripts, tokenizers of every kind, and however tokens and messages are cut."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from quire.checkpoints.tokenizer import Tokenizer
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
+from quire.serving.pending import Pending
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -135,6 +137,42 @@ def test_text_is_held_back_only_while_it_may_change(kind: str, data: st.DataObje
         return
     assert stops and shown == whole[: whole.index(stop)]
     assert stop not in shown
+
+
+@pytest.mark.parametrize("kind", ["byte-level-across-words", "byte-fallback-strip"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_however_slow_the_reader(kind: str, data: st.DataObject) -> None:
+    """What a reader missed comes to it as one; the text is the same, also where a stop string lies
+    across what it missed."""
+    tokens = tokenizer(kind)
+    ids = tokens.encode(data.draw(st.sampled_from(PROMPTS)))
+    places = st.lists(st.integers(0, len(ids)), max_size=len(ids))
+    parts = outputs(ids, data.draw(places))
+    whole = tokens.decode(ids)
+    at = data.draw(st.integers(0, len(whole)))
+    stops = [stop for stop in [whole[at : at + 3]] if stop and data.draw(st.booleans())]
+    reads = {*data.draw(places), len(parts) - 1}
+
+    async def read() -> tuple[str, str | int | None]:
+        sampling = SamplingParams(stop=tuple(stops))
+        answer = Answer(sampling, tokens.stream_decoder(), str)
+        pending, text, reason = Pending("r"), "", None
+        for index, part in enumerate(parts):
+            if part.finish_reason is None and data.draw(st.booleans()):
+                pending.put_tokens(part.tokens)
+            else:
+                pending.put(part)
+            for output in await pending.take() if index in reads else ():
+                chunk = answer.push(output)
+                if chunk is not None:
+                    text, reason = text + chunk.text, chunk.stop_reason
+        assert answer.finished
+        return text, reason
+
+    end = first_stop(whole, stops, 0)
+    expected = (whole, None) if end is None else (whole[: end[0]], end[1])
+    assert asyncio.run(read()) == expected
 
 
 @pytest.mark.parametrize("at", range(0, len(PROMPTS), 3))

@@ -362,6 +362,13 @@ def test_a_plot_that_cannot_be_made_is_refused_first(
     assert "backends: got 'fast', must be among reference, blockwise" in said
 
 
+def test_frontend_reads_every_token_and_says_what_it_cost(bench: Bench) -> None:
+    said = bench("frontend", "--streams=4", "--seconds=1", "--clients=1")
+    assert said["tokens_per_second"] > 0 and 0 < said["messages_per_token"] <= 1
+    assert sum(said["delays"].values()) == said["tokens_per_second"] * said["seconds"]
+    assert set(said["cores"]) == {"frontends", "engine", "clients"}
+
+
 # Plots
 
 

@@ -1,0 +1,23 @@
+"""Keeps what a process knows of API keys as the file says: frontends, and the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ..watched_file import stamp, watch
+from .key_file import KeyTable, read_keys
+
+
+def follow_keys(path: str, use: Callable[[KeyTable], None]) -> asyncio.Task[None]:
+    """Reads the file now, and again on the event loop whenever it changes, until cancelled.
+
+    Args:
+      use: called with what it says, at once and after each change.
+
+    Raises:
+      InvalidConfig: the file cannot be read. Later on that is logged, and changes nothing.
+    """
+    seen = stamp(path)
+    use(read_keys(path))
+    return asyncio.ensure_future(watch(path, read_keys, use, seen))
