@@ -27,6 +27,7 @@ from quire.checkpoints.names import parameters
 from quire.checkpoints.shipped import resolve
 from quire.errors import CheckpointError, Internal
 from quire.model.config import ModelConfig
+from quire.model.kernels.dense_attention import fused
 from quire.serving.progress import Silent
 from quire.tools.tasks.registry import TASKS
 from quire.tools.train_demo import attention, card, plot, state
@@ -193,8 +194,8 @@ def test_the_fused_kernel_agrees_with_xla() -> None:
         mixed, pull = jax.vjp(lambda q, k, v: mix(q, k, v, segments), q, k, v)
         return [mixed, *pull(weight)]
 
-    fused = both(partial(attention.triton, 32, 16, interpret=True))
-    for found, wanted in zip(fused, both(attention.MIXES[attention.EVERYWHERE]), strict=True):
+    ours = both(partial(fused, forward=32, backward=16, interpret=True))
+    for found, wanted in zip(ours, both(attention.MIXES[attention.EVERYWHERE]), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 

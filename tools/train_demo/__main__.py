@@ -18,6 +18,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..flags import from_zero, positive
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
-    args.run(args)
+    from ...errors import QuireError
+
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except QuireError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -69,6 +77,7 @@ def _run(
 ) -> None:
     import jax
 
+    from ...errors import InvalidConfig
     from . import plot, state
     from .attention import MIXES, fastest
     from .card import write_card
@@ -88,6 +97,8 @@ def _run(
     chosen = args.attention
     if chosen is None and before is not None and before.facts["device"] == device:
         chosen = before.facts["attention"]
+    if chosen is not None and chosen not in MIXES:
+        raise InvalidConfig(f"--attention: got {chosen!r}, must be one of {', '.join(MIXES)}")
     if chosen is None:
         chosen = fastest(configs[DEMO], recipe.plan.layout, reporter)
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -160,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_train)
     add = command.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="gets demo/ and demo-draft/")
-    add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
-    add("--steps", type=int, help="default: what the shipped models had")
+    add("--seed", type=from_zero, default=0, help="of weights and data (default: %(default)s)")
+    add("--steps", type=positive, metavar="N", help="default: what the shipped models had")
     add("--time-limit", type=float, metavar="SECONDS", help="of this command; then stop, and keep")
     add(
         "--state",
@@ -173,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from what --state holds, if anything")
     add(
         "--workers",
-        type=int,
+        type=from_zero,
         default=max(1, (os.cpu_count() or 1) - 1),
         metavar="N",
         help="processes that make data (default: the cores less one); 0: none",
@@ -182,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--attention", metavar="NAME", help="who computes it; default: the fastest, measured")
     add(
         "--exam-batches",
-        type=int,
+        type=positive,
         default=4,
         metavar="N",
         help="batches of held-out examples to look at now and then (default: %(default)s)",

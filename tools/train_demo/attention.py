@@ -1,14 +1,13 @@
 """Attention over dense rows that hold several conversations: who computes it, and which is fastest.
 
 train.py asks `fastest` once at its start. XLA writes the scores to memory, which costs more than
-all else in a small model; on a GPU a fused kernel does not. Those are JAX's own, and none of them
-is promised for ever, so one that fails or disagrees is left out.
+all else in a small model; on a GPU a fused kernel does not, in blocks of one size or another. One
+that fails or disagrees is left out.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ...model.config import ModelConfig
+from ...model.kernels.dense_attention import fused
 from ...serving.progress import Reporter
 from .packing import Layout
 
@@ -38,33 +38,11 @@ def library(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> ja
     )
 
 
-def triton(
-    forward: int,
-    backward: int,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """JAX's Pallas kernel, in blocks of so many queries and keys."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-
-    group = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    blocks = BlockSizes(forward, forward, backward, backward, backward, backward)
-    scale = q.shape[-1] ** -0.5
-    return mha(q, k, v, segments, scale, True, blocks, interpret=interpret)
-
-
 MIXES: dict[str, Mix] = {
     EVERYWHERE: library,
-    "triton-64-32": partial(triton, 64, 32),
-    "triton-64-64": partial(triton, 64, 64),
-    "triton-128-64": partial(triton, 128, 64),
+    "fused-64-32": partial(fused, forward=64, backward=32),
+    "fused-64-64": partial(fused, forward=64, backward=64),
+    "fused-128-64": partial(fused, forward=128, backward=64),
 }
 
 

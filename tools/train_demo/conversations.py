@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -23,7 +22,6 @@ _ALONE_SHARE = 0.6  # of plain examples: the others are turns of a chat
 _CHAT_SHARES = 0.04, 0.88  # of the longest row: how long a chat becomes, about
 _LAST_TURN = 0.1  # of it: by how much a chat may become longer, so that no example is left over
 _THOUGHTS_AFTER_CHAT = 0.3  # of examples with thoughts, where there is a chat to end with them
-_BATCH = 64  # texts tokenized at once
 
 
 class Chat(NamedTuple):
@@ -40,14 +38,14 @@ class Writer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
-    def write(self, chats: Sequence[Chat]) -> list[Words]:
-        texts = [pieces(chat.messages, chat.tools) for chat in chats]
-        encoded = iter(
-            self._tokenizer.encode_batch(
-                [piece.text for text in texts for piece in text], add_special_tokens=False
-            )
+    def write(self, chat: Chat) -> Words:
+        # One by one: a batch would be spread over all cores, each of which has a process already.
+        return to_words(
+            [
+                (self._tokenizer.encode(piece.text, add_special_tokens=False).ids, piece.is_answer)
+                for piece in pieces(chat.messages, chat.tools)
+            ]
         )
-        return [to_words([(next(encoded).ids, piece.is_answer) for piece in t]) for t in texts]
 
 
 class Rates(NamedTuple):
@@ -68,7 +66,7 @@ def measure(writer: Writer) -> Rates:
     characters: Counter[str] = Counter()
 
     def count(example: Example) -> int:
-        length = len(writer.write([alone(example)])[0])
+        length = len(writer.write(alone(example)))
         tokens[example.task] += length
         characters[example.task] += _characters(example)
         return length
@@ -112,10 +110,7 @@ class Conversations:
         self._room = 0.0  # tokens it may still grow by
 
     def __iter__(self) -> Iterator[tuple[Chat, Words]]:
-        chats = self._chats()
-        while True:
-            some = list(islice(chats, _BATCH))
-            yield from zip(some, self._writer.write(some), strict=True)
+        return ((chat, self._writer.write(chat)) for chat in self._chats())
 
     def _chats(self) -> Iterator[Chat]:
         tasks = [TASKS[name] for name in self._rates.weights]

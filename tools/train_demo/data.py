@@ -7,7 +7,6 @@ of cores. Nothing is used twice: one core makes about half a million tokens a se
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -99,7 +98,6 @@ _source: Source | None = None  # of a worker process
 
 def _start(tokenizer: str, rates: Rates, plan: Plan, seed: int) -> None:
     global _source
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     _source = Source(Tokenizer.from_str(tokenizer), rates, plan, seed)
 
 
