@@ -262,11 +262,34 @@ class ServerConfig:
         "with --no-warmup a step may also compile",
         low=1,
     )
+    metrics_port: int | None = setting(
+        None,
+        "port to serve Prometheus metrics on; 0 takes a free one and says which (default: none)",
+        low=0,
+        high=65535,
+    )
+    metrics_host: str = setting("127.0.0.1", "address to bind for metrics")
+    log_format: str = setting(
+        "text",
+        "form of the log on stderr: lines, or a JSON object a line",
+        choices=("text", "json"),
+    )
+    log_level: str = setting(
+        "info",
+        "least severe messages to log; info has a line for each request",
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_prompts: bool = setting(False, "log what is asked and answered, too")
+    otlp_endpoint: str | None = setting(
+        None,
+        "where to send traces by OTLP over gRPC, like http://localhost:4317 (needs quire[otel])",
+    )
 
     def __post_init__(self) -> None:
         _check(self)
-        if not self.host:
-            raise InvalidConfig("host: got '', must be a name or an address")
+        for name in ("host", "metrics_host"):
+            if not getattr(self, name):
+                raise InvalidConfig(f"{name}: got '', must be a name or an address")
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
             raise InvalidConfig(f"{missing}: got none, must be given together with {given}")
@@ -277,6 +300,11 @@ class ServerConfig:
             raise InvalidConfig(
                 f"host: got {self.host!r}, which other machines reach, so it needs api_keys or "
                 f"tls_client_ca; `insecure` serves whoever comes"
+            )
+        endpoint = self.otlp_endpoint
+        if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+/?", endpoint):
+            raise InvalidConfig(
+                f"otlp_endpoint: got {endpoint!r}, must be like http://localhost:4317"
             )
 
 

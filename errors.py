@@ -17,11 +17,13 @@ class QuireError(Exception):
       grpc_code: name of the gRPC status code this maps to.
       http_status: HTTP status this maps to.
       results: all results of the call, where `LLM.generate` raises it; others' are whole.
+      accounted: a service's metrics and log have it already.
     """
 
     grpc_code = "INTERNAL"
     http_status = 500
     results: Sequence[Any] = ()
+    accounted = False
 
 
 class InvalidRequest(QuireError, ValueError):

@@ -28,7 +28,7 @@ from .limits import check_reason
 from .quota import Limits, Quotas
 from .request import FinishReason, Request, RequestOutput
 from .scheduler import Scheduler
-from .stats import EngineStats
+from .stats import EngineStats, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ IDLE_BEFORE_CHECK = 0.5
 
 JOIN_GRACE = 5.0
 """Seconds that a stop which may not wait still gives the step in progress."""
+
+
+_Arrival = tuple[Request, float]
+"""And when it came, in seconds."""
 
 
 class State(Enum):
@@ -77,14 +81,16 @@ class Engine:
         self._scheduler = scheduler
         self._on_outputs = on_outputs
         self._ahead = 1 if overlap else 0  # steps left in flight after a launch
-        self._flights: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._flights: deque[tuple[StepPlan, StepHandle, float]] = deque()  # and when launched
+        self._collected = 0.0  # when the last step was
+        self._step_times = StepTimes()
         self.runner_call: tuple[float, StepPlan] | None = None
         self._thread: threading.Thread | None = None
 
         self._wake = threading.Condition()  # guards what follows
         self._state = State.OPEN
         self._why_closed = "the engine was stopped"
-        self._inbox: list[Request | tuple[str, FinishReason, int | None] | dict[str, float]] = []
+        self._inbox: list[_Arrival | tuple[str, FinishReason, int | None] | dict[str, float]] = []
         self._pending: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._live: set[str] = set()  # accepted, and not told yet that they ended
 
@@ -109,7 +115,7 @@ class Engine:
             self._scheduler.check_queue(request.tenant, pending.total(), pending[request.tenant])
             self._quotas.accept(request)
             self._live.add(request.id)
-            self._inbox.append(request)
+            self._inbox.append((request, self._scheduler.now()))
             pending[request.tenant] += 1
             self._wake.notify_all()
 
@@ -157,6 +163,12 @@ class Engine:
         return self._scheduler.stats()
 
     @property
+    def step_times(self) -> StepTimes:
+        """How long steps took, each from when the device could begin with it (it was launched, and
+        the one before collected) until its results were read."""
+        return self._step_times
+
+    @property
     def healthy(self) -> bool:
         """Whether it takes requests."""
         return self._state is State.OPEN
@@ -188,17 +200,21 @@ class Engine:
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
             self.runner_call = time.monotonic(), plan
-            self._flights.append((plan, self._runner.launch(plan)))
+            handle = self._runner.launch(plan)
             self.runner_call = None
+            self._flights.append((plan, handle, self._scheduler.now()))
 
     def _collect(self, ahead: int) -> tuple[StepPlan, StepOutputs] | None:
         """Reads the oldest step in flight, unless the host may run ahead of it."""
         if len(self._flights) <= ahead:
             return None
-        plan, handle = self._flights.popleft()
+        plan, handle, launched = self._flights.popleft()
         self.runner_call = time.monotonic(), plan
         outputs = self._runner.collect(handle)
         self.runner_call = None
+        now = self._scheduler.now()
+        self._step_times.count(plan, now - max(launched, self._collected))
+        self._collected = now
         return plan, outputs
 
     def _recover(self, fault: Exception) -> None:
@@ -238,10 +254,10 @@ class Engine:
             return
         with self._wake:
             for message in self._inbox:
-                if isinstance(message, Request):
-                    self._scheduler.add(message)
-                elif isinstance(message, dict):
+                if isinstance(message, dict):
                     self._scheduler.set_weights(message)
+                elif len(message) == 2:
+                    self._scheduler.add(*message)
                 else:
                     self._scheduler.finish(*message)
             self._inbox.clear()

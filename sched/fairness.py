@@ -46,6 +46,7 @@ class FairQueue(Collection[Sequence]):
         self._clock = clock
         self.tenants: dict[str, Tenant] = {}  # the active ones, and those that were lately
         self.active_weight = 0.0
+        self.new = 0  # waiting sequences that never ran
         self._weights: Mapping[str, float] = {}
         self._active = 0
         self._now = 0.0  # the latest virtual time at which a request was admitted
@@ -124,6 +125,9 @@ class FairQueue(Collection[Sequence]):
             tenant.time = max(tenant.time, self._floor)
         tenant.waiting.add(seq)
         self._count += 1
+        if not seq.generation:
+            tenant.new += 1
+            self.new += 1
         if tenant.waiting.first is seq:
             self._push(tenant)
 
@@ -155,6 +159,9 @@ class FairQueue(Collection[Sequence]):
             raise RuntimeError("a tenant's running answers are miscounted")
         if self._count != sum(len(tenant.waiting) for tenant in tenants):
             raise RuntimeError("waiting answers are miscounted")
+        new = [sum(not seq.generation for seq in tenant.waiting) for tenant in tenants]
+        if new != [tenant.new for tenant in tenants] or sum(new) != self.new:
+            raise RuntimeError("answers that never ran are miscounted")
         active = [tenant for tenant in tenants if tenant.active]
         weight = sum(tenant.weight for tenant in active)
         if len(active) != self._active or abs(weight - self.active_weight) > 1e-6 * weight:
@@ -185,6 +192,9 @@ class FairQueue(Collection[Sequence]):
         was_first = tenant.waiting.first is seq
         tenant.waiting.remove(seq)
         self._count -= 1
+        if not seq.generation:
+            tenant.new -= 1
+            self.new -= 1
         if not was_first:
             return
         if tenant.waiting:

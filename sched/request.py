@@ -6,6 +6,7 @@ in serving/text.py, which ends the choice by `Engine.finish`.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -33,6 +34,7 @@ class Request:
       cache_salt: prefixes are shared only between requests of equal tenant and salt.
       pooled: asks for the prompt's embedding instead of an answer; `sampling` must then be
         `POOLED_SAMPLING`.
+      traceparent: the caller's place in a trace (W3C Trace Context), or empty.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Request:
     adapter: int = 0
     cache_salt: str = ""
     pooled: bool = False
+    traceparent: str = ""
 
 
 POOLED_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
@@ -73,6 +76,50 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time in the engine went; the three parts add up to all of it.
+
+    Attributes:
+      queue_seconds: from its arrival to its first slot (or to its end, if it never got one).
+      prefill_seconds: from then to its first token (or to its end).
+      decode_seconds: from then to its end.
+      preemptions: times an answer of it gave way for want of pages and was computed again, which
+        is part of the time in which it happened.
+    """
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    preemptions: int = 0
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From its arrival to its first token, where there was one."""
+        return self.queue_seconds + self.prefill_seconds
+
+    @property
+    def seconds(self) -> float:
+        """From its arrival to its end."""
+        return self.queue_seconds + self.prefill_seconds + self.decode_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended, for those who keep account; does not leave the engine's process.
+
+    Attributes:
+      answers: of each choice that was begun the token ids, its prompt's first.
+      output_tokens: of all choices.
+      ended_at: time.monotonic() seconds.
+    """
+
+    request: Request
+    answers: tuple[array[int], ...]
+    output_tokens: int
+    ended_at: float
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """What one engine step gave one choice of a request. Nobody changes one after it was made.
@@ -95,6 +142,8 @@ class RequestOutput:
       stop_token: the stop or end-of-sequence id that ended the choice, if one did.
       error: set when finish_reason is ERROR.
       cached_tokens: prompt tokens that came from the prefix index (0 until it was admitted).
+      timing: on the request's last output, unless the engine stopped or failed under it.
+      account: with `timing`, in the engine's own process.
     """
 
     request_id: str
@@ -108,3 +157,5 @@ class RequestOutput:
     ended: bool = False
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     pooled: FloatArray | None = field(default=None, compare=False)
+    timing: Timing | None = None
+    account: Ended | None = None

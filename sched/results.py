@@ -1,4 +1,4 @@
-"""What a row's results mean for its sequence: stop rules and log-probabilities.
+"""What a row's results mean for its sequence: stop rules, log-probabilities, embeddings.
 
 Called by the scheduler for each row it collects.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..model.plan import LogprobArrays
-from .request import FinishReason, TokenLogprobs
+from ..model.plan import Emit, FloatArray, LogprobArrays, StepOutputs, StepPlan
+from .request import FinishReason, RequestOutput, TokenLogprobs
 from .sequence import Group, Sequence
 
 
@@ -55,6 +55,20 @@ def gather_scores(group: Group, start: int, targets: list[int], arrays: LogprobA
         _entry(arrays, (at, 0), targets[at], alternatives) for at in range(known, len(targets))
     )
     return bool(np.isfinite(arrays.chosen).all())
+
+
+def pooled_rows(plan: StepPlan, outputs: StepOutputs, bad: set[int]) -> dict[int, FloatArray]:
+    """The pooled hidden state of each row that has one; rows whose is not finite go to `bad`."""
+    if outputs.pooled is None:
+        return {}
+    rows = np.flatnonzero(plan.emits == Emit.POOLED)
+    bad.update(rows[~np.isfinite(outputs.pooled).all(axis=1)].tolist())
+    return dict(zip(rows.tolist(), outputs.pooled, strict=True))
+
+
+def embedding_of(seq: Sequence, vector: FloatArray) -> RequestOutput:
+    """The one output of a request for an embedding."""
+    return RequestOutput(seq.id, cached_tokens=seq.cached_tokens, pooled=vector)
 
 
 def _entry(

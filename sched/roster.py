@@ -32,10 +32,17 @@ def by_deadline(group: Group) -> tuple[float, int]:
 
 
 class Roster:
-    """All requests that have not ended."""
+    """All requests that have not ended.
+
+    Args:
+      num_slots: those of the device.
+      cache: where sequences hold pages.
+      clock: seconds.
+    """
 
     def __init__(self, num_slots: int, cache: KVCache, clock: Callable[[], float]):
         self._cache = cache
+        self._clock = clock
         self._by_id: dict[str, Group] = {}
         self._deadlines = Ranked[Group](by_deadline)
         self.waiting = FairQueue(clock)
@@ -166,7 +173,8 @@ class Roster:
         self.outbox.append(output)
         if group.open:
             return
-        output.ended = True
+        now = self._clock()
+        output.ended, output.timing, output.account = True, group.timing(now), group.account(now)
         del self._by_id[group.id]
         if group.request.deadline is not None:
             self._deadlines.remove(group)

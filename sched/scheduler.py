@@ -20,16 +20,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from ..errors import DeadlineExceeded, Internal, Overloaded, QuireError
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import Emit, FloatArray, LogprobArrays, RunnerSpec, StepOutputs, StepPlan
+from ..model.plan import LogprobArrays, RunnerSpec, StepOutputs, StepPlan
 from . import policy
 from .limits import check_reason, check_request, resolve_max_tokens
 from .plan_builder import Flight, StepBuilder
 from .request import FinishReason, Request, RequestOutput
-from .results import accept, gather_scores, logprobs_of
+from .results import accept, embedding_of, gather_scores, logprobs_of, pooled_rows
 from .roster import Roster, by_deadline
 from .sequence import Group, Sequence
 from .stats import EngineStats, Meters
@@ -79,6 +77,10 @@ class Scheduler:
 
     # ---- requests come and go
 
+    def now(self) -> float:
+        """Seconds, on the scale of Request.deadline."""
+        return self._clock()
+
     @property
     def unfinished(self) -> int:
         """Requests that have not ended."""
@@ -95,13 +97,15 @@ class Scheduler:
         `max_queue` waiting; n that flood have 2 / (n + 1) of it each, and leave as much free, so
         that others are not refused because of them.
 
+        Who had to give way does not count: a tenant that floods gives way often.
+
         Safe from any thread: behind the back of whoever submits, the queue only gets shorter, or
-        longer by preemption, which may go above the limit anyway.
+        longer by further answers to requests that were accepted, which is harmless.
         """
         queue = self._roster.waiting
         known = queue.tenants.get(tenant)
-        waiting = pending_of_tenant + (len(known.waiting) if known else 0)
-        most = 2 * self._max_queue - len(queue) - pending
+        waiting = pending_of_tenant + (known.new if known else 0)
+        most = 2 * self._max_queue - queue.new - pending
         if waiting >= most:
             last_wait = known.last_wait if known else 0.0
             hint = min(max(last_wait, 1.0), MAX_RETRY_AFTER)
@@ -118,8 +122,13 @@ class Scheduler:
         self.check_queue(request.tenant)
         self.add(request)
 
-    def add(self, request: Request) -> None:
-        """Queues a request that `validate` and `check_queue` let pass."""
+    def add(self, request: Request, arrived: float | None = None) -> None:
+        """Queues a request that `validate` and `check_queue` let pass.
+
+        Args:
+          request: new.
+          arrived: by the clock; None is now.
+        """
         choices, cache = request.sampling.choices, self._cache
         # Without prefix caching the choices of a request still share what they have in common.
         is_private = choices > 1 and not cache.caching
@@ -130,7 +139,7 @@ class Scheduler:
                 request=request,
                 tenant=self._roster.waiting.tenant(request.tenant),
                 arrival=self._arrivals,
-                submitted=self._clock(),
+                arrived=self._clock() if arrived is None else arrived,
                 max_tokens=resolve_max_tokens(request, self._spec),
                 chain=cache.chain(request.adapter, *salts, private=is_private),
                 is_private=is_private,
@@ -315,6 +324,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Takes pages and slot; what was computed is computed again, or found in the index."""
         self._meters.counters.preemptions += 1
+        seq.group.preemptions += 1
         seq.recompute_until = max(seq.recompute_until, seq.scheduled)
         self._roster.suspend(seq)
 
@@ -340,11 +350,10 @@ class Scheduler:
                 start = int(plan.starts[scored.row])
                 if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
                     bad.add(scored.row)
+        if plan.num_decode < len(flight.rows):
+            self._note_first_tokens(flight.rows[plan.num_decode :], counts[plan.num_decode :])
         receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
-        pooled: dict[int, FloatArray] = {}
-        if outputs.pooled is not None:
-            places = (plan.emits == Emit.POOLED).nonzero()[0].tolist()
-            pooled = dict(zip(places, outputs.pooled, strict=True))
+        pooled = pooled_rows(plan, outputs, bad)
         # Every row of every step passes here: what most of them are is looked for first.
         rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
         for row, (seq, generation, promised, count, token) in enumerate(rows):
@@ -365,7 +374,7 @@ class Scheduler:
                     tokens = outputs.tokens[row, :count].tolist()
                     self._receive(seq, tokens, row, outputs.logprobs)
                 elif row in pooled:
-                    self._receive_pooled(seq, pooled[row])
+                    self._roster.end(seq, FinishReason.STOP, embedding_of(seq, pooled[row]))
                 elif promised and row >= plan.num_decode:
                     self._fail(seq, "its prompt gave no token")
         if self._roster.waiting.contended:
@@ -375,6 +384,13 @@ class Scheduler:
         if not self._roster.running:
             self._observe_waste()
         return self.take_outputs()
+
+    def _note_first_tokens(self, prompt_rows: list[Sequence], counts: list[int]) -> None:
+        """A first token comes with the row that ends a prompt."""
+        now = self._clock()
+        for seq, count in zip(prompt_rows, counts, strict=True):
+            if count and seq.group.first_token is None:
+                seq.group.first_token = now
 
     def _receive_one(self, seq: Sequence, token: int) -> RequestOutput:
         """`_receive` of what nearly every row brings: a token that ends nothing, and no more."""
@@ -404,14 +420,6 @@ class Scheduler:
             self._roster.outbox.append(output)
         else:
             self._roster.end(seq, reason, output)
-
-    def _receive_pooled(self, seq: Sequence, vector: FloatArray) -> None:
-        """What a request for an embedding waits for."""
-        if not np.isfinite(vector).all():
-            self._fail(seq, "its hidden state held an inf or NaN")
-            return
-        output = RequestOutput(seq.id, cached_tokens=seq.cached_tokens, pooled=vector)
-        self._roster.end(seq, FinishReason.STOP, output)
 
     def _fail(self, seq: Sequence, why: str) -> None:
         """Ends one request whose results are bad, and lets nobody find its KV.
@@ -471,7 +479,8 @@ class Scheduler:
         if group.cached_tokens < 0:
             group.cached_tokens = hit.tokens
             self._meters.enter(seq.prompt_len, hit.tokens)
-            group.tenant.last_wait = self._clock() - group.submitted
+            group.admitted = self._clock()
+            group.tenant.last_wait = group.admitted - group.arrived
         seq.cached_tokens = group.cached_tokens
 
     def _observe_waste(self) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from ..kv.cache import Holding
 from ..kv.prefix import Chain
 from ..model.plan import IntArray, Sampler
-from .request import Request, TokenLogprobs
+from .request import Ended, Request, Timing, TokenLogprobs
 from .tenant import Tenant
 
 
@@ -62,7 +62,7 @@ class Sequence:
 
     # Set at admission.
     slot: int = -1
-    generation: int = 0
+    generation: int = 0  # 0: it never ran
     kv: Holding = field(init=False, repr=False)
     target: int = 0  # tokens to prefill: the prompt, and the output known at admission
     prefilled: int = 0
@@ -111,7 +111,7 @@ class Group:
     request: Request
     tenant: Tenant
     arrival: int  # of the first choice; the others have the numbers after it
-    submitted: float
+    arrived: float  # seconds, as are the others below
     max_tokens: int  # resolved: never None
     chain: Chain  # the first choice's
     is_private: bool = False  # nobody else may find its pages, and they go when it ends
@@ -120,6 +120,9 @@ class Group:
     open: set[int] = field(init=False)  # choices that have not ended, begun or not
     sequences: list[Sequence] = field(init=False, default_factory=list)  # begun choices
     cached_tokens: int = -1  # prompt tokens found in the prefix index; -1 before admission
+    admitted: float | None = None  # when its first choice got a slot
+    first_token: float | None = None
+    preemptions: int = 0
     scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of prompt[1:], so far
     scores_due: bool = field(init=False)  # they go out with the first choice's first token
 
@@ -132,6 +135,17 @@ class Group:
     def outputs(self) -> int:
         """Output tokens known, of all choices."""
         return sum(seq.outputs for seq in self.sequences)
+
+    def timing(self, now: float) -> Timing:
+        """Where its time went, if it ends now."""
+        admitted = now if self.admitted is None else self.admitted
+        first = now if self.first_token is None else self.first_token
+        return Timing(admitted - self.arrived, first - admitted, now - first, self.preemptions)
+
+    def account(self, now: float) -> Ended:
+        """What is known of it when it ends."""
+        answers = tuple(seq.tokens for seq in self.sequences)
+        return Ended(self.request, answers, self.outputs, now)
 
     def begin_next(self) -> Sequence | None:
         """The next choice's sequence; None when all have begun."""

@@ -1,10 +1,12 @@
 """What the engine counts, and the snapshot of it that others read.
 
-The scheduler owns one `Meters`; `EngineStats` is what /metrics and benchmarks see.
+The scheduler owns one `Meters`, the engine one `StepTimes`; `EngineStats` is what /metrics and
+benchmarks see.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -77,6 +79,37 @@ class EngineStats:
     def padding_waste(self) -> float:
         """Share of the tokens that the device computed which were padding."""
         return 1 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+STEP_BOUNDS = (
+    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05),
+    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+"""Seconds; the upper ends of the buckets that step times are counted in."""
+
+
+class StepTimes:
+    """How long steps took, by kind. Written by the engine's thread, safe to read from any.
+
+    Attributes:
+      counts: kind -> how many fell into each bucket of STEP_BOUNDS, and beyond the last.
+      seconds: kind -> their sum.
+    """
+
+    def __init__(self) -> None:
+        self.counts = {
+            kind: [0] * (len(STEP_BOUNDS) + 1) for kind in ("decode", "mixed", "prefill")
+        }
+        self.seconds = dict.fromkeys(self.counts, 0.0)
+
+    def count(self, plan: StepPlan, seconds: float) -> None:
+        """A step's results were read, so long after the device could begin with it."""
+        if plan.num_decode == plan.num_rows:
+            kind = "decode"
+        else:
+            kind = "mixed" if plan.num_decode else "prefill"
+        self.counts[kind][bisect_left(STEP_BOUNDS, seconds)] += 1
+        self.seconds[kind] += seconds
 
 
 class Meters:

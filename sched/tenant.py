@@ -18,6 +18,7 @@ class Tenant:
       weight: its share, relative to other tenants' weights.
       time: its virtual time: cost of what was computed for it, in prompt tokens, by its weight.
       waiting: its sequences without a slot, in order of priority, then arrival.
+      new: how many of those never had one.
       running: how many have one.
       last_wait: seconds its latest admission had waited.
       entry: where it stands in the queue's heap: priority and arrival of the first that waits, and
@@ -29,6 +30,7 @@ class Tenant:
     weight: float
     time: float
     waiting: Ranked[Any] = field(default_factory=lambda: Ranked(attrgetter("rank")))
+    new: int = 0
     running: int = 0
     last_wait: float = 0.0
     entry: tuple[int, float, int, Tenant] | None = None

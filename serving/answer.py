@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..checkpoints.detokenize import StreamDecoder
-from ..sched.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from ..sched.request import FinishReason, RequestOutput, SamplingParams, Timing, TokenLogprobs
 from .text import TextAssembler
 
 
@@ -44,6 +44,7 @@ class Chunk:
       sum_logprob: of the new tokens, where log-probabilities or best_of were asked for.
       prompt_logprobs: on the first chunk of answer 0 where asked for: one entry a prompt token,
         None for the first of them.
+      timing: of the request, on its last chunk where a service gives it.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Chunk:
     index: int = 0
     sum_logprob: float | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    timing: Timing | None = None
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from ..errors import QuireError
 from ..sched.request import FinishReason, Request
 from ..sched.stats import EngineStats
 from .pending import Pending
@@ -43,6 +44,10 @@ class EngineLink(Protocol):
         choice: int | None = None,
     ) -> None:
         """Ends a request early, or one of its choices; does nothing if that ended already."""
+        ...
+
+    def refused(self, error: QuireError, request_id: str, tenant: str) -> None:
+        """A call ended with an error that did not come from here; for the service's accounts."""
         ...
 
     async def stats(self) -> EngineStats:

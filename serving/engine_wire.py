@@ -18,12 +18,21 @@ from ..errors import (
     Internal,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     QuireError,
+    Unauthenticated,
     Unavailable,
 )
 from ..model.plan import Bucket, Ladder, RunnerSpec, Sampler
 from ..protos.v1 import engine_pb2 as pb
-from ..sched.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from ..sched.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Timing,
+    TokenLogprobs,
+)
 from ..sched.stats import EngineStats
 
 PROTOCOL = 1
@@ -46,7 +55,15 @@ OPTIONS = (
 
 _ERRORS: dict[str, type[QuireError]] = {
     kind.grpc_code: kind
-    for kind in (InvalidRequest, Overloaded, DeadlineExceeded, Unavailable, Internal)
+    for kind in (
+        InvalidRequest,
+        Overloaded,
+        Unauthenticated,
+        PermissionDenied,
+        DeadlineExceeded,
+        Unavailable,
+        Internal,
+    )
 }
 
 _SAME = (
@@ -91,6 +108,7 @@ def submit_message(handle: int, request: Request) -> pb.Submit:
         adapter=request.adapter,
         cache_salt=request.cache_salt,
         pooled=request.pooled,
+        traceparent=request.traceparent,
     )
 
 
@@ -108,6 +126,7 @@ def request_of(message: pb.Submit) -> Request:
         adapter=message.adapter,
         cache_salt=message.cache_salt,
         pooled=message.pooled,
+        traceparent=message.traceparent,
     )
 
 
@@ -155,11 +174,15 @@ def output_message(handle: int, output: RequestOutput) -> pb.Output:
         cached_tokens=output.cached_tokens,
         ended=output.ended,
         pooled=None if output.pooled is None else output.pooled.astype("<f4").tobytes(),
+        timing=None if output.timing is None else pb.Timing(**asdict(output.timing)),
     )
 
 
 def output_of(message: pb.Output, request_id: str) -> RequestOutput:
     """The output, of the request that has the message's handle."""
+    error = error_of(message.error) if message.HasField("error") else None
+    if error is not None:
+        error.accounted = True  # by the engine process, where it comes from
     scores = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
     unknown = (None,) if scores is not None and scores.after_unknown else ()
     return RequestOutput(
@@ -168,13 +191,18 @@ def output_of(message: pb.Output, request_id: str) -> RequestOutput:
         logprobs=_logprobs_of(message.logprobs) if message.HasField("logprobs") else None,
         finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
         stop_token=message.stop_token if message.HasField("stop_token") else None,
-        error=error_of(message.error) if message.HasField("error") else None,
+        error=error,
         cached_tokens=message.cached_tokens,
         choice=message.choice,
         ended=message.ended,
         prompt_logprobs=None if scores is None else (*unknown, *_logprobs_of(scores)),
         pooled=np.frombuffer(message.pooled, "<f4") if message.HasField("pooled") else None,
+        timing=_timing_of(message.timing) if message.HasField("timing") else None,
     )
+
+
+def _timing_of(message: pb.Timing) -> Timing:
+    return Timing(**{f.name: getattr(message, f.name) for f in fields(Timing)})
 
 
 def _logprobs_message(entries: Sequence[TokenLogprobs | None] | None) -> pb.Logprobs | None:
@@ -213,6 +241,11 @@ def error_of(message: pb.Error) -> QuireError:
     if issubclass(kind, Overloaded):
         return kind(message.message, retry_after=message.retry_after)
     return kind(message.message)
+
+
+def refused_message(error: QuireError, request_id: str, tenant: str) -> pb.Refused:
+    """An error that the engine process has not heard of."""
+    return pb.Refused(request_id=request_id, tenant=tenant, error=error_message(error))
 
 
 # What the engine says of itself

@@ -15,7 +15,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import grpc
@@ -23,13 +24,17 @@ import grpc
 from ..errors import Internal, InvalidRequest, Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from ..sched.request import Request, RequestOutput
+from ..sched.request import Request, RequestOutput, Timing
 from .answer import Chunk, Completion
+from .auth.caller import own_tenant
 from .choices import Choices, best, check_streamable
 from .embedding import embed_all
 from .engine_link import EngineLink
 from .intake import MAX_NAME_LENGTH, Chat, Intake, Labels, Prompt, check_labels
 from .model_info import model_info
+from .pending import Pending
+from .telemetry.logs import fields
+from .telemetry.traceparent import traceparent_of
 from .wire import (
     check_known,
     chunk_message,
@@ -54,6 +59,9 @@ _MANY_TOKENS = 4_096
 
 MAX_INPUTS = 2_048
 """Of one call of Embed."""
+
+_TIMING_WAIT = 1.0
+"""Seconds that an answer which is all there may wait for the engine to say how long it took."""
 
 _MOST_DETAILS = 6_000
 """Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
@@ -89,7 +97,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
         chunks_of = self._chunks(request, context)
-        async with self._call(context, request.request_id), aclosing(chunks_of) as chunks:
+        async with self._call(context, request), aclosing(chunks_of) as chunks:
             completions: dict[int, Completion] = {}
             scores = None
             async for asked, chunk, is_last in chunks:
@@ -105,6 +113,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                         prompt_logprobs=scores,
                         request_id=request.request_id or asked.id,
                         usage=_usage(asked, total, chunk),
+                        timing=chunk.timing,
                     )
         return response
 
@@ -114,7 +123,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         chunks_of = self._chunks(request, context, streamed=True)
-        async with self._call(context, request.request_id), aclosing(chunks_of) as chunks:
+        async with self._call(context, request), aclosing(chunks_of) as chunks:
             total, request_id = 0, None
             async for asked, chunk, is_last in chunks:
                 total += len(chunk.token_ids)
@@ -125,6 +134,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                     prompt=asked.prompt,
                     request_id=request_id if first else "",
                     usage=_usage(asked, total, chunk) if is_last else None,
+                    timing=chunk.timing,
                 )
                 await context.write(message)
 
@@ -143,17 +153,23 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         sampling = intake.default_sampling(len(prompt), **sampling_of(message))
         if streamed:
             check_streamable(sampling)
-        request = intake.request(prompt, sampling, labels_of(message, _deadline(context)))
+        request = intake.request(prompt, sampling, _labels(message, context))
         choices = intake.choices(sampling)
         with self._name(message.request_id), link.open(request) as pending:
             try:
+                timing = None
                 while True:
-                    chunks, error = _pushed(choices, await pending.take())
+                    outputs = await pending.take()
+                    timing = next((o.timing for o in outputs if o.timing is not None), timing)
+                    chunks, error = _pushed(choices, outputs)
                     # Of stop strings the engine does not know.
                     for reason, choice in choices.news():
                         link.finish(request.id, reason, choice)
+                    if choices.finished and timing is None and error is None:
+                        timing = await _timing_to_come(pending)
                     for chunk in chunks:
-                        yield request, chunk, choices.finished and chunk is chunks[-1]
+                        is_last = choices.finished and chunk is chunks[-1]
+                        yield request, replace(chunk, timing=timing) if is_last else chunk, is_last
                     if error is not None:
                         raise error
                     if choices.finished:
@@ -167,7 +183,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         response = pb.TokenizeResponse()
-        async with self._call(context):
+        async with self._call(context, request):
             _, intake = self._open_backend()
             check_known(request)
             prompt = prompt_of(request)
@@ -188,7 +204,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         response = pb.DetokenizeResponse()
-        async with self._call(context):
+        async with self._call(context, request):
             _, intake = self._open_backend()
             check_known(request)
             ids = list(request.token_ids)
@@ -202,12 +218,12 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> pb.EmbedResponse:
         response = pb.EmbedResponse()
-        async with self._call(context, request.request_id):
+        async with self._call(context, request):
             link, intake = self._open_backend()
             if not 0 < len(request.inputs) <= MAX_INPUTS:
                 limit = f"1 to {MAX_INPUTS}"
                 raise invalid("inputs", f"{len(request.inputs)} inputs", limit)
-            labels = labels_of(request, _deadline(context))
+            labels = _labels(request, context)
             asked = await asyncio.to_thread(_embed_requests, intake, request, labels)
             with self._name(request.request_id):
                 outputs = await embed_all(link, asked)
@@ -218,7 +234,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInfo:
-        async with self._call(context):
+        async with self._call(context, request):
             self._open_backend()
             check_known(request)
         return self._info
@@ -228,10 +244,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             raise Unavailable(self._closed_because)
         return self._backend
 
+    def account(self, error: QuireError, request: Any = None) -> None:
+        """Lets metrics and log have an error that the engine process does not know of."""
+        if self._backend is not None and not error.accounted:
+            self._backend[0].refused(error, *_who(request))
+
     @asynccontextmanager
-    async def _call(
-        self, context: grpc.aio.ServicerContext, request_id: str = ""
-    ) -> AsyncIterator[None]:
+    async def _call(self, context: grpc.aio.ServicerContext, request: Any) -> AsyncIterator[None]:
         """Counts a call, and ends it with the status that an error stands for.
 
         Of a fault of ours the caller gets the request's id, and the log what it was.
@@ -243,15 +262,19 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except QuireError as error:
             if isinstance(error, Overloaded):
                 context.set_trailing_metadata((("retry-after", f"{error.retry_after:g}"),))
-            if isinstance(error, Internal):
+            if isinstance(error, Internal) and not error.accounted:
                 log.error("a call failed: %s", error)
+            self.account(error, request)
             await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
         except grpc.aio.AbortError:
             raise
         except Exception:
-            name = request_id[:MAX_NAME_LENGTH] or secrets.token_hex(8)
-            log.exception("request %r: a call failed", name)
+            request_id, tenant = _who(request)
+            name = request_id or secrets.token_hex(8)
+            said = fields(request_id=name, tenant=tenant)
+            log.exception("request %r: a call failed", name, extra=said)
             why = f"request {name!r}: a fault in Quire; the server's log says more"
+            self.account(Internal(why), request)
             await context.abort(grpc.StatusCode.INTERNAL, why)
         finally:
             self._calls -= 1
@@ -273,6 +296,14 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             self._names.discard(name)
 
 
+def _who(request: Any) -> tuple[str, str]:
+    """The id that a message gives, where its kind has one, and the tenant that it is of; cut where
+    they are too long."""
+    request_id, said = (getattr(request, name, "") for name in ("request_id", "tenant"))
+    tenant = own_tenant()
+    return request_id[:MAX_NAME_LENGTH], (said if tenant is None else tenant)[:MAX_NAME_LENGTH]
+
+
 def _details(error: QuireError) -> str:
     """The message, cut where it would not fit into trailers: callers would get another error."""
     text = str(error)
@@ -281,9 +312,24 @@ def _details(error: QuireError) -> str:
     return text
 
 
-def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+def _labels(
+    message: pb.GenerateRequest | pb.EmbedRequest, context: grpc.aio.ServicerContext
+) -> Labels:
     left = context.time_remaining()
-    return None if left is None else time.monotonic() + left
+    deadline = None if left is None else time.monotonic() + left
+    return labels_of(message, deadline, traceparent_of(context.invocation_metadata() or ()))
+
+
+async def _timing_to_come(pending: Pending) -> Timing | None:
+    """Of a request whose text ended it: the engine tells in the step in which it hears of that."""
+    try:
+        async with asyncio.timeout(_TIMING_WAIT):
+            while True:
+                for output in await pending.take():
+                    if output.ended:
+                        return output.timing
+    except TimeoutError:
+        return None
 
 
 async def _tokens(intake: Intake, prompt: Prompt | Chat) -> tuple[int, ...]:

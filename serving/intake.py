@@ -52,6 +52,7 @@ class Labels:
     tenant: str = ""
     cache_salt: str = ""
     deadline: float | None = None  # time.monotonic() seconds
+    traceparent: str = ""  # W3C Trace Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,7 @@ class Intake:
             deadline=labels.deadline,
             cache_salt=labels.cache_salt,
             pooled=pooled,
+            traceparent=labels.traceparent,
         )
         check_request(request, self._spec)
         return request

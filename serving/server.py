@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..config import ServerConfig
-from ..errors import Unavailable
+from ..errors import QuireError, Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from .engine_link import EngineLink
 from .grpc_server import SERVICE_NAME, GenerationService
@@ -88,6 +88,10 @@ class Server:
         self._link = link
         self._service.open(link, intake)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    def account(self, error: QuireError) -> None:
+        """Lets metrics and log have an error of a call that was turned away."""
+        self._service.account(error)
 
     async def pause(self, why: str) -> None:
         """Answers calls with UNAVAILABLE until it is given another engine."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from google.protobuf.message import Message
@@ -14,7 +15,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ..errors import InvalidRequest, invalid
 from ..protos.v1 import generation_pb2 as pb
-from ..sched.request import Request, RequestOutput
+from ..sched.request import Request, RequestOutput, Timing
 from ..sched.sampling_params import SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
 from .auth.caller import tenant_for
@@ -190,14 +191,18 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def labels_of(request: pb.GenerateRequest | pb.EmbedRequest, deadline: float | None) -> Labels:
-    """Everything else the request says; its tenant is the API key's, where there are keys."""
+def labels_of(
+    request: pb.GenerateRequest | pb.EmbedRequest, deadline: float | None, traceparent: str = ""
+) -> Labels:
+    """Everything else the request says, and its call's metadata; its tenant is the API key's, where
+    there are keys."""
     return Labels(
         name=request.request_id,
         priority=request.priority,
         tenant=tenant_for(request.tenant),
         cache_salt=request.cache_salt,
         deadline=deadline,
+        traceparent=traceparent,
     )
 
 
@@ -208,7 +213,7 @@ def chunk_message(
     prompt: tuple[int, ...],
     request_id: str,
     usage: pb.Usage | None,
-    timing: pb.Timing | None = None,
+    timing: Timing | None = None,
 ) -> pb.GenerateChunk:
     """One message of a stream.
 
@@ -229,7 +234,7 @@ def chunk_message(
         usage=usage,
         index=chunk.index,
         prompt_logprobs=_logprobs(chunk.prompt_logprobs, prompt, sampling.prompt_logprobs),
-        timing=timing,
+        timing=_timing(timing),
     )
 
 
@@ -241,7 +246,7 @@ def response_message(
     prompt_logprobs: Sequence[PositionLogprobs | None] | None,
     request_id: str,
     usage: pb.Usage,
-    timing: pb.Timing | None = None,
+    timing: Timing | None = None,
 ) -> pb.GenerateResponse:
     """The whole answers in one message; arguments as of `chunk_message`."""
     choices = [_choice(completion, sampling.logprobs) for completion in completions]
@@ -257,7 +262,7 @@ def response_message(
         choices=choices if len(choices) > 1 else (),
         prompt_logprobs=_logprobs(prompt_logprobs, prompt, sampling.prompt_logprobs),
         cumulative_logprob=completions[0].cumulative_logprob,
-        timing=timing,
+        timing=_timing(timing),
     )
 
 
@@ -278,6 +283,10 @@ def embed_message(
         cached_tokens=sum(entry.cached_tokens for entry in embeddings),
     )
     return pb.EmbedResponse(request_id=request_id, embeddings=embeddings, usage=usage)
+
+
+def _timing(timing: Timing | None) -> pb.Timing | None:
+    return None if timing is None else pb.Timing(**asdict(timing))
 
 
 def _choice(completion: Completion, alternatives: int | None) -> pb.Choice:

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from ..config import EngineConfig, settings_of
+from ..config import EngineConfig, default_cache_dir, settings_of
 from ..errors import InvalidConfig
 from . import standard_streams
 from .flags import add_model, add_settings, given_settings
@@ -78,10 +78,11 @@ def _show(report: dict[str, Any]) -> None:
 
     from .inspect_command import row
 
-    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() else 1000  # in a pipe no path is broken in two
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for name, entry in report["settings"].items():
-        table.add_row(name, _shown(entry["value"]), entry["source"])
+        table.add_row(name, _shown(name, entry["value"]), entry["source"])
     console.print(table)
     if "settled" in report:
         settled = Table("", "settled", box=None, pad_edge=False)
@@ -92,9 +93,10 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if value is None:
-        return "(settled at start)"
+        known = {"revision": "(the main branch)", "cache_dir": f"({default_cache_dir()})"}
+        return known.get(name, "(settled at start)")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import signal
+import sys
 
 from ..config import EngineConfig, ServerConfig
+from ..errors import QuireError
 from .flags import add_model, add_settings, settings_from
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,21 +27,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, EngineConfig, skip=("model",))
     parser.epilog = (
         "Says on stderr `listening on HOST:PORT` once the port is bound and `ready on HOST:PORT` "
-        "once it serves; the gRPC health service says the same. SIGTERM lets running requests end."
+        "once it serves (and between them `metrics on URL`, where they are asked for); the gRPC "
+        "health service says the same. SIGTERM lets running requests end."
     )
 
 
 def run(args: argparse.Namespace) -> None:
     engine = EngineConfig(**settings_from(args, EngineConfig))
     server = ServerConfig(**settings_from(args, ServerConfig))
-    asyncio.run(_serve(engine, server))
+    from ..serving.telemetry.logs import set_up_logs
+
+    set_up_logs(server.log_format, server.log_level)
+    try:
+        asyncio.run(_serve(engine, server))
+    except QuireError as error:
+        if server.log_format == "text":
+            raise
+        log.critical("%s", error)  # who reads JSON reads nothing else
+        sys.exit(1)
 
 
 async def _serve(engine: EngineConfig, server: ServerConfig) -> None:
-    from ..serving.progress import Terminal
+    from ..serving.progress import Reporter, Terminal
     from ..serving.supervisor.supervisor import Supervisor
+    from ..serving.telemetry.logs import LogReporter
 
-    reporter, signals = Terminal(), _Signals()
+    reporter: Reporter = LogReporter() if server.log_format == "json" else Terminal()
+    signals = _Signals()
     await Supervisor(engine, server, reporter.note).run(signals.first, signals.second)
     reporter.note("stopped")
 

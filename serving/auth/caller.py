@@ -17,6 +17,11 @@ def set_tenant(name: str) -> None:
     _tenant.set(name)
 
 
+def own_tenant() -> str | None:
+    """The tenant of the call in progress; None without API keys."""
+    return _tenant.get()
+
+
 def tenant_for(asked: str) -> str:
     """The tenant of the call in progress; without API keys, the one it names.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from ...errors import Unauthenticated
+from ...errors import QuireError, Unauthenticated
 from .caller import set_tenant
 from .key_file import KeyTable
 
@@ -24,10 +24,15 @@ _HOW = "send metadata `authorization: Bearer KEY` or `x-api-key: KEY`"
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Knows no key until it is given some."""
+    """Knows no key until it is given some.
+
+    Attributes:
+      refused: hears why a call was turned away.
+    """
 
     def __init__(self) -> None:
         self._table = KeyTable()
+        self.refused: Callable[[QuireError], None] = lambda error: None
 
     def use(self, table: KeyTable) -> None:
         """The keys in force from now on."""
@@ -46,6 +51,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
             tenant = self._tenant(handler_call_details.invocation_metadata)
         except Unauthenticated as error:
             log.info("refused a call of %s: %s", method, error)
+            self.refused(error)
             return _refusal(handler, str(error))
         set_tenant(tenant)
         return handler

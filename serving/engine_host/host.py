@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -29,12 +29,14 @@ from ..engine_wire import (
     PROTOCOL,
     SILENCE,
     error_message,
+    error_of,
     limits_message,
     output_message,
     request_of,
     stats_values,
 )
 from ..intake import Served
+from ..telemetry.logs import fields
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
@@ -45,13 +47,20 @@ class EngineHost(pb_grpc.EngineServiceServicer):
 
     Args:
       loop: the event loop that it serves on.
+      refused: hears of requests that were refused, here or by frontends: why, id, tenant.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        refused: Callable[[QuireError, str, str], None] = lambda *_: None,
+    ):
+        self._loop, self._refused = loop, refused
         self._engine: Engine | None = None
         self._welcome = pb.Welcome()
         self._opened = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._frontends: set[_Frontend] = set()
         self._routes: dict[str, _Route] = {}  # of all unfinished requests, by id
 
     def open(
@@ -80,6 +89,14 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             name=served.name,
             dtype=served.dtype,
         )
+        self._opened.set()
+
+    async def close(self, seconds: float) -> None:
+        """Sends frontends away, once they have what was delivered, or so many seconds are over."""
+        end = self._loop.time() + seconds
+        while any(f.behind for f in self._frontends) and self._loop.time() < end:
+            await asyncio.sleep(0.005)
+        self._closed.set()
         self._opened.set()
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
@@ -118,10 +135,14 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             said = f"protocol: got {hello.hello.protocol}, must be {PROTOCOL}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, said)
         await self._opened.wait()
+        if self._closed.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is closed")
         frontend = _Frontend()
+        self._frontends.add(frontend)
         tasks = [
             asyncio.ensure_future(self._read(frontend, context)),
             asyncio.ensure_future(frontend.write(self._welcome, context)),
+            asyncio.ensure_future(self._closed.wait()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -149,6 +170,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
                 if request_id := frontend.live.get(finish.handle):
                     choice = finish.choice if finish.HasField("choice") else None
                     engine.finish(request_id, FinishReason(finish.reason), choice)
+            for refused in message.refused:
+                self._refused(error_of(refused.error), refused.request_id, refused.tenant)
             if message.stats:
                 frontend.send_stats(stats_values(engine.stats()))
 
@@ -164,19 +187,24 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             return
         except QuireError as refusal:
             error = refusal
-        except Exception as fault:
-            log.exception("a request could not be submitted")
-            error = Internal(f"request {message.id!r}: {type(fault).__name__}: {fault}")
-        said = pb.Output(
+        except Exception:
+            said = fields(request_id=message.id, tenant=message.tenant)
+            log.exception("a request could not be submitted", extra=said)
+            error = Internal(
+                f"request {message.id!r}: a fault in Quire; the engine's log says more"
+            )
+        self._refused(error, message.id, message.tenant)
+        last = pb.Output(
             handle=message.handle,
             finish_reason=FinishReason.ERROR,
             error=error_message(error),
             ended=True,
         )
-        frontend.send(pb.Step(outputs=[said]))
+        frontend.send(pb.Step(outputs=[last]))
 
     def _detach(self, frontend: _Frontend) -> None:
         """Ends all that a frontend left unfinished."""
+        self._frontends.discard(frontend)
         assert self._engine is not None
         for request_id in frontend.live.values():
             self._routes.pop(request_id, None)
@@ -189,15 +217,18 @@ class _Frontend:
 
     Attributes:
       live: its unfinished requests: handle to id.
+      behind: there is something that it has not been sent.
     """
 
     def __init__(self) -> None:
         self.live: dict[int, str] = {}
+        self.behind = False
         self._next = pb.FromEngine()
         self._news = asyncio.Event()
 
     def send(self, step: pb.Step) -> None:
         self._next.steps.append(step)
+        self.behind = True
         self._news.set()
 
     def send_stats(self, values: dict[str, float]) -> None:
@@ -216,7 +247,9 @@ class _Frontend:
                 pass  # then the message is empty
             self._news.clear()
             message, self._next = self._next, pb.FromEngine()
+            self.behind = True
             await context.write(message)
+            self.behind = self._news.is_set()
 
 
 class _Route:

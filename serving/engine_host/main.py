@@ -1,6 +1,7 @@
 """The engine process, from its first line to its last. Started by serving/supervisor.
 
-Tells its parent `ready` once frontends are served, and `error` where it cannot start. Its one order
+Tells its parent `metrics` (the address) where those are served, `ready` once frontends are, and
+`error` where it cannot start. Its one order
 is "stop". It ends by itself, with a status other than 0, when the engine has failed or a device
 step hangs: the parent then starts another.
 """
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
@@ -24,6 +26,9 @@ from ..auth.follow import follow_keys
 from ..engine_wire import OPTIONS
 from ..intake import Served
 from ..lifeline import Lifeline
+from ..telemetry.logs import LogReporter, set_up_logs
+from ..telemetry.source import Source
+from ..telemetry.telemetry import open_telemetry
 from .host import EngineHost
 from .watchdog import watch
 
@@ -36,12 +41,21 @@ LAST_WORDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A started engine, and what frontends have to know of it."""
+    """A started engine, and what frontends have to know of it.
+
+    Attributes:
+      spec: its limits.
+      folder: of the model.
+      compiles: programs compiled since ready.
+      text_of: gives the text of token ids, where there is a tokenizer.
+    """
 
     engine: Engine
     spec: RunnerSpec
     folder: str
     served: Served
+    compiles: Callable[[], int] = lambda: 0
+    text_of: Callable[[Sequence[int]], str] | None = None
 
 
 Build = Callable[[EngineConfig, Callable[[list[RequestOutput]], None]], Built]
@@ -52,7 +66,21 @@ async def serve(news: int, build: Build | None = None) -> int:
     """Runs until it is told to end, or the engine fails; returns the exit status."""
     line, given = await Lifeline.open(news)
     config, settings = EngineConfig(**given["engine"]), ServerConfig(**given["server"])
-    host = EngineHost(asyncio.get_running_loop())
+    set_up_logs(settings.log_format, settings.log_level)
+    try:
+        telemetry = open_telemetry(settings, config.model)
+    except QuireError as error:
+        line.say(error=str(error))
+        return 1
+    if telemetry.address is not None:
+        line.say(metrics=telemetry.address)
+    host = EngineHost(asyncio.get_running_loop(), telemetry.refused)
+
+    def deliver(outputs: list[RequestOutput]) -> None:
+        host.deliver(outputs)
+        telemetry.on_outputs(outputs)
+
+    build = build or partial(_assembled, as_log=settings.log_format == "json")
     server = grpc.aio.server(options=OPTIONS)
     pb_grpc.add_EngineServiceServicer_to_server(  # type: ignore[no-untyped-call]
         host, server
@@ -61,15 +89,14 @@ async def serve(news: int, build: Build | None = None) -> int:
     await server.start()
     try:
         ordered = asyncio.ensure_future(line.order())
-        building = asyncio.ensure_future(
-            asyncio.to_thread(build or _assembled, config, host.deliver)
-        )
+        building = asyncio.ensure_future(asyncio.to_thread(build, config, deliver))
         await asyncio.wait([ordered, building], return_when=asyncio.FIRST_COMPLETED)
         if not building.done():
             os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
         built = building.result()
         host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
         watch(built.engine, settings.step_timeout)
+        telemetry.watch(_source(config.model, built), built.text_of)
         if settings.api_keys is not None:
             limit = built.engine.limit_tenants
             _followed = follow_keys(settings.api_keys, lambda table: limit(table.tenants))
@@ -82,7 +109,9 @@ async def serve(news: int, build: Build | None = None) -> int:
         line.say(error=str(error))
         return 1
     finally:
+        await host.close(LAST_WORDS)
         await server.stop(LAST_WORDS)
+        await asyncio.to_thread(telemetry.close)
 
 
 async def _failed(engine: Engine) -> None:
@@ -91,12 +120,34 @@ async def _failed(engine: Engine) -> None:
         await asyncio.sleep(LOOK_EVERY)
 
 
-def _assembled(config: EngineConfig, deliver: Callable[[list[RequestOutput]], None]) -> Built:
+def _source(model: str, built: Built) -> Source:
+    engine = built.engine
+    return Source(
+        model=model,
+        spec=built.spec,
+        healthy=lambda: engine.healthy,
+        stats=engine.stats,
+        step_times=lambda: engine.step_times,
+        compiles=built.compiles,
+    )
+
+
+def _assembled(
+    config: EngineConfig, deliver: Callable[[list[RequestOutput]], None], *, as_log: bool = False
+) -> Built:
+    """The engine that serves; its start is told as it goes, in a terminal or in the log."""
     from ..assemble import assemble
     from ..collector import quiet_collector
     from ..progress import Terminal
 
-    parts = assemble(config, deliver, Terminal())
+    parts = assemble(config, deliver, LogReporter() if as_log else Terminal())
     quiet_collector()
-    folder = str(parts.checkpoint.folder)
-    return Built(parts.engine, parts.sizes.spec, folder, parts.intake.served)
+    runner = parts.runner
+    return Built(
+        parts.engine,
+        parts.sizes.spec,
+        str(parts.checkpoint.folder),
+        parts.intake.served,
+        lambda: runner.compiles_after_ready,
+        parts.intake.text_of if parts.checkpoint.has_tokenizer else None,
+    )

@@ -18,6 +18,7 @@ from ..auth.interceptor import KeyInterceptor
 from ..intake import Intake
 from ..lifeline import Lifeline
 from ..server import Server
+from ..telemetry.logs import set_up_logs
 from .remote_link import RemoteLink
 
 ATTACH_EVERY = 0.1
@@ -30,12 +31,14 @@ async def serve(news: int) -> int:
     """Runs until it is told to end; returns the exit status."""
     line, given = await Lifeline.open(news)
     settings = ServerConfig(**given["server"])
+    set_up_logs(settings.log_format, settings.log_level)
     checks = KeyInterceptor() if settings.api_keys is not None else None
     server = Server(
         settings, port=given["port"], shared=True, interceptors=[checks] if checks else []
     )
     try:
         if checks is not None:
+            checks.refused = server.account
             _followed = follow_keys(str(settings.api_keys), checks.use)
         await server.bind()
         line.say(listening=server.address)

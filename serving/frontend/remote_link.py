@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from ...errors import Unavailable
+from ...errors import QuireError, Unavailable
 from ...protos.v1 import engine_pb2 as pb
 from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.request import FinishReason, Request, RequestOutput
@@ -26,6 +26,7 @@ from ..engine_wire import (
     PROTOCOL,
     SILENCE,
     output_of,
+    refused_message,
     spec_of,
     stats_of,
     submit_message,
@@ -124,6 +125,11 @@ class RemoteLink:
         handle = self._handles.get(request_id)
         if handle is not None and self._why_closed is None:
             self._next.finishes.append(pb.Finish(handle=handle, reason=reason, choice=choice))
+            self._news.set()
+
+    def refused(self, error: QuireError, request_id: str, tenant: str) -> None:
+        if self._why_closed is None:
+            self._next.refused.append(refused_message(error, request_id, tenant))
             self._news.set()
 
     async def stats(self) -> EngineStats:

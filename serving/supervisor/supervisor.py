@@ -50,7 +50,8 @@ class Supervisor:
       engine: settings of the engine process.
       server: settings of the rest.
       say: gets lines for people and scripts: "listening on HOST:PORT" once all frontends are,
-        "ready on HOST:PORT" once they serve, and what happens later.
+        "metrics on URL" where they are asked for, "ready on HOST:PORT" once they serve, and what
+        happens later.
       engine_module: what the engine process runs; see serving/lifeline.py.
 
     Attributes:
@@ -132,12 +133,24 @@ class Supervisor:
         await self._until(lambda: all(f.news("listening") for f in self.frontends))
         address = self.frontends[0].news("listening")
         self._say(f"listening on {address}")
-        again = ""
+        again, metrics = "", None
         while True:
+            if self._config.metrics_port is not None:
+                metrics = await self._say_metrics(metrics)
             await self._until(lambda: self._ready)
             self._say(f"ready {again}on {address}")
             await self._until(lambda: not self._ready)
             again = "again "
+
+    async def _say_metrics(self, before: str | None) -> str:
+        """Where they are, once the engine process tells and if it is not where they were."""
+        engine = self.engine
+        assert engine is not None
+        await self._until(lambda: bool(engine.news("metrics")))
+        address: str = engine.news("metrics")
+        if address != before:
+            self._say(f"metrics on http://{address}/metrics")
+        return address
 
     @property
     def _ready(self) -> bool:

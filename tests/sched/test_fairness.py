@@ -142,6 +142,19 @@ def test_who_floods_leaves_room_for_others() -> None:
         d.submit(make_request("one more", tenant="flood"))
 
 
+def test_who_gave_way_takes_no_room_in_the_queue() -> None:
+    d = queue_of("flood", "flood", slots=2, max_queue=2)
+    d.step()
+    d.submit(make_request("f2", tenant="flood"), make_request("f3", tenant="flood"))
+    for id in ("flood0", "flood1"):
+        while d.seq(id).in_flight:
+            d.step()
+        d.scheduler._preempt(d.seq(id))
+    d.submit(make_request("other", tenant="other"))
+    with pytest.raises(Overloaded):
+        d.submit(make_request("f4", tenant="flood"))
+
+
 def test_a_retry_hint_is_of_the_tenants_own_waits() -> None:
     d = queue_of("a", "a", slots=1, max_queue=2)
     d.step()

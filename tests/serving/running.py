@@ -22,11 +22,13 @@ from quire.config import ServerConfig
 from quire.protos.v1 import engine_pb2_grpc
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine
+from quire.sched.request import RequestOutput
 from quire.serving.assemble import Assembled, assemble
 from quire.serving.engine_host.host import EngineHost
 from quire.serving.engine_wire import OPTIONS
 from quire.serving.frontend.remote_link import RemoteLink
 from quire.serving.server import Server
+from quire.serving.telemetry.telemetry import Telemetry
 
 Result = TypeVar("Result")
 
@@ -39,7 +41,8 @@ class Running:
     parts: Assembled
     link: RemoteLink
 
-    def __init__(self, folder: Path, **settings: Any):
+    def __init__(self, folder: Path, *, telemetry: Telemetry | None = None, **settings: Any):
+        self._telemetry = telemetry
         self._config = EngineConfig(model=str(folder), **{**SETTINGS, **settings})
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
@@ -73,14 +76,21 @@ class Running:
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
-        host = EngineHost(loop)
+        told = self._telemetry
+        host = EngineHost(loop, told.refused) if told else EngineHost(loop)
+
+        def deliver(outputs: list[RequestOutput]) -> None:
+            host.deliver(outputs)
+            if told:
+                told.on_outputs(outputs)
+
         self._internal = grpc.aio.server(options=OPTIONS)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(host, self._internal)
         self._folder = tempfile.TemporaryDirectory(prefix="quire-test-")
         self.engine_address = f"unix:{self._folder.name}/engine"
         self._internal.add_insecure_port(self.engine_address)
         await self._internal.start()
-        self.parts = parts = await loop.run_in_executor(None, assemble, self._config, host.deliver)
+        self.parts = parts = await loop.run_in_executor(None, assemble, self._config, deliver)
         folder, served = str(parts.checkpoint.folder), parts.intake.served
         host.open(parts.engine, parts.sizes.spec, folder, (), served)
         self.link = await RemoteLink.attach(self.engine_address)

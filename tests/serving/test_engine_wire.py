@@ -14,13 +14,22 @@ from quire.errors import (
     Internal,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     QuireError,
+    Unauthenticated,
     Unavailable,
 )
 from quire.model.ladder import make_ladder
 from quire.model.plan import RunnerSpec
 from quire.protos.v1 import engine_pb2 as pb
-from quire.sched.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from quire.sched.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Timing,
+    TokenLogprobs,
+)
 from quire.sched.stats import EngineStats
 from quire.serving import engine_wire as wire
 
@@ -59,6 +68,7 @@ REQUEST: dict[str, Any] = {
     "adapter": 1,
     "cache_salt": "salt",
     "pooled": True,
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 }
 
 OUTPUT: dict[str, Any] = {
@@ -77,7 +87,10 @@ OUTPUT: dict[str, Any] = {
     "choice": 3,
     "ended": True,
     "prompt_logprobs": (None, TokenLogprobs(3, -1.5, 2), TokenLogprobs(3, -1.75, 2)),
+    "timing": Timing(0.1, 0.2, 30.3, 4),
 }
+OF_THE_ENGINE = {"account"}
+"""What stays in its process."""
 
 
 def unlike_defaults(kind: Any, given: dict[str, Any], leaving_out: set[str]) -> None:
@@ -134,7 +147,7 @@ def test_a_deadline_travels_as_what_is_left() -> None:
 
 
 def test_an_output_arrives_whole() -> None:
-    unlike_defaults(RequestOutput, OUTPUT, set())
+    unlike_defaults(RequestOutput, OUTPUT, OF_THE_ENGINE)
     output = RequestOutput(**OUTPUT)
     assert received(output) == output
     assert received(RequestOutput("r", (1,))) == RequestOutput("r", (1,))
@@ -150,11 +163,24 @@ def test_an_embedding_arrives_bit_for_bit() -> None:
     assert received(RequestOutput("r")).pooled is None
 
 
-@pytest.mark.parametrize("kind", [InvalidRequest, DeadlineExceeded, Unavailable, Internal])
+@pytest.mark.parametrize(
+    "kind",
+    [InvalidRequest, Unauthenticated, PermissionDenied, DeadlineExceeded, Unavailable, Internal],
+)
 def test_an_error_stays_what_it_is(kind: type[QuireError]) -> None:
     output = RequestOutput("r", finish_reason=FinishReason.ERROR, error=kind("why"), ended=True)
     error = received(output).error
     assert type(error) is kind and str(error) == "why"
+
+
+def test_an_error_from_the_engine_is_not_accounted_for_again() -> None:
+    given = Internal("why")
+    output = RequestOutput("r", finish_reason=FinishReason.ERROR, error=given, ended=True)
+    error = received(output).error
+    assert error is not None and error.accounted and not given.accounted
+    message = wire.refused_message(Overloaded("full"), "r", "they")
+    assert (message.request_id, message.tenant) == ("r", "they")
+    assert isinstance(wire.error_of(message.error), Overloaded)
 
 
 def test_a_retry_hint_arrives() -> None:

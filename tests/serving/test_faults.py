@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,6 +16,9 @@ from grpc import StatusCode
 from running import Running
 
 from quire.protos.v1 import generation_pb2 as pb
+from quire.sched.request import Request, SamplingParams
+from quire.serving.engine_host.host import EngineHost
+from quire.serving.engine_wire import submit_message
 
 PROMPTS = [[9, 8, 7], [100, 101, 102, 103], [7, 8, 9]]
 
@@ -107,3 +111,26 @@ def test_a_device_that_fails_twice_costs_who_was_running(
     assert served.engine.healthy
     assert all(len(answer) == 40 for answer in answers(served, PROMPTS))
     at_rest(served.engine)
+
+
+def test_a_request_that_cannot_be_taken_in_tells_its_caller_no_secrets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Over the link between frontend and engine process, too."""
+
+    class Broken:
+        def submit(self, request: Any) -> None:
+            raise ZeroDivisionError("secret")
+
+    host, sent = EngineHost(None), []  # type: ignore[arg-type]
+    frontend: Any = SimpleNamespace(live={}, send=sent.append)
+    sampling = SamplingParams(seed=1)
+    request = Request(id="mine/1", prompt=(1, 2), sampling=sampling)
+    host._submit(Broken(), frontend, submit_message(7, request))  # type: ignore[arg-type]
+    (output,) = sent[0].outputs
+    assert (output.handle, output.ended, output.error.code) == (7, True, "INTERNAL")
+    assert output.error.message == (
+        "request 'mine/1': a fault in Quire; the engine's log says more"
+    )
+    assert "'mine/1' could not be submitted" in caplog.text and "secret" in caplog.text
+    assert not frontend.live and not host._routes

@@ -58,6 +58,7 @@ def joined(chunks: Any) -> pb.GenerateResponse:
         is_last = at == len(chunks) - 1
         assert bool(chunk.request_id) == (at == 0)
         assert chunk.HasField("usage") == bool(chunk.finish_reason) == is_last
+        assert chunk.HasField("timing") == is_last
         whole.request_id += chunk.request_id
         whole.text += chunk.text
         whole.token_ids.extend(chunk.token_ids)
@@ -110,8 +111,10 @@ def test_generate_is_the_joined_stream_is_the_offline_answer(
     request = ask(request_id="same", **sampling)
     whole = served.stub.Generate(request, timeout=60)
     streamed = joined(served.stub.StreamGenerate(request, timeout=60))
+    assert whole.timing.prefill_seconds > 0 and whole.timing.decode_seconds > 0
     for response in (whole, streamed):  # the second one finds the prompt cached
         response.usage.cached_tokens = 0
+        response.ClearField("timing")
         response.ClearField("cumulative_logprob")  # of a whole answer only
     assert whole == streamed
 
@@ -331,6 +334,9 @@ class SlowContext:
 
     def time_remaining(self) -> None:
         return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
 
     async def write(self, message: pb.GenerateChunk) -> None:
         self.messages.append(message)

@@ -3,6 +3,7 @@ and that every bad value is refused by the name of its field."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from running import SERVICE, Running
 
 from quire import LLM, SamplingParams, __version__
-from quire.errors import InvalidRequest
+from quire.errors import InvalidRequest, Overloaded
 from quire.protos.v1 import generation_pb2 as pb
+from quire.sched.request import POOLED_SAMPLING, Request
 from quire.sched.sampling_params import LIMITS
+from quire.serving.embedding import embed_all
 from quire.serving.wire import PROXY_NUMBERS
 
 CHAT = [
@@ -181,14 +184,30 @@ def test_embed_is_the_offline_embedding(served: Running, llm: LLM) -> None:
     at_rest(served.engine)
 
 
-def test_more_inputs_than_may_wait(folder: Path) -> None:
-    with Running(folder, max_queue=200) as running:
+@pytest.mark.parametrize("may_wait", [200, 3])
+def test_more_inputs_than_may_wait(folder: Path, may_wait: int) -> None:
+    with Running(folder, max_queue=may_wait) as running:
         running.open()
-        inputs = [pb.EmbedInput(token_ids=pb.TokenIds(ids=[i % 7 + 1])) for i in range(400)]
+        inputs = [pb.EmbedInput(token_ids=pb.TokenIds(ids=[i % 7 + 1])) for i in range(300)]
         response = running.stub.Embed(pb.EmbedRequest(inputs=inputs), timeout=120)
-        assert len(response.embeddings) == 400
-        assert response.embeddings[7] == response.embeddings[0] != response.embeddings[1]
+        got = [list(entry.values) for entry in response.embeddings]
+        np.testing.assert_allclose(got, [got[i % 7] for i in range(300)], atol=1e-5)
+        assert np.abs(np.array(got[0]) - got[1]).max() > 0.01
         at_rest(running.engine)
+
+
+class Full:
+    """A link to an engine whose queue is full."""
+
+    def open(self, request: Request) -> Any:
+        raise Overloaded("queue: full", retry_after=3.0)
+
+
+def test_where_nobody_can_begin_the_call_is_refused() -> None:
+    requests = [Request(id=str(i), prompt=(1,), sampling=POOLED_SAMPLING) for i in range(3)]
+    with pytest.raises(Overloaded) as caught:
+        asyncio.run(asyncio.wait_for(embed_all(Full(), requests), 20))  # type: ignore[arg-type]
+    assert caught.value.retry_after == 3.0
 
 
 def test_who_leaves_ends_all_inputs(served: Running) -> None:

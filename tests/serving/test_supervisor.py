@@ -270,6 +270,16 @@ def test_a_step_that_hangs_ends_the_engine(
     assert "Bucket(tokens=1, rows=1" in log
 
 
+def test_an_engine_that_fails_comes_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    with running(folder, module="failing_engine") as service:
+        stream = service.stream(100)
+        assert failed(stream) == StatusCode.INTERNAL
+        service.heard(r"(the engine: ended with status 1; started again in 0\.1 s)")
+        service.heard(r"(ready again on .*)")
+        assert tokens_of(service.stream(10)) == 10
+
+
 def test_a_drain_lets_running_requests_end(folder: Path) -> None:
     with running(folder, frontends=2) as service:
         channel = service.channel()

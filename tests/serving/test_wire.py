@@ -9,6 +9,7 @@ import pytest
 from quire import SamplingParams
 from quire.errors import InvalidRequest
 from quire.protos.v1 import generation_pb2 as pb
+from quire.sched.request import Timing
 from quire.serving.answer import Chunk, Completion, Logprob
 from quire.serving.intake import Labels
 from quire.serving.wire import (
@@ -137,7 +138,7 @@ LOGPROBS = [
     {5: Logprob(-0.5, 1, "five"), 7: Logprob(-1.5, 2, "seven"), 8: Logprob(-2.5, 9, "eight")},
 ]
 USAGE = pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
-TIMING = pb.Timing(queue_seconds=0.5, prefill_seconds=0.25, decode_seconds=2.0, preemptions=1)
+TIMING = Timing(queue_seconds=0.5, prefill_seconds=0.25, decode_seconds=2.0, preemptions=1)
 
 
 def as_tuples(position: pb.PositionLogprobs) -> list[tuple[int, str, float, int]]:
@@ -169,6 +170,9 @@ def test_a_response_has_every_field() -> None:
     assert message.finish_reason == pb.FINISH_REASON_STOP
     assert message.stop_reason == pb.StopReason(stop="\n")
     assert (message.usage, message.cumulative_logprob) == (USAGE, -1.5)
+    assert message.timing == pb.Timing(
+        queue_seconds=0.5, prefill_seconds=0.25, decode_seconds=2.0, preemptions=1
+    )
     five, seven, eight = (5, "five", -0.5, 1), (7, "seven", -1.5, 2), (8, "eight", -2.5, 9)
     assert [e[0] for e in as_tuples(message.logprobs[0])] == [7, 5, 7]
     # A chosen token that is none of the alternatives is not among them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,46 @@ def test_a_model_that_cannot_be_loaded_is_one_line(serve: Any, folder: Path) -> 
     *_, last = server.said.splitlines()
     assert last.startswith("quire: max_model_len: got 9999, must be at most")
     assert "Traceback" not in server.said
+
+
+def test_a_server_tells_machines_what_it_does(serve: Any) -> None:
+    server = serve("--port=0", "--metrics-port=0", "--log-format=json", *SMALL)
+
+    def said(message: str) -> str:
+        return server.line(r'{.*"message": "' + message + '".*}')
+
+    metrics = said(r"metrics on (http://127\.0\.0\.1:\d+/metrics)")
+    address = said("ready on (.*?)")
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        sampling = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        request = pb.GenerateRequest(text="hello", request_id="mine", sampling=sampling)
+        response = stub.Generate(request, timeout=120)
+        assert response.timing.prefill_seconds > 0
+        with pytest.raises(grpc.RpcError):
+            request.sampling.top_p = 7
+            stub.Generate(request, timeout=60)
+    said("request (refused)")
+    with urllib.request.urlopen(metrics, timeout=20) as answer:
+        text = answer.read().decode()
+    assert "\nquire_engine_ready 1.0\n" in text and "\nquire_output_tokens_total 8.0\n" in text
+    assert 'quire_request_errors_total{code="INVALID_ARGUMENT",tenant="default"} 1.0' in text
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0, server.said
+    lines = [json.loads(line) for line in server.said.splitlines()]  # nothing else is said
+    (ended,) = [line for line in lines if line["message"] == "request ended"]
+    assert ended["request_id"].startswith("mine/") and ended["output_tokens"] == 8
+    assert "hello" not in server.said and lines[-1]["message"] == "stopped"
+
+
+def test_what_keeps_a_server_from_starting_is_told_to_machines(serve: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = serve("--port=0", f"--metrics-port={port}", "--log-format=json", *SMALL)
+        assert server.end() == 1
+    *_, last = [json.loads(line) for line in server.said.splitlines()]
+    assert last["level"] == "CRITICAL"
+    assert last["message"].startswith(f"metrics_host, metrics_port: cannot bind 127.0.0.1:{port}")
 
 
 def test_only_a_server_settles_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:

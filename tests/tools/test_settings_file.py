@@ -135,8 +135,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_show_says_where_each_value_is_from(
-    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny_checkpoint.write(tmp_path / "tiny", tokenizer=False)
     (model / "model.safetensors").unlink()
     file = write("port: 8000\nmax_num_seqs: 4\nkv_memory: 1MiB\n")
@@ -156,6 +160,9 @@ def test_show_says_where_each_value_is_from(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["overlap", "false", "flag"] in lines
     assert ["dtype", "auto", "default"] in lines
+    assert ["revision", "(the", "main", "branch)", "default"] in lines
+    assert ["cache_dir", f"({tmp_path}/quire)", "default"] in lines
+    assert ["memory", "(settled", "at", "start)", "default"] in lines
     assert not any("settled" in line[:1] for line in lines)
 
 
