@@ -119,10 +119,12 @@ def _accuracy(found: Mapping[str, Any] | None, draft: bool) -> list[str]:
         f"{' (hard on purpose)' if name in TASKS and TASKS[name].hard else ''} | {each['n']:,} | "
         f"{each['accuracy']:.1%} |"
         for name, each in found["tasks"].items()
+        if each["n"]
     ]
     table = "\n".join(["| task | range | asked | right |", "| --- | --- | ---: | ---: |", *rows])
     blocks = [_filled(how), table]
-    if guessed := found.get("draft"):
+    guessed = found.get("draft") or {}
+    if guessed.get("acceptance") is not None:
         big, small = (f"`{DEMO}`", "it") if draft else ("this model", f"`{DRAFT}`")
         blocks.append(
             _filled(
