@@ -108,15 +108,16 @@ def _run(
     if before is not None:
         run, record = state.restore(args.state, run, settings)
         reporter.note(f"going on from step {record.steps}, {record.tokens / 1e6:,.0f} M tokens")
-    record.facts = {
-        "seed": args.seed,
-        "device": device,
-        "attention": chosen,
-        "compute": compute,
-        "jax": jax.__version__,
-        "batch": recipe.plan.layout.tokens,
-        "rates": asdict(recipe.rates),
-    }
+    if record.steps < recipe.steps:  # else there is nothing left but to write the folders
+        record.facts = {
+            "seed": args.seed,
+            "device": device,
+            "attention": chosen,
+            "compute": compute,
+            "jax": jax.__version__,
+            "batch": recipe.plan.layout.tokens,
+            "rates": asdict(recipe.rates),
+        }
 
     def save(run: State, record: Record) -> None:
         state.save(args.state, run, record, settings, tokenizer)

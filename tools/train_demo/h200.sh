@@ -18,6 +18,8 @@ work=$(mktemp -d)
 ln -s "$PWD" "$work/quire"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
 
+# Without a GPU fail at once, rather than train on the processor.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 # For the next command, if the machine is still there by then.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/quire-train-programs}
 
