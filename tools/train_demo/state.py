@@ -76,9 +76,10 @@ def restore(folder: Path, like: State, settings: Mapping[str, Any]) -> tuple[Sta
     # As JSON has them: tuples become lists on the way.
     for name, wanted in json.loads(json.dumps(settings)).items():
         if run["settings"].get(name) != wanted:
+            held, got = (str(value)[:60] for value in (run["settings"].get(name), wanted))
             raise CheckpointError(
-                f"{folder}: was trained with {name} {run['settings'].get(name)}, got {wanted}; "
-                "say the same, or start anew in another folder"
+                f"{folder}: was trained with {name} {held}, got {got}; say the same, or start anew "
+                "in another folder"
             )
     found: dict[str, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):
