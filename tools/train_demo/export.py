@@ -1,7 +1,7 @@
-"""Writes the trained model as a Hugging Face folder, which Quire, transformers and others open.
+"""Writes a trained model as a Hugging Face folder, which Quire, transformers and others open.
 
-Called by `__main__.py`. Weights are rounded to the config's dtype here; whoever measures the model
-measures what `rounded` returns, not what was trained.
+Called by `__main__.py`; the model card is card.py's. Weights are rounded to the config's dtype
+here; what is measured later is what lies in the folder, not what was trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...checkpoints.params import numpy_dtype, save_params
 from ...model.config import ModelConfig
 from ...model.weights import Params
 from .chat import CHAT_TEMPLATE
-from .tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
+from .tokenizer import END_OF_TEXT, TURN_END
 
 
 def rounded(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -27,26 +27,19 @@ def rounded(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     return {name: np.asarray(array).astype(dtype) for name, array in params.items()}
 
 
-def export(
-    folder: Path,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    params: Mapping[str, np.ndarray],
-    card: str,
-) -> None:
-    """Writes every file of the folder, over what is there."""
+def export(folder: Path, config: ModelConfig, tokenizer: Tokenizer, params: Params) -> None:
+    """Writes every file of the folder but the card, over what is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = tokenizer.get_vocab()
-    ids = {token: vocab[token] for token in SPECIAL_TOKENS}
-    _write(folder / "config.json", _config(config, ids))
-    _write(folder / "generation_config.json", _generation_config(ids))
-    _write(folder / "tokenizer_config.json", _tokenizer_config(config, ids))
+    ids = tokenizer.get_vocab()
+    end, padding = ids[TURN_END], ids[END_OF_TEXT]
+    _write(folder / "config.json", _config(config, end, padding))
+    _write(folder / "generation_config.json", _generation_config(end, padding))
+    _write(folder / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
     (folder / "tokenizer.json").write_text(_compact(tokenizer), "utf-8")
-    (folder / "README.md").write_text(card, "utf-8")
-    save_params(folder, config, params)
+    save_params(folder, config, rounded(config, params))
 
 
-def _config(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
+def _config(config: ModelConfig, end: int, padding: int) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -69,21 +62,27 @@ def _config(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
         "use_sliding_window": False,
         "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": None,
-        "eos_token_id": ids[TURN_END],
-        "pad_token_id": ids[END_OF_TEXT],
+        "eos_token_id": end,
+        "pad_token_id": padding,
     }
 
 
-def _generation_config(ids: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "do_sample": False,
-        "eos_token_id": [ids[TURN_END], ids[END_OF_TEXT]],
-        "pad_token_id": ids[END_OF_TEXT],
+def _generation_config(end: int, padding: int) -> dict[str, Any]:
+    return {"do_sample": False, "eos_token_id": [end, padding], "pad_token_id": padding}
+
+
+def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    added = {
+        str(index): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
-
-
-def _tokenizer_config(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_positions,
@@ -91,9 +90,7 @@ def _tokenizer_config(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, 
         "bos_token": None,
         "eos_token": TURN_END,
         "pad_token": END_OF_TEXT,
-        "added_tokens_decoder": {
-            str(index): {"content": token, **flags, "special": True} for token, index in ids.items()
-        },
+        "added_tokens_decoder": added,
         "chat_template": CHAT_TEMPLATE,
     }
 

@@ -1,31 +1,51 @@
-"""The demo model's size, and the decoder over a batch of dense rows.
+"""The sizes of the two models that ship, and of two that only show that training works.
 
-Training and evaluation run the very decoder that serves, flat as it wants its tokens; only `attend`
-is theirs. `train.py` and `evaluate.py` call `batch_logits`.
+`demo` is the one to talk to; `demo-draft` guesses its next tokens (speculative decoding) and is
+taught by it.
 """
 
 from __future__ import annotations
 
-import jax
-
 from ...model.config import ModelConfig, RopeConfig
-from ...model.decoder import Attend, Decoder
-from .data import Batch
 
-CONTEXT = 512
+DEMO, DRAFT = "demo", "demo-draft"
+NAMES = (DEMO, DRAFT)
+CONTEXT = 2048
+MOST_PARAMETERS = {DEMO: 8_000_000, DRAFT: 1_500_000}
 
 
 def demo_config(vocab_size: int) -> ModelConfig:
+    """7.7 million parameters: deep rather than wide, since most tasks take steps."""
+    return _config(vocab_size, hidden=256, mlp=672, layers=10, heads=8)
+
+
+def draft_config(vocab_size: int) -> ModelConfig:
+    """1.3 million parameters."""
+    return _config(vocab_size, hidden=128, mlp=384, layers=5, heads=4)
+
+
+def shipped_configs(vocab_size: int) -> dict[str, ModelConfig]:
+    return {DEMO: demo_config(vocab_size), DRAFT: draft_config(vocab_size)}
+
+
+def trial_configs(vocab_size: int) -> dict[str, ModelConfig]:
+    """Small enough for a few minutes on two cores."""
+    return {
+        DEMO: _config(vocab_size, hidden=96, mlp=256, layers=3, heads=4),
+        DRAFT: _config(vocab_size, hidden=32, mlp=96, layers=2, heads=2),
+    }
+
+
+def _config(vocab_size: int, *, hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
     """Qwen3 in miniature: grouped queries, normed queries and keys, tied embeddings."""
-    layers = 4
     return ModelConfig(
         family="qwen3",
         vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden,
+        intermediate_size=mlp,
         num_layers=layers,
-        num_heads=4,
-        num_kv_heads=2,
+        num_heads=heads,
+        num_kv_heads=heads // 2,
         head_dim=32,
         norm_eps=1e-6,
         rope=RopeConfig(theta=10000.0),
@@ -35,28 +55,3 @@ def demo_config(vocab_size: int) -> ModelConfig:
         tied_embeddings=True,
         dtype="bfloat16",
     )
-
-
-def batch_logits(decoder: Decoder, batch: Batch) -> jax.Array:
-    """float32 logits [R * L, V] of every token of the batch."""
-    hidden = decoder(
-        batch.tokens.reshape(-1), batch.positions.reshape(-1), dense_attend(batch.segments)
-    )
-    return decoder.logits(hidden)
-
-
-def dense_attend(segments: jax.Array) -> Attend:
-    """Causal attention within each conversation of each row.
-
-    Args:
-      segments: int32 [R, L], which conversation of its row a token belongs to.
-    """
-    rows, length = segments.shape
-    same = segments[:, None, :, None] == segments[:, None, None, :]  # [R, 1, L, L]
-
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k, v = (x.reshape(rows, length, *x.shape[1:]) for x in (q, k, v))
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True)
-        return mixed.reshape(rows * length, *mixed.shape[2:])
-
-    return attend
