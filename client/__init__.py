@@ -13,5 +13,6 @@ of `quire.errors`. Used by the tests and the benchmarks, and by whoever calls a 
 from .asynchronous import AsyncClient, AsyncStream
 from .blocking import Client, Stream
 from .channel import TLS, Retry
+from .messages import chat
 
-__all__ = ["TLS", "AsyncClient", "AsyncStream", "Client", "Retry", "Stream"]
+__all__ = ["TLS", "AsyncClient", "AsyncStream", "Client", "Retry", "Stream", "chat"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack, cast
 
@@ -15,7 +15,16 @@ from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from .channel import AS_USUAL, SERVICE, TLS, Metadata, Retry, credentials, key_metadata, options
 from .failures import translated
-from .messages import Fields, Prompt, generate_request
+from .messages import (
+    Fields,
+    Labels,
+    Messages,
+    Prompt,
+    embed_request,
+    generate_request,
+    tokenize_request,
+)
+from .messages import token_ids as ids_message
 
 _LOOK_EVERY = 0.2
 """Seconds between two looks at whether a server is ready."""
@@ -57,8 +66,7 @@ class AsyncClient:
     ) -> pb.GenerateResponse:
         """The whole answer to one prompt. Cancelling the task ends the request."""
         request = generate_request(prompt, fields)
-        with translated():
-            response = await self._stub.Generate(request, **self._how(timeout, metadata))
+        response = await self._call(self._stub.Generate, request, timeout, metadata)
         return cast(pb.GenerateResponse, response)
 
     def stream(
@@ -72,6 +80,50 @@ class AsyncClient:
         """The answer in pieces, as they come."""
         request = generate_request(prompt, fields)
         return AsyncStream(self._stub.StreamGenerate(request, **self._how(timeout, metadata)))
+
+    async def embed(
+        self,
+        inputs: Sequence[Prompt],
+        *,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        **labels: Unpack[Labels],
+    ) -> pb.EmbedResponse:
+        """An embedding of each input, of length 1."""
+        request = embed_request(inputs, labels)
+        response = await self._call(self._stub.Embed, request, timeout, metadata)
+        return cast(pb.EmbedResponse, response)
+
+    async def tokenize(
+        self,
+        prompt: str | Messages | pb.ChatPrompt,
+        *,
+        add_special_tokens: bool | None = None,
+        return_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> pb.TokenizeResponse:
+        """The token ids that a prompt becomes."""
+        request = tokenize_request(
+            prompt, add_special_tokens=add_special_tokens, return_tokens=return_tokens
+        )
+        return cast(pb.TokenizeResponse, await self._call(self._stub.Tokenize, request, timeout))
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        timeout: float | None = None,
+    ) -> str:
+        """The text of token ids."""
+        request = pb.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
+        request.token_ids.extend(ids_message("token_ids", token_ids).ids)
+        return str((await self._call(self._stub.Detokenize, request, timeout)).text)
+
+    async def model_info(self, *, timeout: float | None = None) -> pb.ModelInfo:
+        """What is served, with which limits and defaults."""
+        request = pb.GetModelInfoRequest()
+        return cast(pb.ModelInfo, await self._call(self._stub.GetModelInfo, request, timeout))
 
     async def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
@@ -93,6 +145,12 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends calls that run, and the connection."""
         await self._channel.close(None)
+
+    async def _call(
+        self, method: Any, request: Any, timeout: float | None, metadata: Metadata = ()
+    ) -> Any:
+        with translated():
+            return await method(request, **self._how(timeout, metadata))
 
     def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
         return {

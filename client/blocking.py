@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack, cast
 
@@ -15,7 +15,16 @@ from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from .channel import AS_USUAL, SERVICE, TLS, Metadata, Retry, credentials, key_metadata, options
 from .failures import translated
-from .messages import Fields, Prompt, generate_request
+from .messages import (
+    Fields,
+    Labels,
+    Messages,
+    Prompt,
+    embed_request,
+    generate_request,
+    tokenize_request,
+)
+from .messages import token_ids as ids_message
 
 _LOOK_EVERY = 0.2
 """Seconds between two looks at whether a server is ready."""
@@ -64,7 +73,7 @@ class Client:
         """The whole answer to one prompt.
 
         Args:
-          prompt: text or token ids.
+          prompt: text, token ids, messages of a chat, or what `chat` makes of such.
           timeout: seconds; then the request ends on the server, too.
           metadata: more of it, such as ("traceparent", …).
           fields: the rest of GenerateRequest, and SamplingParams, by their names there.
@@ -95,6 +104,49 @@ class Client:
             )
         )
 
+    def embed(
+        self,
+        inputs: Sequence[Prompt],
+        *,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        **labels: Unpack[Labels],
+    ) -> pb.EmbedResponse:
+        """An embedding of each input, of length 1; other arguments as of `generate`."""
+        request = embed_request(inputs, labels)
+        return cast(pb.EmbedResponse, self._call(self._stub.Embed, request, timeout, metadata))
+
+    def tokenize(
+        self,
+        prompt: str | Messages | pb.ChatPrompt,
+        *,
+        add_special_tokens: bool | None = None,
+        return_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> pb.TokenizeResponse:
+        """The token ids that a prompt becomes."""
+        request = tokenize_request(
+            prompt, add_special_tokens=add_special_tokens, return_tokens=return_tokens
+        )
+        return cast(pb.TokenizeResponse, self._call(self._stub.Tokenize, request, timeout))
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        timeout: float | None = None,
+    ) -> str:
+        """The text of token ids."""
+        request = pb.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
+        request.token_ids.extend(ids_message("token_ids", token_ids).ids)
+        return str(self._call(self._stub.Detokenize, request, timeout).text)
+
+    def model_info(self, *, timeout: float | None = None) -> pb.ModelInfo:
+        """What is served, with which limits and defaults."""
+        request = pb.GetModelInfoRequest()
+        return cast(pb.ModelInfo, self._call(self._stub.GetModelInfo, request, timeout))
+
     def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
         request = health_pb2.HealthCheckRequest(service=SERVICE)
@@ -120,7 +172,9 @@ class Client:
         """Ends calls that run, and the connection."""
         self._channel.close()
 
-    def _call(self, method: Any, request: Any, timeout: float | None, metadata: Metadata) -> Any:
+    def _call(
+        self, method: Any, request: Any, timeout: float | None, metadata: Metadata = ()
+    ) -> Any:
         with translated():
             return method(
                 request,

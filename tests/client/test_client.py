@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import quire
-from quire.client import TLS, AsyncClient, Client, Retry
+from quire.client import TLS, AsyncClient, Client, Retry, chat
 from quire.errors import (
     DeadlineExceeded,
     Internal,
@@ -27,6 +27,8 @@ from quire.errors import (
 )
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
+from quire.serving.intake import Chat
+from quire.serving.wire import prompt_of
 
 FAST = Retry(first=0.01, longest=0.02)
 WORDS = ["one ", "two ", "three"]
@@ -37,14 +39,14 @@ class Scripted(pb_grpc.GenerationServiceServicer):
 
     def __init__(self) -> None:
         self.failures: list[tuple[grpc.StatusCode, str]] = []
-        self.requests: list[pb.GenerateRequest] = []
+        self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.trailing: tuple[tuple[str, str], ...] = ()
         self.after_words: tuple[grpc.StatusCode, str] | None = None
         self.endless = False
         self.ended = threading.Event()  # the last call, for whatever reason
 
-    def _asked(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:
+    def _asked(self, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
         if self.failures:
@@ -54,6 +56,23 @@ class Scripted(pb_grpc.GenerationServiceServicer):
     def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         self._asked(request, context)
         return pb.GenerateResponse(text="".join(WORDS))
+
+    def _taken(self, request: Any, context: grpc.ServicerContext, response: Any) -> Any:
+        self._asked(request, context)
+        return response
+
+    def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        embeddings = [pb.Embedding(values=[1.0])] * len(request.inputs)
+        return self._taken(request, context, pb.EmbedResponse(embeddings=embeddings))
+
+    def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        return self._taken(request, context, pb.TokenizeResponse(token_ids=[1, 2]))
+
+    def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        return self._taken(request, context, pb.DetokenizeResponse(text="two"))
+
+    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.ModelInfo:
+        return self._taken(request, context, pb.ModelInfo(name="model"))
 
     def StreamGenerate(self, request: pb.GenerateRequest, context: Any) -> Iterator[Any]:
         self._asked(request, context)
@@ -104,6 +123,11 @@ def stream(kind: str, address: str, *args: Any, **fields: Any) -> list[str]:
     return awaited(address, collected)
 
 
+def call(kind: str, address: str, method: str, *args: Any, **named: Any) -> Any:
+    run = blocking if kind == "blocking" else awaited
+    return run(address, lambda client: getattr(client, method)(*args, **named))
+
+
 both = pytest.mark.parametrize("kind", ["blocking", "asyncio"])
 
 
@@ -146,6 +170,66 @@ def test_every_field_arrives(server: tuple[Scripted, str], kind: str) -> None:
     assert service.metadata["traceparent"] == "00-1-2-03"
 
 
+CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "What is the weather in Rome?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "a tool",
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "w", "arguments": {"c": "Rome"}}},
+            {"function": {"name": "w", "arguments": '{"c": "Ostia"}'}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+]
+TOOL = {"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}
+
+
+@both
+def test_a_chat_is_what_the_server_reads(server: tuple[Scripted, str], kind: str) -> None:
+    service, address = server
+    generate(kind, address, CHAT)
+    generate(kind, address, chat(CHAT, tools=[TOOL], template="t", enable_thinking=True))
+    plain, more = (prompt_of(request) for request in service.requests)
+    assert isinstance(plain, Chat) and isinstance(more, Chat)
+    calls = plain.messages[1]["tool_calls"]
+    assert [c["function"]["arguments"] for c in calls] == [{"c": "Rome"}, {"c": "Ostia"}]
+    assert plain.messages[1]["reasoning_content"] == "a tool"
+    assert plain.messages[0] == CHAT[0] and plain.messages[2] == CHAT[2]
+    assert not plain.template_args and more.messages == plain.messages
+    assert more.template_args == {"tools": [TOOL], "template": "t", "enable_thinking": True}
+
+
+@both
+def test_the_other_methods(server: tuple[Scripted, str], kind: str) -> None:
+    service, address = server
+    response = call(kind, address, "embed", ["one", [1, 2], CHAT[:1]], tenant="t", priority=0)
+    assert len(response.embeddings) == 3
+    assert [i.WhichOneof("prompt") for i in service.requests[0].inputs] == [
+        "text", "token_ids", "chat",
+    ]  # fmt: skip
+    assert service.requests[0].tenant == "t" and service.requests[0].HasField("priority")
+    assert call(kind, address, "tokenize", "hello", add_special_tokens=False).token_ids == [1, 2]
+    assert service.requests[1] == pb.TokenizeRequest(text="hello", add_special_tokens=False)
+    assert call(kind, address, "tokenize", CHAT[:1]).token_ids == [1, 2]
+    assert service.requests[2].WhichOneof("prompt") == "chat"
+    assert call(kind, address, "detokenize", [1, 2], skip_special_tokens=False) == "two"
+    assert service.requests[3] == pb.DetokenizeRequest(token_ids=[1, 2], skip_special_tokens=False)
+    assert call(kind, address, "model_info").name == "model"
+    for method, args, named, message in (
+        ("embed", (["x"],), {"top_k": 1}, "top_k: no such field; there are request_id"),
+        ("tokenize", ([1, 2],), {}, "prompt: got [1, 2], must be text or messages"),
+        ("detokenize", (["x"],), {}, "token_ids: got ['x']"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            call(kind, address, method, *args, **named)
+        assert str(caught.value).startswith(message)
+    service.failures = [(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")]
+    with pytest.raises(Overloaded, match="full"):
+        call(kind, address, "embed", ["x"])
+
+
 @both
 def test_what_is_left_out_is_unset(server: tuple[Scripted, str], kind: str) -> None:
     service, address = server
@@ -175,6 +259,26 @@ def test_what_no_message_can_hold_is_refused(
         generate(kind, server[1], "hello", **fields)
     assert str(caught.value).startswith(message)
     assert not server[0].requests
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "message"),
+    [
+        ([{"role": "user", "contents": "x"}], {}, "messages[0].contents: got 'x'"),
+        ([{"role": 1}], {}, "messages[0].role: got 1"),
+        (
+            [{"role": "assistant", "tool_calls": [{}]}],
+            {},
+            "messages[0].tool_calls[0]: got {}, must",
+        ),
+        (CHAT, {"tools": [{"a": object()}]}, "tools[0]: got {'a'"),
+        (CHAT, {"temperature": float("nan")}, "template_args: got {'temperature': nan}, must be"),
+    ],
+)
+def test_what_no_chat_can_hold_is_refused(messages: Any, more: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(messages, **more)
+    assert str(caught.value).startswith(message)
 
 
 @both
