@@ -74,7 +74,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._backend: tuple[EngineLink, Intake] | None = None
         self._info = pb.ModelInfo()
         self._closed_because = "the engine is starting; try again when health says SERVING"
-        self._names: set[str] = set()  # what callers call their unfinished requests
+        self._names: set[tuple[str, str]] = set()  # tenants' own names of unfinished requests
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -155,7 +155,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             check_streamable(sampling)
         request = intake.request(prompt, sampling, _labels(message, context))
         choices = intake.choices(sampling)
-        with self._name(message.request_id), link.open(request) as pending:
+        with self._name(request.tenant, message.request_id), link.open(request) as pending:
             try:
                 timing = None
                 while True:
@@ -225,7 +225,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 raise invalid("inputs", f"{len(request.inputs)} inputs", limit)
             labels = _labels(request, context)
             asked = await asyncio.to_thread(_embed_requests, intake, request, labels)
-            with self._name(request.request_id):
+            with self._name(labels.tenant, request.request_id):
                 outputs = await embed_all(link, asked)
             request_id = request.request_id or asked[0].id
             response = embed_message(request_id, asked, outputs)
@@ -282,18 +282,18 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 self._idle.set()
 
     @contextmanager
-    def _name(self, name: str) -> Iterator[None]:
+    def _name(self, tenant: str, name: str) -> Iterator[None]:
         """Holds the name a caller gave a request, while it runs."""
         if not name:
             yield
             return
-        if name in self._names:
+        if (tenant, name) in self._names:
             raise invalid("request_id", name, "unlike that of every unfinished request")
-        self._names.add(name)
+        self._names.add((tenant, name))
         try:
             yield
         finally:
-            self._names.discard(name)
+            self._names.discard((tenant, name))
 
 
 def _who(request: Any) -> tuple[str, str]:

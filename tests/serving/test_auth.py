@@ -18,6 +18,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_supervisor import Service
 
+from quire.errors import InvalidRequest
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1.generation_pb2_grpc import GenerationServiceStub
 from quire.sched.quota import Limits
@@ -143,12 +144,21 @@ def test_calls_side_by_side_keep_their_tenants(locked: Frontend) -> None:
     calls = []
     for n in range(40):
         key = (ACME, OTHER)[n % 2]
-        request = pb.GenerateRequest(text="hello", request_id=f"{('acme', 'other')[n % 2]} {n}")
+        request = pb.GenerateRequest(text="hello", cache_salt=("acme", "other")[n % 2])
         calls.append(stub.Generate.future(request, metadata=[("x-api-key", key)], timeout=20))
-    answered = {call.result().request_id for call in calls}
-    assert len(answered) == 40
+    for call in calls:
+        call.result()
     for request in locked.link.requests[-40:]:
-        assert request.id.startswith(request.tenant)
+        assert request.cache_salt == request.tenant
+
+
+def test_tenants_name_their_requests_as_they_like(locked: Frontend) -> None:
+    service = locked.server._service
+    first = service._name("acme", "first")
+    with first, service._name("other", "first"), pytest.raises(InvalidRequest):
+        service._name("acme", "first").__enter__()
+    with service._name("acme", "first"), service._name("acme", ""), service._name("acme", ""):
+        pass
 
 
 def test_a_file_is_followed_and_a_bad_one_changes_nothing(
