@@ -88,6 +88,20 @@ def test_who_was_away_long_has_no_more_credit_than_a_minute_of_its_share() -> No
     assert 0 < len(d.ends) - before < 40
 
 
+def test_who_always_asks_for_little_gains_no_more_either() -> None:
+    d = Driver(make_spec(slots=3, pages=300, max_model_len=400))
+    d.submit(make_request("c", tenant="c", max_tokens=380))
+    d.submit(*(make_request(f"a{n}", (n % 50, 1), 8, tenant="a") for n in range(60)))
+    fair = d.scheduler._roster.waiting
+    for _ in range(150):
+        d.step()
+        d.now += 2
+    newcomer = fair.tenants["c"]
+    assert newcomer.time < fair._now - fair.credit
+    d.submit(make_request("c more", tenant="c"))
+    assert newcomer.time == fair._now - fair.credit
+
+
 def test_a_tenant_is_forgotten_when_nothing_sets_it_apart() -> None:
     d = queue_of(*"ab" * 8)
     d.submit(make_request("c", tenant="c", max_tokens=1))
