@@ -45,6 +45,9 @@ class Answering:
     def finish(self, *_: Any) -> None:
         pass
 
+    def refused(self, *_: Any) -> None:
+        pass
+
     async def close(self, why: str) -> None:
         pass
 
