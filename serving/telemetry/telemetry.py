@@ -127,7 +127,7 @@ class Telemetry:
         done.wait(timeout)
 
     def close(self) -> None:
-        """Returns when account is given of all that was heard, as far as that gets on. Idempotent."""
+        """Returns when account is given of all that was heard, if that gets on. Idempotent."""
         self._pending.put(None)
         self._thread.join(LAST_ACCOUNTS)
         self._closing.close()
