@@ -24,7 +24,7 @@ import grpc
 from ..errors import Internal, InvalidRequest, Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from ..sched.request import Request, RequestOutput, Timing
+from ..sched.request import Request, RequestOutput
 from .answer import Chunk, Completion
 from .auth.caller import own_tenant
 from .choices import Choices, best, check_streamable
@@ -157,19 +157,21 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         choices = intake.choices(sampling)
         with self._name(request.tenant, message.request_id), link.open(request) as pending:
             try:
-                timing = None
+                last = None
                 while True:
                     outputs = await pending.take()
-                    timing = next((o.timing for o in outputs if o.timing is not None), timing)
+                    last = next((output for output in outputs if output.ended), last)
                     chunks, error = _pushed(choices, outputs)
                     # Of stop strings the engine does not know.
                     for reason, choice in choices.news():
                         link.finish(request.id, reason, choice)
-                    if choices.finished and timing is None and error is None:
-                        timing = await _timing_to_come(pending)
+                    if choices.finished and last is None and error is None:
+                        last = await _last_of(pending)
                     for chunk in chunks:
                         is_last = choices.finished and chunk is chunks[-1]
-                        yield request, replace(chunk, timing=timing) if is_last else chunk, is_last
+                        if is_last and last is not None:
+                            chunk = replace(chunk, timing=last.timing)
+                        yield request, chunk, is_last
                     if error is not None:
                         raise error
                     if choices.finished:
@@ -320,14 +322,15 @@ def _labels(
     return labels_of(message, deadline, traceparent_of(context.invocation_metadata() or ()))
 
 
-async def _timing_to_come(pending: Pending) -> Timing | None:
-    """Of a request whose text ended it: the engine tells in the step in which it hears of that."""
+async def _last_of(pending: Pending) -> RequestOutput | None:
+    """The last output of a request whose text ended it, which says where its time went: it comes
+    with the step in which the engine hears of that."""
     try:
         async with asyncio.timeout(_TIMING_WAIT):
             while True:
                 for output in await pending.take():
                     if output.ended:
-                        return output.timing
+                        return output
     except TimeoutError:
         return None
 

@@ -10,9 +10,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from ...sched.request import FinishReason
 from .report import Report
 
-MOST_TENANTS = 32
-"""Tenants with series of their own. Each has about a hundred; who comes later shares one label, so
-that callers cannot grow what is kept here, nor what Prometheus stores, by making names up."""
+MOST_TENANTS = 20
+"""Tenants with series of their own. Each has about ninety; who comes later shares one label, so
+that callers cannot grow what is kept here, nor what Prometheus stores, by making names up. A scrape
+takes the interpreter from the engine's thread for some 10 us a series."""
 
 NO_TENANT, OTHER_TENANTS = "default", "other"
 
@@ -47,8 +48,8 @@ class RequestMetrics:
     def __init__(self, registry: CollectorRegistry):
         self._tenants = Tenants()
 
-        def seconds(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ["tenant"], buckets=buckets, registry=registry)
+        def seconds(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, ["tenant", *labels], registry=registry)
@@ -57,22 +58,28 @@ class RequestMetrics:
             return Histogram(name, text, buckets=_TOKENS, registry=registry)
 
         self._queue = seconds(
-            "quire_request_queue_seconds", "From a request's arrival to its first slot.", _SHORT
+            "quire_request_queue_seconds",
+            "From a request's arrival to its first slot.",
+            _SHORT,
+            "tenant",
         )
         self._first = seconds(
             "quire_time_to_first_token_seconds",
             "From a request's arrival in the engine to its first token.",
             _SHORT,
+            "tenant",
         )
         self._per_token = seconds(
             "quire_time_per_output_token_seconds",
             "Of a request, the time from its first token to its end per further token.",
             _PER_TOKEN,
+            "tenant",
         )
         self._whole = seconds(
             "quire_request_duration_seconds",
             "From a request's arrival in the engine to its end, of requests that were answered.",
             _LONG,
+            "tenant",
         )
         self._prefill = seconds(
             "quire_request_prefill_seconds",
@@ -124,8 +131,8 @@ class RequestMetrics:
         self._queue.labels(tenant).observe(timing.queue_seconds)
         if report.output_tokens:
             self._first.labels(tenant).observe(timing.first_token_seconds)
-            self._prefill.labels(tenant).observe(timing.prefill_seconds)
-            self._decode.labels(tenant).observe(timing.decode_seconds)
+            self._prefill.observe(timing.prefill_seconds)
+            self._decode.observe(timing.decode_seconds)
             further = report.output_tokens / len(account.answers) - 1
             if further > 0:
                 self._per_token.labels(tenant).observe(timing.decode_seconds / further)

@@ -33,6 +33,9 @@ MOST_PENDING = 10_000
 does not get on, such as a stderr that nobody reads; then the next are dropped, and counted."""
 
 
+LAST_ACCOUNTS = 3.0
+"""Seconds that a service which ends takes for what it has still to tell."""
+
 _Heard = list[RequestOutput | Report]
 
 
@@ -124,9 +127,9 @@ class Telemetry:
         done.wait(timeout)
 
     def close(self) -> None:
-        """Returns when account is given of all that was heard. Idempotent."""
+        """Returns when account is given of all that was heard, if that gets on. Idempotent."""
         self._pending.put(None)
-        self._thread.join()
+        self._thread.join(LAST_ACCOUNTS)
         self._closing.close()
 
     def _put(self, reports: _Heard) -> None:

@@ -14,9 +14,11 @@ import grpc
 
 from quire.checkpoints.folder import Checkpoint
 from quire.config import ServerConfig
+from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.request import FinishReason, Request, RequestOutput
+from quire.serving.auth.interceptor import KeyInterceptor
 from quire.serving.intake import Intake
 from quire.serving.pending import Pending
 from quire.serving.server import Server
@@ -27,13 +29,15 @@ ASK = pb.GenerateRequest(text="the quick brown fox")
 
 
 class Answering:
-    """An EngineLink; `requests` are those it got, `tokens` what it answers."""
+    """An EngineLink; `requests` are those it got, `tokens` what it answers, `told` the calls that
+    ended without it: code, id, tenant."""
 
     healthy = True
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.tokens = (7,)
+        self.told: list[tuple[str, str, str]] = []
 
     @contextmanager
     def open(self, request: Request) -> Iterator[Pending]:
@@ -45,8 +49,8 @@ class Answering:
     def finish(self, *_: Any) -> None:
         pass
 
-    def refused(self, *_: Any) -> None:
-        pass
+    def refused(self, error: QuireError, request_id: str, tenant: str) -> None:
+        self.told.append((error.grpc_code, request_id, tenant))
 
     async def close(self, why: str) -> None:
         pass
@@ -104,6 +108,9 @@ class Frontend:
             await self.server.stop()
             raise
         await self.server.serve(self.link, self._intake)  # type: ignore[arg-type]
+        for interceptor in self._interceptors:
+            if isinstance(interceptor, KeyInterceptor):
+                interceptor.refused = self.server.account
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Runs a coroutine on the event loop."""

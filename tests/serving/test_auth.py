@@ -98,6 +98,7 @@ def test_nobody_else_is(locked: Frontend, metadata: Any, says: str, method: str)
     assert code is StatusCode.UNAUTHENTICATED
     assert details.startswith(says) and ACME[:20] not in details
     assert len(locked.link.requests) == served
+    assert locked.link.told[-1] == ("UNAUTHENTICATED", "", "")
 
 
 def test_health_needs_no_key_and_all_else_does(locked: Frontend) -> None:
@@ -122,7 +123,7 @@ def test_a_caller_cannot_name_the_tenant_of_another(locked: Frontend) -> None:
     stub, metadata = locked.stub(), [("x-api-key", OTHER)]
 
     def ask(tenant: str) -> tuple[StatusCode, str]:
-        request = pb.GenerateRequest(text="hello", tenant=tenant)
+        request = pb.GenerateRequest(text="hello", tenant=tenant, request_id="r")
         return code_of(lambda: stub.Generate(request, metadata=metadata, timeout=20))
 
     assert ask("") == ask("other") == (StatusCode.OK, "")
@@ -130,6 +131,7 @@ def test_a_caller_cannot_name_the_tenant_of_another(locked: Frontend) -> None:
     code, details = ask("acme")
     assert code is StatusCode.PERMISSION_DENIED
     assert details == "tenant: got 'acme', must be empty or 'other', the tenant of the API key"
+    assert locked.link.told[-1] == ("PERMISSION_DENIED", "r", "other")  # not whom it named
 
 
 def test_without_keys_callers_name_their_tenant(folder: Path) -> None:

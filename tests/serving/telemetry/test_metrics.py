@@ -142,16 +142,16 @@ def test_requests_are_observed_when_they_end(telemetry: Measured) -> None:
     s.run(0.03)  # three more tokens
     samples = seen(telemetry)
 
-    def total(name: str) -> float:
-        assert one(samples, f"{name}_count", tenant="x") == 1
-        return one(samples, f"{name}_sum", tenant="x")
+    def total(name: str, **labels: str) -> float:
+        assert one(samples, f"{name}_count", **labels) == 1
+        return one(samples, f"{name}_sum", **labels)
 
-    assert total("quire_request_queue_seconds") == pytest.approx(2)
-    assert total("quire_time_to_first_token_seconds") == pytest.approx(2)
+    assert total("quire_request_queue_seconds", tenant="x") == pytest.approx(2)
+    assert total("quire_time_to_first_token_seconds", tenant="x") == pytest.approx(2)
     assert total("quire_request_prefill_seconds") == pytest.approx(0)
     assert total("quire_request_decode_seconds") == pytest.approx(0.09)
-    assert total("quire_time_per_output_token_seconds") == pytest.approx(0.03)
-    assert total("quire_request_duration_seconds") == pytest.approx(2.09)
+    assert total("quire_time_per_output_token_seconds", tenant="x") == pytest.approx(0.03)
+    assert total("quire_request_duration_seconds", tenant="x") == pytest.approx(2.09)
     bucket = "quire_time_to_first_token_seconds_bucket"
     assert one(samples, bucket, tenant="x", le="1.0") == 0
     assert one(samples, bucket, tenant="x", le="2.5") == 1
