@@ -5,8 +5,8 @@
                     ── Submit, Finish ──> Engine's inbox
 
 A frontend that is gone, or says nothing for `SILENCE` seconds, is detached: its requests end, and
-their pages are free with the next step. One that does not read fast enough gets several Steps in
-one message; their size is bounded by the lengths of its answers.
+their pages are free with the next step. One that is behind, as it says itself, gets several Steps
+in one message; their size is bounded by the lengths of its answers.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
                     engine.finish(request_id, FinishReason(finish.reason), choice)
             for refused in message.refused:
                 self._refused(error_of(refused.error), refused.request_id, refused.tenant)
+            if message.taken:
+                frontend.taken()
             if message.stats:
                 frontend.send_stats(stats_values(engine.stats()))
 
@@ -224,32 +226,43 @@ class _Frontend:
         self.live: dict[int, str] = {}
         self.behind = False
         self._next = pb.FromEngine()
-        self._news = asyncio.Event()
+        self._awaited = False  # the last message has not been dealt with
+        self._go = asyncio.Event()  # there is something to send, and it may be sent
 
     def send(self, step: pb.Step) -> None:
         self._next.steps.append(step)
-        self.behind = True
-        self._news.set()
+        self._news()
 
     def send_stats(self, values: dict[str, float]) -> None:
         self._next.stats.update(values)
-        self._news.set()
+        self._news()
+
+    def taken(self) -> None:
+        """It has dealt with the last message."""
+        self._awaited = False
+        if self.behind:
+            self._go.set()
+
+    def _news(self) -> None:
+        self.behind = True
+        if not self._awaited:
+            self._go.set()
 
     async def write(self, welcome: pb.Welcome, context: grpc.aio.ServicerContext) -> None:
-        """Sends what there is as soon as the last message has gone out."""
-        self._next.welcome.CopyFrom(welcome)
-        self._news.set()
+        """Sends what there is as soon as the frontend has dealt with what it was sent before."""
+        await context.write(pb.FromEngine(welcome=welcome))
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT):
-                    await self._news.wait()
+                    await self._go.wait()
             except TimeoutError:
-                pass  # then the message is empty
-            self._news.clear()
+                await context.write(pb.FromEngine())
+                continue
+            self._go.clear()
             message, self._next = self._next, pb.FromEngine()
-            self.behind = True
+            message.awaited = self._awaited = True
+            self.behind = False
             await context.write(message)
-            self.behind = self._news.is_set()
 
 
 class _Route:

@@ -194,6 +194,10 @@ class RemoteLink:
                     if not answer.done():
                         answer.set_result(stats)
                 self._stats.clear()
+            if message.awaited:
+                # Goes out when those who were woken have run: the writer's turn is after theirs.
+                self._next.taken = True
+                self._news.set()
 
     def _take(self, step: pb.Step) -> None:
         opened = self._open  # who is not in it has left

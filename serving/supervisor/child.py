@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SILENCE = 60.0
+SILENCE = 30.0
 """Seconds without a sign of life after which a child that was ready counts as hung."""
 
 _LIFELINE = f"{__package__.rpartition('.')[0]}.lifeline"

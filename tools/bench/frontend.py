@@ -52,7 +52,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     engine = EngineConfig(
         model="demo", max_num_seqs=args.streams, max_model_len=tokens + 64, max_queue=2**20
     )
-    server = ServerConfig(port=0, frontends=args.frontends, drain_timeout=0)
+    server = ServerConfig(port=0, frontends=args.frontends, drain_timeout=0, log_level="warning")
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     def hear(line: str) -> None:
