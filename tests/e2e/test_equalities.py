@@ -114,8 +114,8 @@ class Witness(Scheduler):
             self.decoding += 1
         super()._preempt(seq)
 
-    def _grow(self, step, seq, positions):
-        grown = super()._grow(step, seq, positions)
+    def _grow(self, step, seq, positions, **how):
+        grown = super()._grow(step, seq, positions, **how)
         self.rested += self._resting is not None
         return grown
 
