@@ -30,10 +30,10 @@ class Told:
 
     def __init__(self) -> None:
         self.telemetry = Telemetry()
-        self.telemetry.log_requests(prompts=False)
         self.registry = self.telemetry.keep_metrics()
         self.kept = Kept()
         self.telemetry.add(self.kept)
+        self.telemetry.log_requests(prompts=False)  # last: once its line is there, all have heard
         self.log = io.StringIO()
 
     def line(self, name: str) -> dict[str, Any]:
