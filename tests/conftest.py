@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,15 +21,6 @@ for _name, _value in {
     "PYTHONSAFEPATH": "1",
 }.items():
     os.environ.setdefault(_name, _value)
-
-
-# A shell that runs tests in the background has them ignore signals, which children inherit.
-for _number, _usual in {
-    signal.SIGINT: signal.default_int_handler,
-    signal.SIGHUP: signal.SIG_DFL,
-}.items():
-    if signal.getsignal(_number) is signal.SIG_IGN:
-        signal.signal(_number, _usual)
 
 
 # Tests that have transformers write their checkpoints; there is not a torch for every interpreter.

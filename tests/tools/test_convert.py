@@ -277,11 +277,14 @@ def test_a_cut_off_conversion_is_never_taken_for_a_whole_one(
 
 
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
 from quire.checkpoints import convert as module, orbax_tensors
 from quire.tools.cli import main
 
 source, target, where, number = sys.argv[1:]
+# As in a terminal: who runs tests, or a library in its process, may have it ignored.
+usual = signal.default_int_handler if int(number) == signal.SIGINT else signal.SIG_DFL
+signal.signal(int(number), usual)
 place = orbax_tensors if where == "_write" else module
 calls, work = [], getattr(place, where)
 def interrupted(*args):

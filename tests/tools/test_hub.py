@@ -195,6 +195,7 @@ def test_a_download_that_failed_goes_on_where_it_stopped(
 
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests may have it ignored
 import huggingface_hub.constants
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 20_000
 from quire.checkpoints import hub_resume
