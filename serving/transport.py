@@ -56,6 +56,7 @@ def _options(settings: ServerConfig) -> list[tuple[str, Any]]:
         # pages; and keeps balancers from closing connections on which nothing is said.
         ("grpc.keepalive_time_ms", settings.keepalive * 1000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
         # Lets clients look for a vanished server as often as once in 10 s.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

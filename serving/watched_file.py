@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY = 2.0
 """Seconds between looks."""
 
-Stamp = tuple[int, int, int] | None
+Stamp = tuple[int, ...] | None
 Value = TypeVar("Value")
 
 
@@ -26,7 +26,8 @@ def stamp(path: str | Path) -> Stamp:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # The change time tells of a mode or an owner that was mended.
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 async def watch(
@@ -50,8 +51,10 @@ async def watch(
         seen = now
         try:
             value = await asyncio.to_thread(read, path)
+            use(value)
         except InvalidConfig as error:
             log.error("%s; what it said before stays in force", error)
-            continue
-        use(value)
-        log.info("%s was read again", path)
+        except Exception:  # must not end the watch, or the next change would go unseen
+            log.exception("%s: cannot be read; what it said before stays in force", path)
+        else:
+            log.info("%s was read again", path)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import signal
 import sys
+from contextlib import suppress
 
 from ..config import EngineConfig, ServerConfig
 from ..errors import QuireError
@@ -54,8 +55,13 @@ async def _serve(engine: EngineConfig, server: ServerConfig) -> None:
 
     reporter: Reporter = LogReporter() if server.log_format == "json" else Terminal()
     signals = _Signals()
-    await Supervisor(engine, server, reporter.note).run(signals.first, signals.second)
-    reporter.note("stopped")
+
+    def say(text: str) -> None:
+        with suppress(OSError):  # who reads along may go, and the service goes on
+            reporter.note(text)
+
+    await Supervisor(engine, server, say).run(signals.first, signals.second)
+    say("stopped")
 
 
 class _Signals:

@@ -78,7 +78,8 @@ def read_keys(path: str | Path) -> KeyTable:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeError) as error:
         raise InvalidConfig(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    # Of a date that there is not, a number of thousands of digits, lists in lists in lists.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidConfig(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     try:
         return _table({} if content is None else content)

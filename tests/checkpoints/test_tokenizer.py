@@ -122,9 +122,21 @@ def test_split_special_tokens(write_tokenizer: Any) -> None:
     assert 0 not in ids and ids == AutoTokenizer.from_pretrained(folder)("<s>").input_ids
 
 
-def test_lone_surrogate_is_the_callers_fault(write_tokenizer: Any) -> None:
+def test_a_long_text_gives_the_ids_that_the_library_gives(write_tokenizer: Any) -> None:
+    """It goes another way, on which other threads get on."""
+    text = "h\u00e9llo w\u00f6rld \U0001f600, " * 400
+    for kind in KINDS:
+        folder = write_tokenizer(kind)
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for special in (True, False):
+            ids = load_tokenizer(folder).encode(text, special)
+            assert len(text) > 4096 and ids == backend.encode(text, add_special_tokens=special).ids
+
+
+@pytest.mark.parametrize("before", ["", "long " * 1000])
+def test_lone_surrogate_is_the_callers_fault(write_tokenizer: Any, before: str) -> None:
     with pytest.raises(InvalidRequest, match=r"text: got .*, must be text without lone sur"):
-        load_tokenizer(write_tokenizer()).encode("\ud800")
+        load_tokenizer(write_tokenizer()).encode(before + "\ud800")
 
 
 def test_ids_without_a_token(write_tokenizer: Any) -> None:

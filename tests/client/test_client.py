@@ -22,7 +22,9 @@ from quire.errors import (
     InvalidConfig,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     QuireError,
+    Unauthenticated,
     Unavailable,
 )
 from quire.protos.v1 import generation_pb2 as pb
@@ -322,7 +324,9 @@ def test_an_answer_that_began_is_not_asked_for_twice(
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded),
         (grpc.StatusCode.INTERNAL, Internal),
-        (grpc.StatusCode.UNAUTHENTICATED, QuireError),
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, PermissionDenied),
+        (grpc.StatusCode.DATA_LOSS, QuireError),
     ],
 )
 def test_errors_are_those_of_quire(

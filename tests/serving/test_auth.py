@@ -163,6 +163,41 @@ def test_tenants_name_their_requests_as_they_like(locked: Frontend) -> None:
         pass
 
 
+UNREADABLE = (
+    "keys: [nonsense",
+    "keys: [{id: a, tenant: b, created: 2026-13-45}]",  # no such date
+    "keys: [{id: a, tenant: b, note: " + "9" * 5000 + "}]",  # more digits than Python reads
+    "[" * 5000,
+)
+
+
+def test_a_fault_of_what_reads_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watched_file, "LOOK_EVERY", 0.005)
+    file, used = tmp_path / "file", list[str]()
+    file.write_text("bad")
+
+    def read(path: str | Path) -> str:
+        text = Path(path).read_text()
+        if text == "bad":
+            raise ZeroDivisionError
+        return text
+
+    async def story() -> None:
+        watching = asyncio.ensure_future(watched_file.watch(file, read, used.append, None))
+        for wanted in (lambda: "stays in force" in caplog.text, lambda: used == ["good"]):
+            end = time.monotonic() + 20
+            while not wanted():
+                assert time.monotonic() < end and not watching.done()
+                await asyncio.sleep(0.002)
+            (tmp_path / "next").write_text("good")
+            (tmp_path / "next").replace(file)
+        watching.cancel()
+
+    asyncio.run(story())
+
+
 def test_a_file_is_followed_and_a_bad_one_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -182,18 +217,21 @@ def test_a_file_is_followed_and_a_bad_one_changes_nothing(
         assert used == [first]
         write_keys(file, second)
         await until(2, 0)
-        file.write_text("keys: [nonsense")
-        await until(2, 1)
+        for count, content in enumerate(UNREADABLE, start=1):
+            (tmp_path / "next").write_text(content)
+            (tmp_path / "next").replace(file)
+            await until(2, count)
         file.unlink()
-        await until(2, 2)
+        await until(2, len(UNREADABLE) + 1)
         write_keys(file, first)
-        await until(3, 2)
+        await until(3, len(UNREADABLE) + 1)
         assert not following.done()
         following.cancel()
 
     asyncio.run(story())
     assert used == [first, second, first]
-    assert caplog.text.count("stays in force") == 2  # once each, not at every look
+    # Once each, not at every look.
+    assert caplog.text.count("stays in force") == len(UNREADABLE) + 1
 
 
 def test_it_is_new_keys_that_count(folder: Path) -> None:
