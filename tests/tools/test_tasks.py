@@ -309,6 +309,7 @@ def test_json_is_right_in_any_layout() -> None:
         for wrong in ({**content, name: f"{value}x"}, {**content, "more": 1}, missing):
             assert not e.check(head + ended + json.dumps(wrong))
         assert not e.check(f"{head}{ended}Here it is: {answer}")
+        assert not e.check(f"{head}{ended}{'[' * 100_000}")
 
 
 def test_calls_fit_what_is_offered() -> None:
@@ -341,6 +342,7 @@ def test_a_call_must_be_the_one_asked_for() -> None:
             [call_text(name, arguments), call_text(name, arguments)],
             ["Well: " + call_text(name, arguments)],
             [call_text(name, arguments).replace("}", "", 1)],
+            [f"<tool_call>\n{'[' * 100_000}\n</tool_call>"],
         ):
             assert not e.check("\n".join([*wrong, *rest]))
 

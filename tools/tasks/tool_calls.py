@@ -43,7 +43,7 @@ def says_calls(expected: str, text: str) -> bool:
         return False
     try:
         calls = [json.loads(call) for call in _CALL.findall(text)]
-    except ValueError:
+    except (ValueError, RecursionError):  # some models never close what they open
         return False
     return bool(calls == json.loads(expected))
 
