@@ -96,6 +96,21 @@ def test_the_two_sides_are_disjoint_and_seeded(name: str) -> None:
     assert texts[0] == texts[1] == [(e.messages, e.tools) for e in train[:20]]
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("follow_up", "add"), ("tool_result", "tool_call"), ("small_talk", "small_talk")],
+)
+def test_no_earlier_turn_asks_what_is_held_out(name: str, asked: str) -> None:
+    def said(example: Example) -> list[str]:
+        return [m["content"] for m in example.messages if m["role"] == "user"]
+
+    held_out = {said(e)[0] for e in drawn(asked, "held_out", 1000) if len(said(e)) == 1}
+    earlier = {text for e in drawn(name, "train", 2000) for text in said(e)[:-1]}
+    first = {said(e)[0] for e in drawn(name, "train", 2000)} if name != asked else set()
+    assert len(earlier) > 200
+    assert not held_out & (earlier | first)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_question_is_always_the_same_instance(name: str) -> None:
     """A question that leaks under another key would be trained on and asked."""
@@ -140,6 +155,8 @@ def test_shares_and_levels() -> None:
         train = {e.difficulty for e in drawn(task.name, "train", 500)}
         held_out = {e.difficulty for e in drawn(task.name, "held_out", 60)}
         assert held_out == set(task.held_out_levels) < train
+    for e in drawn("multiply", "held_out", 200):
+        assert all(n % 10 for n in numbers(question(e))), "a step of think_multiply"
     for task in TASKS.values():
         if not task.hard:
             assert {e.difficulty for e in drawn(task.name, "train", 100)} == {0}
@@ -292,6 +309,7 @@ def test_json_is_right_in_any_layout() -> None:
         for wrong in ({**content, name: f"{value}x"}, {**content, "more": 1}, missing):
             assert not e.check(head + ended + json.dumps(wrong))
         assert not e.check(f"{head}{ended}Here it is: {answer}")
+        assert not e.check(f"{head}{ended}{'[' * 100_000}")
 
 
 def test_calls_fit_what_is_offered() -> None:
@@ -303,6 +321,8 @@ def test_calls_fit_what_is_offered() -> None:
         kinds[f"{e.task} {len(calls)} of {len(offered)}"] += 1
         for call in calls:
             assert fits(offered[call["name"]]["parameters"], call["arguments"])
+        if not calls:  # a sum, with no wish for a sentence
+            assert raw(e).isdigit()
     assert {f"tool_call {calls} of 4" for calls in (0, 1, 2)} <= set(kinds)
     assert {f"tool_result {calls} of 4" for calls in (1, 2)} <= set(kinds)
 
@@ -322,6 +342,7 @@ def test_a_call_must_be_the_one_asked_for() -> None:
             [call_text(name, arguments), call_text(name, arguments)],
             ["Well: " + call_text(name, arguments)],
             [call_text(name, arguments).replace("}", "", 1)],
+            [f"<tool_call>\n{'[' * 100_000}\n</tool_call>"],
         ):
             assert not e.check("\n".join([*wrong, *rest]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from . import expressions
-from .example import Example, asked, assistant, system, user, wordings
+from .example import Example, asked, assistant, is_held_out, system, user, wordings
 from .words import NAMES, THINGS, plural
 
 MULTIPLY_LEVELS: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -20,6 +20,9 @@ MULTIPLY_LEVELS: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {
     9: ((100, 999), (100, 999)),
 }
 """The ranges of both factors, by level."""
+ROUND_PRODUCT = 10
+"""The level of the harder ones with a factor that ends in 0: the thoughts of think_multiply write
+them down as steps, so they are trained and never asked."""
 MULTIPLY_TRAINED = (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9)
 MULTIPLY_HELD_OUT = (4, 5, 6)
 
@@ -123,9 +126,13 @@ def number(rng: random.Random, most_digits: int) -> int:
 
 def add(rng: random.Random) -> Example:
     a, b = number(rng, 4), number(rng, 4)
-    key = f"add {min(a, b)} {max(a, b)}"  # 27 + 48 gives 48 + 27 away
+    key = _sum_key(a, b)
     question = _worded(rng, _ADD, a, b)
     return _in_words_or_not(rng, "add", key, question, f"{a} + {b}", a + b)
+
+
+def _sum_key(a: int, b: int) -> str:
+    return f"add {min(a, b)} {max(a, b)}"  # 27 + 48 gives 48 + 27 away
 
 
 def subtract(rng: random.Random) -> Example:
@@ -161,6 +168,8 @@ def multiply(rng: random.Random) -> Example:
     left, right = MULTIPLY_LEVELS[level]
     a, b = rng.randint(*left), rng.randint(*right)
     key = f"multiply {min(a, b)} {max(a, b)}"
+    if b > 9 and (a % 10 == 0 or b % 10 == 0):
+        level = ROUND_PRODUCT
     if rng.random() < 0.3:
         a, b = b, a
     question = rng.choice(MULTIPLICATIONS).format(a=a, b=b)
@@ -178,8 +187,9 @@ def expression(rng: random.Random) -> Example:
 
 def follow_up(rng: random.Random) -> Example:
     """A sum or difference that is changed in the following turns."""
-    total = number(rng, 3)
-    other = number(rng, 3)
+    total, other = number(rng, 3), number(rng, 3)
+    while is_held_out(_sum_key(total, other)):  # which `add` asks
+        total, other = number(rng, 3), number(rng, 3)
     messages = [user(_worded(rng, _ADD, total, other)), assistant(str(total + other))]
     numbers = [min(total, other), max(total, other)]
     total += other

@@ -7,8 +7,9 @@ combinations and, of single questions, wordings.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
-from .example import Example, Message, asked, assistant, user
+from .example import Example, Message, asked, assistant, is_held_out, user
 from .topics import GOODBYES, GREETINGS, THANKS, TOPICS, Topic
 from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, a, some
 
@@ -108,10 +109,25 @@ def _question(rng: random.Random, topic: Topic) -> str:
     return question
 
 
+def _on_the_way(rng: random.Random, topic: Topic) -> str:
+    """A question before the last one: none that `_single` holds out."""
+    while is_held_out(_single_key(question := _question(rng, topic))):
+        pass
+    return question
+
+
+def _single_key(question: str) -> str:
+    return f"talk {question.lower().rstrip('?.')}"
+
+
+def _combined_key(name: str, topics: Sequence[Topic]) -> str:
+    return f"talk {name} {sorted(topic.name for topic in topics)}"
+
+
 def _single(rng: random.Random) -> Example:
     topic = rng.choice(TOPICS)
     question = _question(rng, topic)
-    return asked(rng, "small_talk", f"talk {question.lower().rstrip('?.')}", question, topic.answer)
+    return asked(rng, "small_talk", _single_key(question), question, topic.answer)
 
 
 def _unknown(rng: random.Random) -> Example:
@@ -135,6 +151,8 @@ def _unknown(rng: random.Random) -> Example:
 def _polite(rng: random.Random) -> Example:
     """A greeting, thanks or a goodbye; the last two after something else."""
     name, topic = rng.choice(NAMES), rng.choice(TOPICS)
+    while is_held_out(_combined_key(name, [topic])):  # which `_combined` asks
+        name = rng.choice(NAMES)
     before: list[Message] = []
     said, answer = rng.choice(
         (
@@ -161,7 +179,7 @@ def _combined(rng: random.Random) -> Example:
     if name:
         questions.insert(0, rng.choice(_INTRODUCTIONS).format(name=name))
         answers.insert(0, f"Hello {name}!")
-    key = f"talk {name} {sorted(topic.name for topic in topics)}"
+    key = _combined_key(name, topics)
     return asked(rng, "small_talk", key, " ".join(questions), " ".join(answers))
 
 
@@ -191,6 +209,6 @@ def _remember(rng: random.Random) -> Example:
     topics = rng.sample(TOPICS, rng.choice((0, 1, 1, 2, 2, 3)))
     before = [user(first), assistant(greeting)]
     for topic in topics:
-        before += [user(_question(rng, topic)), assistant(topic.answer)]
+        before += [user(_on_the_way(rng, topic)), assistant(topic.answer)]
     key = f"remember {name if fact == 'name' else ''} {fact} {[topic.name for topic in topics]}"
     return asked(rng, "small_talk", key, question, answer, before=before)
