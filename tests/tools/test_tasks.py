@@ -164,13 +164,13 @@ def test_shares_and_levels() -> None:
 
 def test_weights_give_tasks_their_share_of_tokens() -> None:
     def length(example: Example) -> int:
-        return len(raw(example)) + len(question(example))
+        return sum(len(str(message["content"])) for message in example.messages)
 
-    weights = example_weights(length, sample=30)
+    weights = example_weights(length, sample=60)
     rng = random.Random(0)
     tokens: Counter[str] = Counter()
     for name in rng.choices(NAMES, list(weights.values()), k=6000):
-        tokens[name] += length(rng.choice(drawn(name, "train", 30)))
+        tokens[name] += length(rng.choice(drawn(name, "train", 60)))
     for name in ("add", "small_talk", "think_multiply"):
         assert tokens[name] / tokens.total() == pytest.approx(TASKS[name].share, rel=0.4)
 

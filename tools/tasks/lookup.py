@@ -1,6 +1,6 @@
 """Looking something up in a table: short ones, and long ones with several questions.
 
-A long table takes about 900 to 1,500 tokens of the demo model, in the system prompt or the first
+A long table takes about 400 to 1,500 tokens of the demo model, in the system prompt or the first
 user turn, so that prompts are long and share their beginning. `shared_table` makes the
 demonstration of that: many questions about one table.
 """
@@ -20,10 +20,16 @@ from .example import Example, Message, assistant, exactly, system, user
 from .table_domains import DOMAINS, Column, Domain
 
 SHORT_ROWS = (4, 16)
-LONG_TOKENS = (900, 1500)
+LONG_TOKENS = (400, 1500)
 _LONG_COLUMNS = 4
 _LONG_MOST_ROWS = 110
-_MOST_QUESTIONS = 12
+_MOST_TOKENS = 1900
+"""Of a long table and its questions together."""
+
+_TURN_TOKENS = 34
+"""About, of a question and its answer, the template's marks included."""
+
+_MOST_QUESTIONS = 24
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,11 @@ def table(rng: random.Random) -> Example:
 
 
 def long_table(rng: random.Random) -> Example:
-    """A table of 900 to 1,500 tokens, one to a dozen questions."""
-    made = _long_table(rng, rng.randint(*LONG_TOKENS))
-    return _with_table(rng, "long_table", made, rng.randint(1, _MOST_QUESTIONS))
+    """A table of 400 to 1,500 tokens, one to two dozen questions."""
+    tokens = rng.randint(*LONG_TOKENS)
+    made = _long_table(rng, tokens)
+    room = (_MOST_TOKENS - tokens) // _TURN_TOKENS
+    return _with_table(rng, "long_table", made, rng.randint(1, min(_MOST_QUESTIONS, room)))
 
 
 def shared_table(rng: random.Random, questions: int = 20) -> list[Example]:

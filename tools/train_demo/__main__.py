@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=from_zero,
-        default=max(1, (os.cpu_count() or 1) - 1),
+        default=max(1, len(os.sched_getaffinity(0)) - 1),
         metavar="N",
         help="processes that make data (default: the cores less one); 0: none",
     )

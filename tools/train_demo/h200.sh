@@ -6,7 +6,8 @@
 # OUT      a folder; gets train.log, loss.png, and in pieces of 15 MiB either state.tar.* (not done:
 #          the next command's STATE) or models.tar.* (done: cat OUT/models.tar.* | tar -x)
 # SECONDS  after which to stop, of the whole command, the start and compiling included
-# STATE    a folder with the state.tar.* of an earlier command, to go on from there; or ""
+# STATE    a folder with the state.tar.* of an earlier command, to go on from there; or "": a machine
+#          that is still the one of that command has it
 # ARGUMENT for `train_demo train`, such as --steps 15000
 set -euo pipefail
 out=$1 seconds=$2 state=${3:-}
@@ -14,8 +15,9 @@ shift $(($# < 3 ? $# : 3))
 
 # The root holds a folder `sched`, which must not shadow the standard library's; and the package is
 # called quire, whatever the checkout is called.
-work=$(mktemp -d)
-ln -s "$PWD" "$work/quire"
+work=/tmp/quire-train
+mkdir -p "$work"
+ln -sfn "$PWD" "$work/quire"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
 
 # Without a GPU fail at once, rather than train on the processor.
@@ -24,7 +26,7 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/quire-train-programs}
 
 mkdir -p "$out" "$work/state"
-if [ -n "$state" ]; then
+if [ -n "$state" ] && [ ! -e "$work/state/run.json" ]; then
   cat "$state"/state.tar.* | tar -C "$work" -x
 fi
 
