@@ -57,6 +57,7 @@ def test_a_cable_carries_until_it_is_cut() -> None:
         async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while some := await reader.read(100):
                 writer.write(some)
+            writer.close()
 
         async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
