@@ -79,4 +79,31 @@ def contract(x: jax.Array, weight: nnx.Param, *, out_dtype: Any = None) -> jax.A
 
 def take_rows(weight: nnx.Param, index: jax.Array) -> jax.Array:
     """Rows `index` [T] of weight [out, in] -> [T, in]; indices must be in range."""
-    return jnp.take(weight[...], index, axis=0)
+    return _rows(weight[...], index)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(table, index, axis=0)
+
+
+def _rows_forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+    return _rows(table, index), (table, index)
+
+
+def _rows_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
+    """For training. A scatter would add the thousands of gradients of a frequent token one after
+    the other, rounding each sum; the product with zeros and ones takes no time on a GPU."""
+    table, index = kept
+    which = jax.nn.one_hot(index, table.shape[0], dtype=gradient.dtype)
+    wide = jax.lax.dot_general(
+        which,
+        gradient,
+        (((0,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if gradient.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return wide.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)

@@ -101,6 +101,11 @@ def system_prompt(rng: random.Random) -> str:
     )
 
 
+def spread(rng: random.Random, least: int, most: int) -> int:
+    """A whole number of least..most, of which each doubling is about as likely."""
+    return min(most, int(least * ((most + 1) / least) ** rng.random()))
+
+
 def user(text: str) -> Message:
     return {"role": "user", "content": text}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from .example import Example, Message, asked, assistant, system, user, wordings
+from .example import Example, Message, asked, assistant, spread, system, user, wordings
 from .words import ANIMALS, CITIES, COLORS, FOODS, JOBS, NAMES, THINGS, WEEKDAYS, a, some
 
-STATEMENTS = (3, 24)
+STATEMENTS = (2, 24)
 
 # Each: a statement, then questions and the slot of _draw that answers them; the first asks by name.
 # A kind of statement occurs once per name, so only questions for the name can fit several.
@@ -92,7 +92,7 @@ def facts(rng: random.Random) -> Example:
     slots: list[dict[str, str]] = []
     names = rng.sample(NAMES, rng.randint(2, 8))
     seen = set()
-    for _ in range(rng.randint(*STATEMENTS)):
+    for _ in range(spread(rng, *STATEMENTS)):
         kind, name = rng.randrange(len(_KINDS)), rng.choice(names)
         if (kind, name) not in seen:
             seen.add((kind, name))

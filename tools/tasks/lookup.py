@@ -1,6 +1,6 @@
 """Looking something up in a table: short ones, and long ones with several questions.
 
-A long table takes about 400 to 1,500 tokens of the demo model, in the system prompt or the first
+A long table takes about 300 to 1,500 tokens of the demo model, in the system prompt or the first
 user turn, so that prompts are long and share their beginning. `shared_table` makes the
 demonstration of that: many questions about one table.
 """
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-from .example import Example, Message, assistant, exactly, system, user
+from .example import Example, Message, assistant, exactly, spread, system, user
 from .table_domains import DOMAINS, Column, Domain
 
-SHORT_ROWS = (4, 16)
-LONG_TOKENS = (400, 1500)
-_LONG_COLUMNS = 4
+SHORT_ROWS = (2, 16)
+LONG_TOKENS = (300, 1500)
+_COLUMNS = (1, 4)
 _LONG_MOST_ROWS = 110
 _MOST_TOKENS = 1900
 """Of a long table and its questions together."""
@@ -81,8 +81,10 @@ def make_table(
     body = [[key, *[draw(rng) for draw in drawers]] for key in domain.keys(rng, rows)]
     titles = [domain.key_title, *(column.title for column in chosen)]
     style = rng.randrange(4)
-    # A line that starts with a small letter is spelled letter by letter.
-    if style < 2 or (style == 2 and body[0][0].islower()):
+    # At the start of a line a word is spelled letter by letter, a code is not.
+    if style == 2 and body[0][0].isalpha():
+        style = 3
+    if style < 2:
         head = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
         lines = [f"| {' | '.join(row)} |" for row in body]
     elif style == 2:
@@ -112,22 +114,25 @@ def ask(rng: random.Random, table: Table) -> tuple[str, str]:
 
 
 def table(rng: random.Random) -> Example:
-    """A short table, one to four questions."""
-    made = make_table(rng, DOMAINS, rng.randint(*SHORT_ROWS), rng.randint(1, 4))
-    return _with_table(rng, "table", made, rng.choice((1, 1, 2, 3, 4)))
+    """A short table, one to six questions.
+
+    The smallest are as frequent as the largest: on them looking up is learned at all.
+    """
+    made = make_table(rng, DOMAINS, spread(rng, *SHORT_ROWS), rng.randint(*_COLUMNS))
+    return _with_table(rng, "table", made, rng.choice((1, 1, 2, 3, 4, 6)))
 
 
 def long_table(rng: random.Random) -> Example:
-    """A table of 400 to 1,500 tokens, one to two dozen questions."""
+    """A table of 300 to 1,500 tokens, one to two dozen questions."""
     tokens = rng.randint(*LONG_TOKENS)
-    made = _long_table(rng, tokens)
+    made = _long_table(rng, rng.randint(*_COLUMNS), tokens)
     room = (_MOST_TOKENS - tokens) // _TURN_TOKENS
     return _with_table(rng, "long_table", made, rng.randint(1, min(_MOST_QUESTIONS, room)))
 
 
 def shared_table(rng: random.Random, questions: int = 20) -> list[Example]:
     """Examples that share their first message: a system prompt with a long table."""
-    made = _long_table(rng, LONG_TOKENS[1])
+    made = _long_table(rng, _COLUMNS[1], LONG_TOKENS[1])
     first = system(rng.choice(_BELOW_SYSTEM).format(table=made.text))
     asked: dict[str, str] = {}
     while len(asked) < questions:
@@ -144,8 +149,8 @@ def shared_table(rng: random.Random, questions: int = 20) -> list[Example]:
     ]
 
 
-def _long_table(rng: random.Random, tokens: int) -> Table:
-    return make_table(rng, _LONG_DOMAINS, _LONG_MOST_ROWS, _LONG_COLUMNS, tokens)
+def _long_table(rng: random.Random, columns: int, tokens: int) -> Table:
+    return make_table(rng, _LONG_DOMAINS, _LONG_MOST_ROWS, columns, tokens)
 
 
 def _with_table(rng: random.Random, task: str, made: Table, questions: int) -> Example:

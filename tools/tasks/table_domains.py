@@ -56,8 +56,8 @@ def _sampled(choices: Sequence[str]) -> Callable[[random.Random, int], list[str]
 
 
 def _codes(rng: random.Random, count: int) -> list[str]:
-    letter = rng.choice("ABCDEFGHKLMNPRST")
-    return [f"{letter}{code}" for code in rng.sample(range(100, 1000), count)]
+    letters = "ABCDEFGHKLMNPRST"
+    return [f"{letters[code // 90]}{code % 90 + 10}" for code in rng.sample(range(1440), count)]
 
 
 DOMAINS = (
