@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..eval.answers import most_tokens
 from ..eval.questions import pose
-from ..tasks.example import Example, assistant, exactly, user
+from ..tasks.example import Example, exactly
 from ..tasks.lookup import shared_table
 from ..tasks.registry import TASKS, Task, draw
 
@@ -45,13 +45,13 @@ class Scenes:
 
 def scenes(checkpoint: Checkpoint, seed: int) -> Scenes:
     """What to ask a model that learned the tasks."""
-    if checkpoint.config.max_served_positions < 2048:
-        return _slice_scenes()  # until the checkpoint that learned the tasks is in checkpoints/demo
     rng = random.Random(f"demo {seed}")
     drawn = [next(e for e in _draws(TASKS[name], rng) if _is_plain(e)) for name in CHAT]
     chat = [turn for example in drawn for turn in _turns(example)]
     batch = []
     for task in TASKS.values():
+        if not task.share:  # which no model is meant to be good at
+            continue
         fitting = (e for e in _draws(task, rng) if len(pose(checkpoint, e).prompt) <= _SHORT)
         batch += [example for example in [next(fitting, None)] if example is not None]
     tables = (shared_table(rng, TABLE_QUESTIONS) for _ in range(_TRIES))
@@ -88,28 +88,3 @@ def _turns(example: Example) -> Iterator[Example]:
         last = at + 2 == len(example.messages)
         check = example.check if last else partial(exactly, str(turn[1]["content"]))
         yield replace(example, messages=turn, check=check)
-
-
-def _slice_scenes() -> Scenes:
-    """For the first demo model, which adds, repeats, reverses and talks, in 512 tokens."""
-
-    def asks(question: str, answer: str) -> Example:
-        return Example(
-            "slice", question, (user(question), assistant(answer)), partial(exactly, answer)
-        )
-
-    page = "A page is a block of the KV cache: it holds the keys and values of a fixed number of"
-    chat = [
-        asks("What is a page?", f"{page} tokens."),
-        asks("What is 27 + 48?", "75"),
-        asks("Reverse: engine", "enigne"),
-    ]
-    batch = [
-        asks("Add 512 and 389.", "901"),
-        asks("What is the sum of 19 and 6?", "25"),
-        asks("Spell backwards: slab", "bals"),
-        asks("Reverse: token", "nekot"),
-        asks("Repeat: hello there", "hello there"),
-        asks("Say: good morning", "good morning"),
-    ]
-    return Scenes(chat, batch, [])

@@ -10,7 +10,7 @@ nll, nll_ci95              per token of its right answers; null where none could
 tokens                     the number of those, of each scored answer
 cut_off, failed            answers that grew too long or that the engine failed on; counted as wrong
 too_long, refused          examples left out: of n they are no part
-levels                     of a hard task: {difficulty: {accuracy, n}}
+levels                     where it has several: {difficulty: {accuracy, n}}
 examples, right, nlls      which examples (a hash), and what became of each of them, in order: what
                            a later run needs to compare example by example (compare.py)
 """
@@ -58,10 +58,10 @@ def _task(result: Result) -> dict[str, Any]:
     found["cut_off"] = sum(outcome.cut_off for outcome in outcomes)
     found["failed"] = sum(bool(outcome.error) for outcome in outcomes)
     found["too_long"], found["refused"] = paper.too_long, paper.refused
-    if paper.task.hard:
-        levels: dict[int, list[Outcome]] = {}
-        for question, outcome in zip(paper.questions, outcomes, strict=True):
-            levels.setdefault(question.example.difficulty, []).append(outcome)
+    levels: dict[int, list[Outcome]] = {}
+    for question, outcome in zip(paper.questions, outcomes, strict=True):
+        levels.setdefault(question.example.difficulty, []).append(outcome)
+    if len(levels) > 1:
         found["levels"] = {str(level): _accuracy(levels[level]) for level in sorted(levels)}
     found["examples"] = paper.fingerprint
     found["right"] = "".join(str(int(outcome.right)) for outcome in outcomes)

@@ -24,11 +24,11 @@ ROUND_PRODUCT = 10
 """The level of the harder ones with a factor that ends in 0: the thoughts of think_multiply write
 them down as steps, so they are trained and never asked."""
 MULTIPLY_TRAINED = (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9)
-MULTIPLY_HELD_OUT = (4, 5, 6)
+MULTIPLY_HELD_OUT = (7, 8, 9)
 
 EXPRESSION_TRAINED = (1, 2, 2, 3, 3, 3, 4, 4, 5)
 """Operations, which are the levels."""
-EXPRESSION_HELD_OUT = (3, 4)
+EXPRESSION_HELD_OUT = (4, 5)
 
 EXPRESSIONS = wordings(
     "What is {text}?",

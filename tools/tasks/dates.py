@@ -14,7 +14,6 @@ MAX_DAYS_ON = 14
 DAYS_BETWEEN_SPANS = {1: 20, 2: 60, 3: 200, 4: 700, 5: 3000, 6: 9000, 7: 30000}
 """Most days between the dates, by level."""
 DAYS_BETWEEN_TRAINED = (1, 2, 3, 3, 4, 4, 5, 5, 6, 7)
-DAYS_BETWEEN_HELD_OUT = (4, 5)
 
 _ISO = wordings(
     "Write {day} {month} {year} as an ISO date.",

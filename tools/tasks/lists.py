@@ -14,7 +14,8 @@ SORTED_WORDS = (3, 6)
 SORT_LONG_LENGTHS = {1: 8, 2: 12, 3: 16, 4: 24, 5: 32, 6: 48, 7: 64}
 """Numbers to sort, by level."""
 SORT_LONG_TRAINED = (1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7)
-SORT_LONG_HELD_OUT = (5, 6)
+SORT_LONGER = 62, 74
+"""Numbers to sort, around the end of what is trained."""
 
 _SORT_UP = wordings(
     "Sort: {items}",
@@ -92,6 +93,10 @@ def sort_numbers(rng: random.Random) -> Example:
 def sort_long(rng: random.Random) -> Example:
     level = rng.choice(SORT_LONG_TRAINED)
     return _sort_numbers(rng, "sort_long", SORT_LONG_LENGTHS[level], level)
+
+
+def sort_longer(rng: random.Random) -> Example:
+    return _sort_numbers(rng, "sort_longer", rng.randint(*SORT_LONGER), 1)
 
 
 def _sort_numbers(rng: random.Random, task: str, count: int, level: int) -> Example:

@@ -12,7 +12,7 @@ import random
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -30,6 +30,10 @@ _TURN_TOKENS = 34
 """About, of a question and its answer, the template's marks included."""
 
 _MOST_QUESTIONS = 24
+
+BY_NAME, BY_VALUE = 1, 2
+"""What the last question of an example is asked by, as its difficulty: of a row that is named, or
+for the name of the row that has a value."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,16 @@ def make_table(
     return Table(chosen, body, "\n".join([*head, *lines]))
 
 
-def ask(rng: random.Random, table: Table) -> tuple[str, str]:
-    """A question about a table and its answer."""
+def ask(rng: random.Random, table: Table, *, by_value: bool = True) -> tuple[str, str, int]:
+    """A question about a table, its answer, and BY_NAME or, with `by_value`, maybe BY_VALUE."""
     at = rng.randrange(len(table.columns))
     column = table.columns[at]
     row = rng.choice(table.rows)
-    if column.backwards and rng.random() < 0.35:
+    if by_value and column.backwards and rng.random() < 0.35:
         value = row[at + 1]
         if sum(other[at + 1] == value for other in table.rows) == 1:
-            return rng.choice(column.backwards).format(value=value), row[0]
-    return rng.choice(column.questions).format(key=row[0]), row[at + 1]
+            return rng.choice(column.backwards).format(value=value), row[0], BY_VALUE
+    return rng.choice(column.questions).format(key=row[0]), row[at + 1], BY_NAME
 
 
 def table(rng: random.Random) -> Example:
@@ -120,6 +124,13 @@ def table(rng: random.Random) -> Example:
     """
     made = make_table(rng, DOMAINS, spread(rng, *SHORT_ROWS), rng.randint(*_COLUMNS))
     return _with_table(rng, "table", made, rng.choice((1, 1, 2, 3, 4, 6)))
+
+
+def table_row(rng: random.Random) -> Example:
+    """Of short tables the questions by value, alone."""
+    while (example := table(rng)).difficulty != BY_VALUE:
+        pass
+    return replace(example, task="table_row", difficulty=0)
 
 
 def long_table(rng: random.Random) -> Example:
@@ -136,7 +147,7 @@ def shared_table(rng: random.Random, questions: int = 20) -> list[Example]:
     first = system(rng.choice(_BELOW_SYSTEM).format(table=made.text))
     asked: dict[str, str] = {}
     while len(asked) < questions:
-        question, answer = ask(rng, made)
+        question, answer, _ = ask(rng, made, by_value=False)
         asked.setdefault(question, answer)
     return [
         Example(
@@ -159,11 +170,12 @@ def _with_table(rng: random.Random, task: str, made: Table, questions: int) -> E
     if in_system:
         messages.append(system(rng.choice(_BELOW_SYSTEM).format(table=made.text)))
     for turn in range(questions):
-        question, answer = ask(rng, made)
+        question, answer, level = ask(rng, made)
         if turn == 0 and not in_system:
             question = rng.choice(_IN_QUESTION).format(table=made.text, question=question)
         messages += [user(question), assistant(answer)]
-    return Example(task, _key(made, question), tuple(messages), partial(exactly, answer))
+    check = partial(exactly, answer)
+    return Example(task, _key(made, question), tuple(messages), check, difficulty=level)
 
 
 def _key(made: Table, question: str) -> str:

@@ -36,11 +36,12 @@ class Task:
     Attributes:
       generate: a pure function of its random.Random; fast.
       share: of the training tokens (not examples), prompts included; all shares sum to 1. What that
-        means in examples: `example_weights`.
+        means in examples: `example_weights`. 0: it is only asked.
       claim: the range, a phrase for the model card.
       instances: a lower bound of how many there are, under all wordings.
-      held_out_levels: of a hard kind, the difficulties that the held-out side draws from; training
-        draws from more.
+      held_out_levels: the difficulties that the held-out side draws from, where training draws from
+        more; (): all.
+      hard: whether it is meant to be answered right half to 85 % of the time, not nearly always.
     """
 
     name: str
@@ -49,11 +50,7 @@ class Task:
     claim: str
     instances: int
     held_out_levels: tuple[int, ...] = ()
-
-    @property
-    def hard(self) -> bool:
-        """Whether it is meant to be answered right half to 85 % of the time, not nearly always."""
-        return bool(self.held_out_levels)
+    hard: bool = False
 
 
 def draw(task: Task, rng: random.Random, split: Split) -> Example:
@@ -62,7 +59,8 @@ def draw(task: Task, rng: random.Random, split: Split) -> Example:
         example = task.generate(rng)
         if is_held_out(example.key) != (split == "held_out"):
             continue
-        if split == "train" or not task.hard or example.difficulty in task.held_out_levels:
+        levels = task.held_out_levels if split == "held_out" else ()
+        if not levels or example.difficulty in levels:
             return example
 
 
@@ -80,6 +78,8 @@ def example_weights(
     rng = random.Random(seed)
     weights = {}
     for name, task in TASKS.items():
+        if not task.share:
+            continue
         lengths = [count_tokens(draw(task, rng, "train")) for _ in range(sample)]
         weights[name] = task.share * sample / sum(lengths)
     return weights
@@ -103,6 +103,7 @@ TASKS: dict[str, Task] = {
             "products of two numbers of up to four digits, without thinking",
             1_000_000,
             arithmetic.MULTIPLY_HELD_OUT,
+            hard=True,
         ),
         Task(
             "expression",
@@ -111,6 +112,7 @@ TASKS: dict[str, Task] = {
             "expressions of up to five operations, without thinking",
             10_000_000,
             arithmetic.EXPRESSION_HELD_OUT,
+            hard=True,
         ),
         Task(
             "follow_up",
@@ -167,7 +169,6 @@ TASKS: dict[str, Task] = {
             0.03,
             "8 to 64 numbers of up to three digits",
             10_000_000,
-            lists.SORT_LONG_HELD_OUT,
         ),
         Task(
             "sort_words",
@@ -246,7 +247,6 @@ TASKS: dict[str, Task] = {
             0.04,
             "the days between two dates, up to 30,000",
             10_000_000,
-            dates.DAYS_BETWEEN_HELD_OUT,
         ),
         Task(
             "clock",
@@ -256,13 +256,21 @@ TASKS: dict[str, Task] = {
             500_000,
         ),
         Task("units", units.units, 0.025, "units of length, weight, time and more", 200_000),
-        Task("table", lookup.table, 0.08, "tables of 2 to 16 rows", 10_000_000),
+        Task(
+            "table",
+            lookup.table,
+            0.08,
+            "a value of a named row, in tables of 2 to 16 rows",
+            10_000_000,
+            (lookup.BY_NAME,),
+        ),
         Task(
             "long_table",
             lookup.long_table,
             0.09,
-            "tables of 300 to 1,500 tokens",
+            "the same in tables of 300 to 1,500 tokens",
             10_000_000,
+            (lookup.BY_NAME,),
         ),
         Task("facts", facts.facts, 0.05, "texts of up to 24 statements", 10_000_000),
         Task("json", json_answers.json_answer, 0.045, "records as JSON to a schema", 10_000_000),
@@ -287,6 +295,23 @@ TASKS: dict[str, Task] = {
             0.03,
             f"{len(TOPICS)} topics, one or two at once, names and likings to remember",
             200_000,
+        ),
+        # Trained as part of table and long_table.
+        Task(
+            "table_row",
+            lookup.table_row,
+            0.0,
+            "the name of the row that has a value, in tables of 2 to 16 rows",
+            10_000_000,
+        ),
+        # Longer than what sort_long trains.
+        Task(
+            "sort_longer",
+            lists.sort_longer,
+            0.0,
+            f"{lists.SORT_LONGER[0]} to {lists.SORT_LONGER[1]} numbers of up to three digits",
+            10_000_000,
+            hard=True,
         ),
     )
 }

@@ -37,6 +37,8 @@ def export(folder: Path, config: ModelConfig, tokenizer: Tokenizer, params: Para
     _write(folder / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
     (folder / "tokenizer.json").write_text(_compact(tokenizer), "utf-8")
     save_params(folder, config, rounded(config, params))
+    for file in folder.glob("*.safetensors"):  # which are written for their owner alone
+        file.chmod(0o644)
 
 
 def _config(config: ModelConfig, end: int, padding: int) -> dict[str, Any]:
