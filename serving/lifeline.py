@@ -23,6 +23,8 @@ import signal
 import sys
 from typing import Any
 
+from .stderr import queue_stderr
+
 BEAT = 1.0
 """Seconds between signs of life."""
 
@@ -99,5 +101,6 @@ def main(module: str, parent: str, news: str) -> int:
 
 
 if __name__ == "__main__":
+    queue_stderr()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     sys.exit(main(*sys.argv[1:]))

@@ -13,7 +13,6 @@ import asyncio
 import logging
 import signal
 import sys
-from contextlib import suppress
 
 from ..config import EngineConfig, ServerConfig
 from ..errors import QuireError
@@ -36,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     engine = EngineConfig(**settings_from(args, EngineConfig))
     server = ServerConfig(**settings_from(args, ServerConfig))
+    from ..serving.stderr import queue_stderr
     from ..serving.telemetry.logs import set_up_logs
 
     set_up_logs(server.log_format, server.log_level)
+    queue_stderr()
     try:
         asyncio.run(_serve(engine, server))
     except QuireError as error:
@@ -56,12 +57,8 @@ async def _serve(engine: EngineConfig, server: ServerConfig) -> None:
     reporter: Reporter = LogReporter() if server.log_format == "json" else Terminal()
     signals = _Signals()
 
-    def say(text: str) -> None:
-        with suppress(OSError):  # who reads along may go, and the service goes on
-            reporter.note(text)
-
-    await Supervisor(engine, server, say).run(signals.first, signals.second)
-    say("stopped")
+    await Supervisor(engine, server, reporter.note).run(signals.first, signals.second)
+    reporter.note("stopped")
 
 
 class _Signals:

@@ -12,6 +12,7 @@ import time
 
 from ...model.plan import StepPlan
 from ...sched.engine import Engine
+from ..stderr import drain_stderr
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def watch(engine: Engine, seconds: float) -> None:
                     seconds,
                     _shape(call[1]),
                 )
-                logging.shutdown()
+                drain_stderr()
                 os._exit(STALLED)
 
     threading.Thread(target=look, name="quire-watchdog", daemon=True).start()

@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 
 MOST_PENDING = 10_000
 """Requests whose account is still to be given. More than that come together only where something
-does not get on, such as a stderr that nobody reads; then the next are dropped, and counted."""
-
+does not get on; then the next are dropped, and counted."""
 
 LAST_ACCOUNTS = 3.0
 """Seconds that a service which ends takes for what it has still to tell."""
