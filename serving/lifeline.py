@@ -59,6 +59,7 @@ class Lifeline:
     def __init__(self, orders: asyncio.StreamReader, news: int):
         self._orders, self._news = orders, news
         os.set_blocking(news, False)
+        os.set_inheritable(news, False)  # its end is ours
         self._told: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 

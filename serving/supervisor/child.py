@@ -13,7 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 SILENCE = 30.0
-"""Seconds without a sign of life after which a child that was ready counts as hung."""
+"""Seconds without a sign of life after which a child counts as hung."""
+
+STARTING_SILENCE = 300.0
+"""The same until its start has succeeded: its first sign comes when its imports are done, and what
+loads or compiles a model may hold up the thread that gives signs."""
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at how long it has said nothing."""
 
 _LIFELINE = f"{__package__.rpartition('.')[0]}.lifeline"
 
@@ -24,17 +31,23 @@ class Child:
     Args:
       module: what it runs; see serving/lifeline.py.
       settings: told to it over a pipe, where nobody else can read them.
+      begun: the news by which its start has succeeded.
       changed: called when there is news.
 
     Attributes:
       news: the last that it told, by name.
+      begun_at: when its start had succeeded, on the clock of time.monotonic.
+      hung: it was killed because it said nothing for too long.
     """
 
-    def __init__(self, module: str, settings: dict[str, Any], changed: Callable[[], None]):
-        self._module, self._settings, self._changed = module, settings, changed
+    def __init__(
+        self, module: str, settings: dict[str, Any], begun: str, changed: Callable[[], None]
+    ):
+        self._module, self._settings, self._begun, self._changed = module, settings, begun, changed
         self._process: asyncio.subprocess.Process | None = None
-        self._heard = time.monotonic()
+        self._silent = 0.0
         self.news: dict[str, Any] = {}
+        self.begun_at: float | None = None
         self.hung = False
 
     async def start(self) -> None:
@@ -74,9 +87,10 @@ class Child:
         """Waits until it has ended, killing it if it hangs; returns the status, -N for signal N."""
         assert self._process is not None
         waiting = asyncio.ensure_future(self._process.wait())
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=1.0)
-            if self.news.get("ready") and time.monotonic() - self._heard > SILENCE:
+        while not (await asyncio.wait({waiting}, timeout=LOOK_EVERY))[0]:
+            # Not by the clock: where a container is paused, all of us stand still, and it does not.
+            self._silent += LOOK_EVERY
+            if self._silent > (STARTING_SILENCE if self.begun_at is None else SILENCE):
                 self.hung = True
                 self.kill()
         await asyncio.wait({self._reading})  # its last words, such as why it ended
@@ -95,10 +109,12 @@ class Child:
         )
         try:
             while line := await reader.readline():
-                self._heard = time.monotonic()
+                self._silent = 0.0
                 said = json.loads(line)
                 if said:
                     self.news |= said
+                    if self.begun_at is None and said.get(self._begun):
+                        self.begun_at = time.monotonic()
                     self._changed()
         finally:
             transport.close()

@@ -3,13 +3,15 @@
     supervisor ──pipes──> engine process, which owns the devices
                ──pipes──> frontend processes, which own the public port together
 
-What dies is started again, after a wait that doubles with each failure. What cannot start at all
-ends the server: at the first start at once, later after `MOST_FAILURES` in a row.
+What dies or hangs is started again, after a wait that doubles with each failure, up to
+`LONGEST_WAIT`. What cannot start at all ends the server, at its first start alone: later the cause,
+such as a file that is broken for a while, may go as it came.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +22,11 @@ from typing import Any
 
 from ...config import EngineConfig, ServerConfig
 from ...errors import Internal, QuireError
+from ..telemetry.logs import fields
 from .child import Child, how
 from .port import hold
+
+log = logging.getLogger(__name__)
 
 FIRST_WAIT = 0.1
 """Seconds until what died is started again; twice as long with each failure in a row."""
@@ -29,10 +34,7 @@ FIRST_WAIT = 0.1
 LONGEST_WAIT = 30.0
 
 SETTLED = 60.0
-"""Seconds that a process must have been ready for its next death to be a first one again."""
-
-MOST_FAILURES = 8
-"""Starts in a row that fail, after which the server gives up."""
+"""Seconds since its start had succeeded after which a process's death is a first one again."""
 
 LAST_WORDS = 8.0
 """Seconds that a process gets to end when told to."""
@@ -50,8 +52,8 @@ class Supervisor:
       engine: settings of the engine process.
       server: settings of the rest.
       say: gets lines for people and scripts: "listening on HOST:PORT" once all frontends are,
-        "metrics on URL" where they are asked for, "ready on HOST:PORT" once they serve, and what
-        happens later.
+        "metrics on URL" where they are asked for, "ready on HOST:PORT" once they serve, "ready
+        again on HOST:PORT" when they do once more, and that the server stops. Faults are logged.
       engine_module: what the engine process runs; see serving/lifeline.py.
 
     Attributes:
@@ -121,9 +123,7 @@ class Supervisor:
     def _role(self, name: str, module: str, settings: dict[str, Any], begun: str) -> Role:
         return Role(
             name,
-            lambda: Child(module, settings, self._changed.set),
-            begun,
-            self._say,
+            lambda: Child(module, settings, begun, self._changed.set),
             self._stopping,
         )
 
@@ -195,30 +195,21 @@ class Role:
     Args:
       name: for people.
       make: a Child for one run.
-      begun: the news by which a start has succeeded.
-      say: gets lines for people.
       stopping: nothing is started again once it is set.
 
     Attributes:
       began: a run of it has succeeded to start.
     """
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], Child],
-        begun: str,
-        say: Callable[[str], None],
-        stopping: asyncio.Event,
-    ):
-        self._name, self._make, self._begun, self._say = name, make, begun, say
-        self._stopping = stopping
+    def __init__(self, name: str, make: Callable[[], Child], stopping: asyncio.Event):
+        self._name, self._make, self._stopping = name, make, stopping
         self._child: Child | None = None
         self._ever = False
 
     @property
     def began(self) -> bool:
-        return self._ever or bool(self.news(self._begun))
+        child = self._child
+        return self._ever or (child is not None and child.begun_at is not None)
 
     @property
     def pid(self) -> int | None:
@@ -241,39 +232,43 @@ class Role:
         """Runs it until the server stops.
 
         Raises:
-          QuireError: it cannot be started.
+          QuireError: its first start failed.
         """
-        failures = 0  # in a row
         wait = FIRST_WAIT
         while True:
             child = self._child = self._make()
-            await child.start()
-            if self._stopping.is_set():  # since before there was something to kill
-                child.kill()
-            begin = time.monotonic()
-            status = await child.ended()
+            ended = await self._run(child)
             if self._stopping.is_set():
                 return
-            if child.news.get(self._begun):
-                self._ever, failures = True, 0
-            else:
-                failures += 1
-            if not self._ever or failures >= MOST_FAILURES:
-                raise self._reason(child, status)
-            if time.monotonic() - begin > SETTLED:
+            error = child.news.get("error")
+            self._ever |= child.begun_at is not None
+            if not self._ever:
+                raise (
+                    QuireError(error)
+                    if error
+                    else Internal(f"{self._name} {ended} while it started; see the log above")
+                )
+            if child.begun_at is not None and time.monotonic() - child.begun_at > SETTLED:
                 wait = FIRST_WAIT
-            why = child.news.get("error") or ("hung" if child.hung else how(status))
-            self._say(f"{self._name}: {why}; started again in {wait:g} s")
+            said = fields(process=self._name, pid=child.pid)
+            why = error or ended
+            log.error("%s: %s; started again in %g s", self._name, why, wait, extra=said)
             try:
                 await asyncio.wait_for(self._stopping.wait(), wait)
                 return
             except TimeoutError:
                 wait = min(2 * wait, LONGEST_WAIT)
 
-    def _reason(self, child: Child, status: int) -> QuireError:
-        if error := child.news.get("error"):
-            return QuireError(error)
-        return Internal(f"{self._name} {how(status)} while it started; see the log above")
+    async def _run(self, child: Child) -> str:
+        """A child from its start to its end; how it ended."""
+        try:
+            await child.start()
+        except OSError as error:  # as where the system has no memory or no file to spare
+            return f"cannot be started: {error}"
+        if self._stopping.is_set():  # since before there was something to kill
+            child.kill()
+        status = await child.ended()
+        return "hung and was killed" if child.hung else how(status)
 
 
 @contextmanager
