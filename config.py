@@ -387,6 +387,13 @@ def compiler_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in _COMPILER_VARIABLES if name in os.environ}
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a server's child processes: this one's, where grpc's C core says nothing
+    unless the user set what it says. Its lines have no form, and each stranger's connection that
+    fails would write one."""
+    return {"GRPC_VERBOSITY": "NONE", **os.environ}
+
+
 _POOL_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 

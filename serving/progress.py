@@ -1,10 +1,11 @@
-"""What a person sees while something long runs: bars on a terminal, lines in a log. Always stderr.
+"""What is seen while something long runs: bars on a terminal, lines in a pipe, records in a log.
 
-stdout belongs to results.
+Always on stderr: stdout belongs to results.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -16,8 +17,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..checkpoints.reporting import Reporter, Update
 from .phases import process_began
+from .telemetry.logs import fields
 
-__all__ = ["LINE_EVERY", "Reporter", "Silent", "Terminal", "Update"]
+__all__ = ["LINE_EVERY", "LogReporter", "Reporter", "Silent", "Terminal", "Update"]
+
+log = logging.getLogger(__name__)
 
 LINE_EVERY = 10.0
 """Seconds between lines about one phase where there is no terminal to draw on."""
@@ -34,6 +38,21 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+class LogReporter:
+    """As log records, for those who want nothing else on stderr (`--log-format json`)."""
+
+    began: float | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Update]:
+        begin = time.monotonic()
+        yield lambda done, total: None
+        log.info("%s done", name, extra=fields(seconds=round(time.monotonic() - begin, 3)))
+
+    def note(self, text: str) -> None:
+        log.info("%s", text.strip())
 
 
 class Terminal:

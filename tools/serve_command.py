@@ -1,9 +1,10 @@
 """`quire serve MODEL`: the gRPC service, until SIGTERM or SIGINT.
 
 This process is the parent of those that do the work (serving/supervisor). It tells scripts on
-stderr, a line each: "listening on HOST:PORT" before the model loads (health is NOT_SERVING) and
-"ready on HOST:PORT" when it serves. The first signal lets running requests end, a second one ends
-them; both are an orderly end with exit status 0. What cannot be started is status 1.
+stderr, a line each and whatever the log's level: "listening on HOST:PORT" before the model loads
+(health is NOT_SERVING) and "ready on HOST:PORT" when it serves. The first signal lets running
+requests end, a second one ends them; both are an orderly end with exit status 0. What cannot be
+started is status 1.
 """
 
 from __future__ import annotations
@@ -50,15 +51,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 async def _serve(engine: EngineConfig, server: ServerConfig) -> None:
-    from ..serving.progress import Reporter, Terminal
+    from ..serving.progress import Terminal
     from ..serving.supervisor.supervisor import Supervisor
-    from ..serving.telemetry.logs import LogReporter
+    from ..serving.telemetry.logs import announce
 
-    reporter: Reporter = LogReporter() if server.log_format == "json" else Terminal()
+    say = announce if server.log_format == "json" else Terminal().note
     signals = _Signals()
-
-    await Supervisor(engine, server, reporter.note).run(signals.first, signals.second)
-    reporter.note("stopped")
+    await Supervisor(engine, server, say).run(signals.first, signals.second)
+    say("stopped")
 
 
 class _Signals:

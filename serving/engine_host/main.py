@@ -26,7 +26,7 @@ from ..auth.follow import follow_keys
 from ..engine_wire import OPTIONS
 from ..intake import Served
 from ..lifeline import Lifeline
-from ..telemetry.logs import LogReporter, set_up_logs
+from ..telemetry.logs import set_up_logs
 from ..telemetry.source import Source
 from ..telemetry.telemetry import open_telemetry
 from .host import EngineHost
@@ -138,7 +138,7 @@ def _assembled(
     """The engine that serves; its start is told as it goes, in a terminal or in the log."""
     from ..assemble import assemble
     from ..collector import quiet_collector
-    from ..progress import Terminal
+    from ..progress import LogReporter, Terminal
 
     parts = assemble(config, deliver, LogReporter() if as_log else Terminal())
     quiet_collector()

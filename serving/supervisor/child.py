@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...config import child_environment
+
 SILENCE = 30.0
 """Seconds without a sign of life after which a child counts as hung."""
 
@@ -55,7 +57,11 @@ class Child:
         command = (sys.executable, "-P", "-m", _LIFELINE, self._module, str(os.getpid()))
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *command, str(theirs), stdin=asyncio.subprocess.PIPE, pass_fds=(theirs,)
+                *command,
+                str(theirs),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(theirs,),
+                env=child_environment(),
             )
         except BaseException:
             os.close(ours)

@@ -11,9 +11,6 @@ import json
 import logging
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -21,16 +18,20 @@ from typing import Any
 from absl import flags
 from absl import logging as absl_logging
 
-from ...checkpoints.reporting import Update
-
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:/@+")
 
 log = logging.getLogger(__name__)
+_announcements = logging.getLogger(f"{__name__}.announcements")
 
 
 def fields(**values: Any) -> dict[str, Any]:
     """What a log record says besides its message: numbers, text, lists of them, None."""
     return {"fields": values}
+
+
+def announce(text: str) -> None:
+    """Logs what scripts wait for, at level info and whatever the least severe level to log is."""
+    _announcements.info("%s", text)
 
 
 def set_up_logs(format: str, level: str) -> None:
@@ -50,6 +51,7 @@ def set_up_logs(format: str, level: str) -> None:
     own = logging.getLevelNamesMapping()[level.upper()]
     absl_logging.set_verbosity(absl_logging.ERROR if own >= logging.ERROR else absl_logging.WARNING)
     logging.getLogger(__package__.partition(".")[0]).setLevel(own)
+    _announcements.setLevel(logging.INFO)
     logging.captureWarnings(True)
     sys.excepthook, threading.excepthook = _uncaught, _uncaught_in_thread
     sys.unraisablehook = _ignored
@@ -78,21 +80,6 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
         return json.dumps(found, default=str)
-
-
-class LogReporter:
-    """A start's progress as log records: a `Reporter` for those who want nothing else on stderr."""
-
-    began: float | None = None
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[Update]:
-        begin = time.monotonic()
-        yield lambda done, total: None
-        log.info("%s done", name, extra=fields(seconds=round(time.monotonic() - begin, 3)))
-
-    def note(self, text: str) -> None:
-        log.info("%s", text.strip())
 
 
 def _shown(value: Any) -> str:

@@ -127,7 +127,8 @@ def play(*fates: tuple[float | None, str]) -> None:
             stopping.set()
             yield Fated(JUST_NOW, "dies")
 
-        await Role("the engine", lambda made=children(): next(made), stopping).keep()
+        made = children()
+        await Role("the engine", lambda: next(made), stopping).keep()
 
     asyncio.run(story())
 
@@ -178,3 +179,25 @@ def test_a_first_start_that_fails_ends_the_server(
 ) -> None:
     with pytest.raises(kind, match=says):
         play((NEVER, fate))
+
+
+@pytest.mark.parametrize(("ours", "its"), [(None, "NONE"), ("debug", "debug")])
+def test_grpc_says_nothing_in_its_own_form_unless_asked(
+    ours: str | None, its: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("GRPC_VERBOSITY", ours)
+
+    async def story() -> None:
+        said = asyncio.Event()
+        one = Child("mute_child", {"says": [READY]}, "ready", said.set)
+        await one.start()
+        while "grpc" not in one.news:
+            await asyncio.wait_for(said.wait(), 60)
+            said.clear()
+        assert one.news["grpc"] == its
+        one.kill()
+        await one.ended()
+
+    asyncio.run(story())

@@ -7,24 +7,18 @@ import fcntl
 import logging
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
-import grpc
 import pytest
 from engines import eventually
 
-from quire.protos.v1 import generation_pb2 as pb
-from quire.protos.v1.generation_pb2_grpc import GenerationServiceStub
 from quire.serving import stderr
 from quire.serving.stderr import QueuedStream, queue_stderr
 
 LINE = "x" * 99 + "\n"
-SHORT = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=1))
 
 
 @pytest.fixture
@@ -134,47 +128,6 @@ def test_a_process_without_stderr_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stderr", None)
     queue_stderr()
     assert sys.stderr is None
-
-
-def kill_children(parent: int) -> None:
-    """As a parent's parent sees them."""
-    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        os.kill(int(pid), signal.SIGKILL)
-
-
-def test_a_server_whose_log_nobody_reads_serves_on_and_ends(folder: Path) -> None:
-    command = [sys.executable, "-P", str(Path(__file__).with_name("paced_server.py")), str(folder)]
-    process = subprocess.Popen(
-        [*command, "--port=0", "--drain-timeout=20"], stderr=subprocess.PIPE, text=True, bufsize=1
-    )
-    log = process.stderr
-    assert log is not None
-    try:
-        fcntl.fcntl(log.fileno(), fcntl.F_SETPIPE_SZ, 4096)
-        address = next(line for line in log if line.startswith("ready on ")).split()[2]
-        with grpc.insecure_channel(address) as channel:
-            stub = GenerationServiceStub(channel)
-
-            def answered() -> bool:
-                try:
-                    stub.Generate(SHORT, timeout=20)
-                except grpc.RpcError as error:
-                    assert error.code() is grpc.StatusCode.UNAVAILABLE
-                    return False
-                return True
-
-            for _ in range(100):  # a line each, of some 250 bytes
-                assert answered()
-            kill_children(process.pid)
-            eventually(answered)
-            log.close()  # and now its reader is gone
-            kill_children(process.pid)
-            eventually(answered)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_writers_on_many_threads_do_not_mix_lines(pipe: tuple[int, int]) -> None:

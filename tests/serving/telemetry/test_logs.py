@@ -16,7 +16,8 @@ from scripted import Scripted
 
 from quire.errors import InvalidRequest, Overloaded
 from quire.sched.request import FinishReason
-from quire.serving.telemetry.logs import LogReporter, fields, set_up_logs
+from quire.serving.progress import LogReporter
+from quire.serving.telemetry.logs import announce, fields, set_up_logs
 from quire.serving.telemetry.telemetry import Telemetry
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -188,9 +189,19 @@ def test_exceptions_come_with_the_fields_of_their_request(
 def test_a_start_can_be_told_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logs("json", "info")
     reporter = LogReporter()
-    reporter.note("  ready on 127.0.0.1:50051")
+    reporter.note("  14 programs")
     with reporter.phase("loading") as update:
         update(1, 2)
-    ready, loading = json_lines(capsys)
-    assert ready["message"] == "ready on 127.0.0.1:50051"
+    note, loading = json_lines(capsys)
+    assert note["message"] == "14 programs"
     assert loading["message"] == "loading done" and loading["seconds"] >= 0
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_what_scripts_wait_for_is_said_at_every_level(
+    capsys: pytest.CaptureFixture[str], level: str
+) -> None:
+    set_up_logs("json", level)
+    announce("ready on 127.0.0.1:50051")
+    (line,) = json_lines(capsys)
+    assert (line["level"], line["message"]) == ("INFO", "ready on 127.0.0.1:50051")
