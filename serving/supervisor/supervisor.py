@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ...config import EngineConfig, ServerConfig
 from ...errors import Internal, QuireError
 from ..telemetry.logs import fields
 from .child import Child, how
+from .folder import private_folder
 from .port import hold
 
 log = logging.getLogger(__name__)
@@ -38,9 +36,6 @@ SETTLED = 60.0
 
 LAST_WORDS = 8.0
 """Seconds that a process gets to end when told to."""
-
-_SOCKET_PATH = 100
-"""Characters that a socket's path may have, and a few to spare."""
 
 _SERVING = __package__.rpartition(".")[0]
 
@@ -87,7 +82,7 @@ class Supervisor:
         Raises:
           QuireError: the port is taken, or a process cannot be started.
         """
-        with hold(self._config.host, self._config.port) as port, _private_folder() as folder:
+        with hold(self._config.host, self._config.port) as port, private_folder() as folder:
             self.engine_address = f"unix:{folder / 'engine'}"
             shared = {
                 "engine": asdict(self._engine_config),
@@ -269,14 +264,3 @@ class Role:
             child.kill()
         status = await child.ended()
         return "hung and was killed" if child.hung else how(status)
-
-
-@contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder that only this user can look into, with a path short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="quire-") as folder:
-        if len(folder) <= _SOCKET_PATH:
-            yield Path(folder)
-            return
-    with tempfile.TemporaryDirectory(prefix="quire-", dir="/tmp") as folder:
-        yield Path(folder)
