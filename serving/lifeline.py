@@ -1,7 +1,8 @@
 """A child process's line to its parent: settings and orders in, news out, and death with it.
 
 The parent (serving/supervisor/child.py) writes lines of JSON to the child's standard input: first
-the settings, later orders. That pipe's end is the parent's: the child then ends at once. News goes
+the settings, later orders (text) and what else the child should know (objects, as the settings).
+That pipe's end is the parent's: the child then ends at once. News goes
 the other way, through a pipe of which the parent said the number; silence there means that the
 child hangs. Signals are the parent's as well: this module is what a child runs first,
 
@@ -54,13 +55,17 @@ class Lifeline:
     Args:
       orders: of the standard input.
       news: file descriptor that news goes to.
+      told: the settings.
+
+    Attributes:
+      told: the last that the parent told, by name.
     """
 
-    def __init__(self, orders: asyncio.StreamReader, news: int):
-        self._orders, self._news = orders, news
+    def __init__(self, orders: asyncio.StreamReader, news: int, told: dict[str, Any]):
+        self._orders, self._news, self.told = orders, news, told
         os.set_blocking(news, False)
         os.set_inheritable(news, False)  # its end is ours
-        self._told: asyncio.Queue[str] = asyncio.Queue()
+        self._ordered: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -70,13 +75,13 @@ class Lifeline:
         orders = asyncio.StreamReader(limit=2**24)
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
         settings = json.loads(await orders.readline())
-        line = cls(orders, news)
+        line = cls(orders, news, settings)
         line._tasks = [asyncio.ensure_future(line._listen()), asyncio.ensure_future(line._beat())]
         return line, settings
 
     async def order(self) -> str:
         """The parent's next order."""
-        return await self._told.get()
+        return await self._ordered.get()
 
     def say(self, **news: Any) -> None:
         """Tells the parent something."""
@@ -86,7 +91,11 @@ class Lifeline:
 
     async def _listen(self) -> None:
         while line := await self._orders.readline():
-            self._told.put_nowait(json.loads(line))
+            said = json.loads(line)
+            if isinstance(said, dict):
+                self.told |= said
+            else:
+                self._ordered.put_nowait(said)
         os._exit(1)  # the parent is gone
 
     async def _beat(self) -> None:

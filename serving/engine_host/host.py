@@ -91,6 +91,11 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         )
         self._opened.set()
 
+    @property
+    def attached(self) -> int:
+        """How many frontends are."""
+        return len(self._frontends)
+
     async def close(self, seconds: float) -> None:
         """Sends frontends away, once they have what was delivered, or so many seconds are over."""
         end = self._loop.time() + seconds

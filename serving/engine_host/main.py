@@ -96,7 +96,7 @@ async def serve(news: int, build: Build | None = None) -> int:
         built = building.result()
         host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
         watch(built.engine, settings.step_timeout)
-        telemetry.watch(_source(config.model, built), built.text_of)
+        telemetry.watch(_source(config.model, built, host, line), built.text_of)
         if settings.api_keys is not None:
             limit = built.engine.limit_tenants
             _followed = follow_keys(settings.api_keys, lambda table: limit(table.tenants))
@@ -120,7 +120,7 @@ async def _failed(engine: Engine) -> None:
         await asyncio.sleep(LOOK_EVERY)
 
 
-def _source(model: str, built: Built) -> Source:
+def _source(model: str, built: Built, host: EngineHost, line: Lifeline) -> Source:
     engine = built.engine
     return Source(
         model=model,
@@ -129,6 +129,8 @@ def _source(model: str, built: Built) -> Source:
         stats=engine.stats,
         step_times=lambda: engine.step_times,
         compiles=built.compiles,
+        frontends=lambda: host.attached,
+        restarts=lambda: line.told["restarts"],
     )
 
 

@@ -69,7 +69,7 @@ class Child:
         finally:
             os.close(theirs)
         self._reading = asyncio.ensure_future(self._read(ours))
-        self._tell(self._settings)
+        self._write(self._settings)
 
     @property
     def pid(self) -> int | None:
@@ -82,7 +82,12 @@ class Child:
     def order(self, word: str) -> None:
         """Tells it what to do; nothing if it is gone."""
         if self.running:
-            self._tell(word)
+            self._write(word)
+
+    def tell(self, **facts: Any) -> None:
+        """Tells it what has changed since its settings; nothing if it is gone."""
+        if self.running:
+            self._write(facts)
 
     def kill(self) -> None:
         if self._process is not None and self.running:
@@ -102,7 +107,7 @@ class Child:
         await asyncio.wait({self._reading})  # its last words, such as why it ended
         return waiting.result()
 
-    def _tell(self, what: object) -> None:
+    def _write(self, what: object) -> None:
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(json.dumps(what).encode() + b"\n")
 

@@ -53,6 +53,7 @@ class Supervisor:
 
     Attributes:
       engine, frontends: who plays which part.
+      restarts: how often a process of each kind was started again.
       engine_address: where the engine process listens.
     """
 
@@ -71,6 +72,7 @@ class Supervisor:
         self.engine_address = ""
         self.engine: Role | None = None
         self.frontends: list[Role] = []
+        self.restarts = {"engine": 0, "frontend": 0}
 
     async def run(self, first: asyncio.Event, second: asyncio.Event) -> None:
         """Serves until told to end.
@@ -90,10 +92,10 @@ class Supervisor:
                 "engine_address": self.engine_address,
                 "port": port,
             }
-            self.engine = self._role("the engine", self._engine_module, shared, "ready")
+            self.engine = self._role("engine", "the engine", self._engine_module, shared, "ready")
             module = f"{_SERVING}.frontend.main"
             self.frontends = [
-                self._role(f"frontend {number}", module, shared, "listening")
+                self._role("frontend", f"frontend {number}", module, shared, "listening")
                 for number in range(1, self._config.frontends + 1)
             ]
             roles = [self.engine, *self.frontends]
@@ -115,12 +117,19 @@ class Supervisor:
                 for task in (asked, announcing, *keeping):
                     task.cancel()
 
-    def _role(self, name: str, module: str, settings: dict[str, Any], begun: str) -> Role:
-        return Role(
-            name,
-            lambda: Child(module, settings, begun, self._changed.set),
-            self._stopping,
-        )
+    def _role(
+        self, kind: str, name: str, module: str, settings: dict[str, Any], begun: str
+    ) -> Role:
+        def make() -> Child:
+            told = {**settings, "restarts": self.restarts}
+            return Child(module, told, begun, self._changed.set)
+
+        def lost() -> None:
+            self.restarts[kind] += 1
+            if self.engine is not None:
+                self.engine.tell(restarts=self.restarts)  # whose metrics say so
+
+        return Role(name, make, lost, self._stopping)
 
     # ---- while it runs
 
@@ -190,14 +199,21 @@ class Role:
     Args:
       name: for people.
       make: a Child for one run.
+      lost: called when a run has ended that was not to end, and another will follow.
       stopping: nothing is started again once it is set.
 
     Attributes:
       began: a run of it has succeeded to start.
     """
 
-    def __init__(self, name: str, make: Callable[[], Child], stopping: asyncio.Event):
-        self._name, self._make, self._stopping = name, make, stopping
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Child],
+        lost: Callable[[], None],
+        stopping: asyncio.Event,
+    ):
+        self._name, self._make, self._lost, self._stopping = name, make, lost, stopping
         self._child: Child | None = None
         self._ever = False
 
@@ -218,6 +234,10 @@ class Role:
     def order(self, word: str) -> None:
         if self._child is not None:
             self._child.order(word)
+
+    def tell(self, **facts: Any) -> None:
+        if self._child is not None:
+            self._child.tell(**facts)
 
     def kill(self) -> None:
         if self._child is not None:
@@ -248,6 +268,7 @@ class Role:
             said = fields(process=self._name, pid=child.pid)
             why = error or ended
             log.error("%s: %s; started again in %g s", self._name, why, wait, extra=said)
+            self._lost()
             try:
                 await asyncio.wait_for(self._stopping.wait(), wait)
                 return

@@ -114,6 +114,19 @@ class EngineCollector(Collector):
         )
         info.add_metric([source.model, __version__], 1)
         yield info
+        yield GaugeMetricFamily(
+            "quire_frontends",
+            "Frontend processes that are attached to the engine.",
+            source.frontends(),
+        )
+        restarts = CounterMetricFamily(
+            "quire_process_restarts",
+            "Times that a process of the server died or hung, and was started again.",
+            labels=["process"],
+        )
+        for kind, count in source.restarts().items():
+            restarts.add_metric([kind], count)
+        yield restarts
         spec, stats = source.spec, source.stats()
         yield GaugeMetricFamily("quire_slots", "Answers that can run at once.", spec.num_slots)
         yield GaugeMetricFamily(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...model.plan import RunnerSpec
@@ -15,6 +15,8 @@ class Source:
 
     Attributes:
       compiles: programs compiled since ready.
+      frontends: how many are attached.
+      restarts: of the server's processes, by kind.
     """
 
     model: str
@@ -23,3 +25,5 @@ class Source:
     stats: Callable[[], EngineStats]
     step_times: Callable[[], StepTimes]
     compiles: Callable[[], int]
+    frontends: Callable[[], int]
+    restarts: Callable[[], Mapping[str, int]]

@@ -115,8 +115,8 @@ class Fated:
 LONG_AGO, JUST_NOW, NEVER = -1e9, 1e18, None
 
 
-def play(*fates: tuple[float | None, str]) -> None:
-    """A role with these children; the last ends the server."""
+def play(*fates: tuple[float | None, str]) -> int:
+    """A role with these children; the last ends the server. How many times one was lost."""
 
     async def story() -> None:
         stopping = asyncio.Event()
@@ -128,9 +128,11 @@ def play(*fates: tuple[float | None, str]) -> None:
             yield Fated(JUST_NOW, "dies")
 
         made = children()
-        await Role("the engine", lambda: next(made), stopping).keep()
+        await Role("the engine", lambda: next(made), lambda: lost.append(1), stopping).keep()
 
+    lost: list[int] = []
     asyncio.run(story())
+    return len(lost)
 
 
 @pytest.fixture
@@ -143,7 +145,8 @@ def test_who_began_once_is_started_again_for_ever(
     waits: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing = ["error", "dies", "hangs", "no memory"] * 5
-    play((JUST_NOW, "dies"), *((NEVER, fate) for fate in failing), (JUST_NOW, "dies"))
+    fates = [(JUST_NOW, "dies"), *((NEVER, fate) for fate in failing), (JUST_NOW, "dies")]
+    assert play(*fates) == len(fates)
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
     said = [record.getMessage() for record in caplog.records]
     assert said[:5] == [

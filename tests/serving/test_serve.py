@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def answered(stub: Any) -> bool:
     return True
 
 
+def metric(address: str, series: str) -> float:
+    """The value of a series, where metrics are served."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
+    assert found, f"no {series} in {text}"
+    return float(found[1])
+
+
 def test_a_server_whose_log_nobody_reads_serves_on_and_ends(serve: Any) -> None:
     server = serve()
     fcntl.fcntl(server.log.fileno(), fcntl.F_SETPIPE_SZ, 4096)
@@ -115,6 +125,11 @@ def test_machines_hear_what_they_wait_for_at_any_level_and_only_json(serve: Any)
             stranger.recv(4096)
     server.kill_children()
     server.heard(r"(ready again on)")
+    metrics = re.findall(r"metrics on http://([^/]+)", server.said)[-1]
+    assert metric(metrics, "quire_frontends") == 1
+    for kind in ("engine", "frontend"):
+        series = f'quire_process_restarts_total{{process="{kind}"}}'
+        assert metric(metrics, series) == 1
     server.signal()
     assert server.end() == 0
     lines = [json.loads(line) for line in server.said.splitlines()]

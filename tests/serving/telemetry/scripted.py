@@ -48,6 +48,8 @@ class Scripted:
             stats=self.engine.stats,
             step_times=lambda: self.engine.step_times,
             compiles=lambda: self.compiles,
+            frontends=lambda: 2,
+            restarts=lambda: {"engine": 1, "frontend": 3},
         )
 
     def submit(self, *args: object, traceparent: str = "", **more: object) -> Request:

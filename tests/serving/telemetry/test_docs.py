@@ -83,7 +83,17 @@ def test_every_metric_that_the_dashboard_asks_for_exists(registry: CollectorRegi
 
 def test_the_signs_of_trouble_are_on_the_dashboard() -> None:
     asked = " ".join(expressions())
-    signs = ("ready", "waiting", "preemptions", "failed_steps", "compiles", "errors", "dropped")
+    signs = (
+        "ready",
+        "waiting",
+        "preemptions",
+        "failed_steps",
+        "compiles",
+        "errors",
+        "dropped",
+        "restarts",
+        "frontends",
+    )
     for sign in signs:
         assert re.search(rf"quire_\w*{sign}", asked), sign
 

@@ -74,11 +74,14 @@ def test_gauges_are_those_of_the_moment(telemetry: Measured) -> None:
         "quire_kv_pages": 32,
         "quire_kv_pages_used": 8,
         "quire_kv_page_tokens": 4,
+        "quire_frontends": 2,
         "quire_kv_utilization_ratio": 0.25,
         "quire_compiles_after_ready_total": 0,
     }
     assert {name: one(samples, name) for name in expected} == expected
     assert one(samples, "quire_model_info", model="org/model", version="0.1.0.dev0") == 1
+    assert one(samples, "quire_process_restarts_total", process="engine") == 1
+    assert one(samples, "quire_process_restarts_total", process="frontend") == 3
     s.compiles = 2
     s.run(0)
     samples = seen(telemetry)
