@@ -6,7 +6,6 @@ because load balancers have none; all else does, reflection too.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -15,8 +14,6 @@ import grpc
 from ...errors import QuireError, Unauthenticated
 from .caller import set_tenant
 from .key_file import KeyTable
-
-log = logging.getLogger(__name__)
 
 _EXEMPT = "/grpc.health.v1.Health/"
 
@@ -44,13 +41,11 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        method = str(handler_call_details.method)
-        if method.startswith(_EXEMPT):
+        if str(handler_call_details.method).startswith(_EXEMPT):
             return handler
         try:
             tenant = self._tenant(handler_call_details.invocation_metadata)
         except Unauthenticated as error:
-            log.info("refused a call of %s: %s", method, error)
             self.refused(error)
             return _refusal(handler, str(error))
         set_tenant(tenant)

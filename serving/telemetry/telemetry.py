@@ -71,7 +71,7 @@ class Telemetry:
     def log_requests(self, *, prompts: bool) -> None:
         """Writes a line a request."""
         self._request_log = RequestLog(prompts=prompts)
-        self.add(self._request_log)
+        self.add(self._request_log, self._request_log.close)
 
     def keep_metrics(self) -> CollectorRegistry:
         """Returns where metrics are, those of a service that has no engine yet."""

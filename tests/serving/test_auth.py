@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import sys
 import time
@@ -91,7 +92,10 @@ def test_a_known_key_is_let_in_as_its_tenant(
     ],
 )
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
-def test_nobody_else_is(locked: Frontend, metadata: Any, says: str, method: str) -> None:
+def test_nobody_else_is(
+    locked: Frontend, metadata: Any, says: str, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     served = len(locked.link.requests)
     call = getattr(locked.stub(), method)
     code, details = code_of(lambda: call(ASK, metadata=metadata, timeout=20))
@@ -99,6 +103,7 @@ def test_nobody_else_is(locked: Frontend, metadata: Any, says: str, method: str)
     assert details.startswith(says) and ACME[:20] not in details
     assert len(locked.link.requests) == served
     assert locked.link.told[-1] == ("UNAUTHENTICATED", "", "")
+    assert not caplog.records  # the request log has it, and bounds how often
 
 
 def test_health_needs_no_key_and_all_else_does(locked: Frontend) -> None:

@@ -14,10 +14,12 @@ import pytest
 from absl import logging as absl_logging
 from scripted import Scripted
 
-from quire.errors import InvalidRequest, Overloaded
+from quire.errors import InvalidRequest, Overloaded, QuireError, Unauthenticated
 from quire.sched.request import FinishReason
 from quire.serving.progress import LogReporter
 from quire.serving.telemetry.logs import announce, fields, set_up_logs
+from quire.serving.telemetry.report import report_of_refused
+from quire.serving.telemetry.request_log import STRANGERS_EVERY, RequestLog
 from quire.serving.telemetry.telemetry import Telemetry
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -115,6 +117,37 @@ def test_levels_say_which_requests_are_heard_of(capsys: pytest.CaptureFixture[st
     set_up_logs("json", "warning")
     tell()
     assert [line["request_id"] for line in json_lines(capsys)] == ["poisoned"]
+
+
+def test_strangers_share_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """They could fill the disk otherwise."""
+    set_up_logs("json", "warning")
+    now = 100.0
+    lines = RequestLog(clock=lambda: now)
+
+    def call(error: QuireError) -> None:
+        lines.ended(report_of_refused(error, "", ""))
+
+    for _ in range(1000):
+        call(Unauthenticated("API key: not known"))
+    now += STRANGERS_EVERY
+    for _ in range(500):
+        call(Unauthenticated("API key: got none"))
+    lines.close()
+    lines.close()
+    told = json_lines(capsys)
+    assert {line["message"] for line in told} == {"calls without a known API key were refused"}
+    assert [line["calls"] for line in told] == [1, 1000, 499]
+
+
+def test_what_is_left_of_strangers_is_told_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logs("json", "info")
+    telemetry = Telemetry()
+    telemetry.log_requests(prompts=False)
+    for _ in range(3):
+        telemetry.refused(Unauthenticated("API key: not known"))
+    telemetry.close()
+    assert [line["calls"] for line in json_lines(capsys)] == [1, 2]
 
 
 @pytest.mark.parametrize("with_text", [False, True])
