@@ -13,6 +13,12 @@ import grpc
 from ..config import ServerConfig
 from .tls import TlsFiles, tls_credentials
 
+ANSWER_WITHIN = 20.0
+"""Seconds that a caller has to answer when its silent connection is looked at."""
+
+LOOKS_ALLOWED = 10.0
+"""Seconds between two looks of a caller at our end; who looks more often is sent away."""
+
 _COMPRESSION = {"none": None, "gzip": grpc.Compression.Gzip}
 
 
@@ -55,8 +61,10 @@ def _options(settings: ServerConfig) -> list[tuple[str, Any]]:
         # Finds out about callers that vanished without a word, whose requests would hold their
         # pages; and keeps balancers from closing connections on which nothing is said.
         ("grpc.keepalive_time_ms", settings.keepalive * 1000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        # The second is what counts in newer versions of grpc, whatever its documentation says.
+        ("grpc.keepalive_timeout_ms", int(ANSWER_WITHIN * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(ANSWER_WITHIN * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Lets clients look for a vanished server as often as once in 10 s.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # grpc's own is 300 s; clients look for a vanished server more often.
+        ("grpc.http2.min_ping_interval_without_data_ms", int(LOOKS_ALLOWED * 1000)),
     ]
