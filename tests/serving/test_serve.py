@@ -25,7 +25,7 @@ from engines import eventually
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1.generation_pb2_grpc import GenerationServiceStub
 
-PROGRAM = str(Path(__file__).with_name("paced_server.py"))
+PACED = (str(Path(__file__).with_name("paced_server.py")),)
 SHORT = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=1))
 LONG = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=3000))
 
@@ -33,8 +33,8 @@ LONG = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=30
 class Served:
     """A server process; kept from an orderly end by whoever leaves it running."""
 
-    def __init__(self, folder: Path, *flags: str):
-        command = [sys.executable, "-P", PROGRAM, str(folder), "--port=0", *flags]
+    def __init__(self, model: Path | str, *flags: str, program: tuple[str, ...] = PACED):
+        command = [sys.executable, "-P", *program, str(model), "--port=0", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.log = self.process.stderr
@@ -60,10 +60,15 @@ class Served:
             self.said += self.log.read()
         return self.process.wait(60)
 
-    def kill_children(self) -> None:
+    def children(self, kind: str = "") -> list[int]:
+        """Pids of those in whose command line this is."""
         pid = self.process.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(one) for one in pids if kind in Path(f"/proc/{one}/cmdline").read_text()]
+
+    def kill_children(self) -> None:
+        for pid in self.children():
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
