@@ -311,6 +311,16 @@ def test_a_drain_lets_running_requests_end(folder: Path) -> None:
         assert service.ended()[-1].startswith("stopping") and service.error is None
 
 
+def test_a_drain_takes_no_longer_than_it_may(folder: Path) -> None:
+    with running(folder, drain_timeout=1) as service:
+        stream = service.stream(3000)  # 30 s
+        next(stream)
+        service.signal()
+        service.heard(r"(stopping: running requests have 1 s to end)")
+        assert failed(stream) == StatusCode.UNAVAILABLE
+        assert service.ended()[-1].startswith("stopping") and service.error is None
+
+
 def test_a_second_signal_ends_them(folder: Path) -> None:
     with running(folder) as service:
         stream = service.stream(3000)
@@ -340,6 +350,34 @@ def test_an_engine_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
         service.ended()
     assert isinstance(service.error, QuireError)
     assert "nowhere" in str(service.error)
+
+
+def test_nothing_hangs_while_the_engine_is_away(folder: Path, tmp_path: Path) -> None:
+    """Which it is for as long as it cannot start."""
+    model = tmp_path / "model"
+    model.symlink_to(folder)
+    with running(model) as service:
+        model.unlink()
+        os.kill(service.engine_pid(), signal.SIGKILL)
+        eventually(lambda: service.health() == "NOT_SERVING")
+        assert failed(service.stream(5)) == StatusCode.UNAVAILABLE
+        stub = pb_grpc.GenerationServiceStub(service.channel())
+        for call, message in (
+            (stub.Generate, pb.GenerateRequest(text="a")),
+            (stub.Embed, pb.EmbedRequest(inputs=[pb.EmbedInput(text="a")])),
+            (stub.Tokenize, pb.TokenizeRequest(text="a")),
+            (stub.Detokenize, pb.DetokenizeRequest(token_ids=[1])),
+            (stub.GetModelInfo, pb.GetModelInfoRequest()),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(message, timeout=20)
+            assert caught.value.code() is StatusCode.UNAVAILABLE, message
+            assert "the engine is gone and is being started again" in caught.value.details()
+        service.heard(r"(the engine: .*model.*; started again in 0\.2 s)")
+        service.heard(r"(the engine: .*model.*; started again in 0\.4 s)")
+        model.symlink_to(folder)
+        service.heard(r"(ready again on .*)")
+        assert tokens_of(service.stream(5)) == 5
 
 
 def test_a_file_that_is_broken_for_a_while_ends_no_server(folder: Path, tmp_path: Path) -> None:
