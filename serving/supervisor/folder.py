@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 
 PREFIX = "quire-serve-"
 
-_LONGEST = 100
-"""Characters that a socket's path may have, and a few to spare."""
+_LONGEST = 80
+"""Characters that a folder's path may have before the 8 that are drawn: a socket's has at most 103
+everywhere."""
 
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -106,9 +107,14 @@ def test_without_locks_nothing_is_removed(base: Path, monkeypatch: pytest.Monkey
         assert folder.exists() and stale.exists()
 
 
-def test_where_paths_are_too_long_it_is_elsewhere(
-    base: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("length", [60, 67, 68, 69, 75, 90, 120])
+def test_sockets_fit_however_long_the_paths_are(
+    base: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(base / ("x" * 100)))
-    with private_folder() as folder:
-        assert folder.parent == Path("/tmp")
+    deep = base / ("x" * (length - len(str(base)) - 1))
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with private_folder() as folder, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "engine"))
+        assert len(str(folder / "engine")) <= 103
+        assert folder.parent == (deep if length <= 67 else Path("/tmp"))
