@@ -51,7 +51,7 @@ class MemoryTable:
       slots: state of running requests, page tables included.
       controls: penalties, biases and bad words of running requests.
       temp: working memory of the program that needs most; 0 while not known.
-      staging: inputs and results of the steps in flight.
+      staging: inputs and results of the steps in flight, and what a step's programs hand over.
       reserve: driver, code, CUDA graphs, what is lost between arrays.
       pages, page_size: KV pages (page 0 included, which is never used), and positions in each.
       host_mapped: weights on disk, mapped while loading; the kernel may drop these pages.

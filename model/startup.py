@@ -18,11 +18,13 @@ from .cache import cache_groups, token_bytes
 from .compile import Compilation, Progress, compile_all
 from .config import ModelConfig
 from .devices import DeviceMemory
+from .ladder import Bucket, Sampler
 from .memory import STEPS_IN_FLIGHT, MemoryTable
 from .mesh import Mesh
 from .plan import RunnerSpec
 from .program_store import ProgramStore
-from .programs import STATE, Programs
+from .programs import SCORE, STATE, Programs, SampleKey
+from .score import SCORE_ROWS
 from .sizing import Sizes, serving_dtype, settle
 
 _NEED = "need"
@@ -39,7 +41,7 @@ class Need:
 
     Attributes:
       temp: working memory of the program that needs most.
-      staging: inputs and results of the steps in flight.
+      staging: inputs and results of the steps in flight, and what a step's programs hand over.
     """
 
     temp: int = 0
@@ -201,9 +203,24 @@ class Startup:
 
 
 def _need(programs: Programs, compiled: Compilation[Any]) -> Need:
+    """Of a step that runs while the results of the others in flight wait to be fetched.
+
+    A FULL step is a forward whose logits and hidden states live until its sampling and scoring are
+    enqueued, so no two steps' are there at once.
+    """
     found = {key: figures for key, figures in compiled.figures.items() if key != STATE}
-    return Need(
-        temp=max(f["temp"] for f in found.values()),
-        staging=STEPS_IN_FLIGHT
-        * max(f["outputs"] + programs.input_bytes(key) for key, f in found.items()),
-    )
+
+    def held(key: Any) -> int:
+        return found[key]["outputs"] + programs.input_bytes(key)
+
+    running = waiting = 0
+    for key, figures in found.items():
+        temp, left, passed = figures["temp"], held(key), 0
+        if isinstance(key, Bucket) and key.sampler == Sampler.FULL:
+            scored = {SCORE: -(-key.tokens // SCORE_ROWS), SampleKey(key.rows): 1}
+            after = {part: count for part, count in scored.items() if part in found}
+            temp = max([temp, *(found[part]["temp"] for part in after)])
+            passed, left = left, sum(count * held(part) for part, count in after.items())
+        running, waiting = max(running, temp + passed + left), max(waiting, left)
+    temp = max(figures["temp"] for figures in found.values())
+    return Need(temp, running + (STEPS_IN_FLIGHT - 1) * waiting - temp)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,10 +17,11 @@ from quire.model import programs, startup
 from quire.model.compile import CompileCounter
 from quire.model.config import ModelConfig, RopeConfig
 from quire.model.devices import DeviceMemory, compared, measured
+from quire.model.ladder import Bucket, Sampler
 from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, SlotInit, StepPlan
 from quire.model.program_store import ProgramStore, make_private
-from quire.model.programs import ADMIT, STATE
+from quire.model.programs import ADMIT, SCORE, STATE, SampleKey
 from quire.model.runner import ModelRunner
 from quire.model.startup import Startup
 
@@ -149,6 +151,25 @@ def test_pages_get_what_programs_leave(cold: Any) -> None:
     assert table.total <= BUDGET < 1.02 * table.total
     without = start(None).sizes().memory  # knows of no program
     assert without.temp == 0 and without.pages >= table.pages
+
+
+def test_what_a_step_hands_over_is_there_once_and_its_results_until_fetched() -> None:
+    def needed(temps: dict[Any, int], outputs: dict[Any, int]) -> startup.Need:
+        figures = {key: {"temp": temps[key], "outputs": outputs[key]} for key in temps}
+        return startup._need(cast(Any, nothing_sent), cast(Any, SimpleNamespace(figures=figures)))
+
+    nothing_sent = SimpleNamespace(input_bytes=lambda key: 0)
+    greedy = Bucket(512, 8, Sampler.GREEDY, 1)
+    full, sample = Bucket(512, 8, Sampler.FULL, 1), SampleKey(8)
+    results = {greedy: 7, full: 1000, sample: 3, SCORE: 2}  # of SCORE two: 256 tokens each
+    # Sampling works in most: its 50, the logits, its results and those of the step before.
+    assert needed({greedy: 9, full: 40, sample: 50, SCORE: 1}, results) == startup.Need(
+        50, 1000 + 7 + 7
+    )
+    # The forward of a FULL step, and GREEDY results waiting.
+    assert needed({greedy: 9, full: 40}, results) == startup.Need(40, 1000 + 7)
+    # A whole step needs most.
+    assert needed({greedy: 5000, full: 40}, results) == startup.Need(5000, 7 + 7)
 
 
 def test_the_largest_programs_alone_say_as_much(cold: Any) -> None:
