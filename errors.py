@@ -96,7 +96,10 @@ _SHOWN = 500
 
 def invalid(field: str, value: object, limit: str) -> InvalidRequest:
     """An `InvalidRequest` in the one shape callers see: field, value, limit."""
-    shown = repr(value)
-    if len(shown) > _SHOWN:
+    if isinstance(value, str) and len(value) > _SHOWN:  # not all of what may be megabytes
+        shown = f"{value[:_SHOWN]!r}... ({len(value)} characters)"
+    else:
+        shown = repr(value)
+    if len(shown) > 2 * _SHOWN:
         shown = f"{shown[:_SHOWN]}... ({len(shown)} characters)"
     return InvalidRequest(f"{field}: got {shown}, must be {limit}")

@@ -32,6 +32,9 @@ NAMED_TOKENS = (
 _LONG = 4096
 """Characters from which on a text is encoded as a batch of one."""
 
+_LONG_TOKEN = 12
+"""Characters that a text's tokens hardly ever have on average."""
+
 
 class Tokenizer:
     """Wraps a `tokenizers.Tokenizer`; safe to share between threads."""
@@ -46,6 +49,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.special_ids = _special_ids(backend)
         self._table = TokenTable(backend, self.special_ids)
+        added = backend.get_added_tokens_decoder().values()
+        self._swallows_spaces = any(token.lstrip for token in added)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -81,6 +86,26 @@ class Tokenizer:
             # A lone surrogate, which JSON can spell and UTF-8 cannot.
             limit = "text without lone surrogates, which UTF-8 cannot spell"
             raise invalid(field, text, limit) from error
+
+    def exceeds(self, text: str, most: int, *, field: str = "text") -> bool:
+        """Whether a text surely has more than `most` tokens, found without encoding much more than
+        so many: a second and a few hundred MB for each megabyte are too much to find a text too
+        long. False says nothing.
+
+        What follows a text's head can change the tokens of the head's last word alone, for which
+        half of them are given away, and those of spaces at its end, where there are added tokens
+        that swallow them.
+
+        Raises:
+          InvalidRequest: as `encode`.
+        """
+        size = most * _LONG_TOKEN
+        while size < len(text):
+            head = text[:size].rstrip() if self._swallows_spaces else text[:size]
+            if len(self.encode(head, False, field=field)) > 2 * most:
+                return True
+            size *= 4
+        return False
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids without a token give nothing."""

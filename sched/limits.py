@@ -41,6 +41,17 @@ def longest_prompt(spec: RunnerSpec, *, pooled: bool) -> int:
     return min(spec.max_model_len, pages * spec.page_size) if pooled else most
 
 
+def check_prompt_length(length: int, spec: RunnerSpec, *, pooled: bool) -> None:
+    """Raises InvalidRequest if a prompt of so many tokens is too long."""
+    limit, source = context_limit(spec)
+    most = longest_prompt(spec, pooled=pooled)
+    if length > most:
+        room = "" if pooled else f", to leave room for one output token within {limit}"
+        raise InvalidRequest(
+            f"prompt: got {length} tokens, must be at most {most}{room} ({source})"
+        )
+
+
 def resolve_max_tokens(request: Request, spec: RunnerSpec) -> int:
     """max_tokens, where None becomes as many as the context allows."""
     asked = request.sampling.max_tokens
@@ -107,16 +118,10 @@ def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:
 
 def _check_length(request: Request, spec: RunnerSpec) -> None:
     length, (limit, source) = len(request.prompt), context_limit(spec)
-    sampling = request.sampling
+    check_prompt_length(length, spec, pooled=request.pooled)
     if request.pooled:
-        if length > (most := longest_prompt(spec, pooled=True)):
-            raise InvalidRequest(f"prompt: got {length} tokens, must be at most {most} ({source})")
         return
-    if length >= limit:
-        raise InvalidRequest(
-            f"prompt: got {length} tokens, must be at most {limit - 1}, to leave room for one "
-            f"output token within {limit} ({source})"
-        )
+    sampling = request.sampling
     room = limit - length
     for name in ("max_tokens", "min_tokens"):
         value = getattr(sampling, name)

@@ -9,11 +9,9 @@ serving/server.py gives the service its life from bind to drain.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,28 +19,26 @@ from urllib.parse import quote
 
 import grpc
 
-from ..errors import Internal, InvalidRequest, Overloaded, QuireError, Unavailable, invalid
+from ..errors import Internal, Overloaded, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.request import Request, RequestOutput
 from .answer import Chunk, Completion
 from .auth.caller import own_tenant
-from .choices import Choices, best, check_streamable
+from .choices import Choices, best
 from .embedding import embed_all
 from .engine_link import EngineLink
-from .intake import MAX_NAME_LENGTH, Chat, Intake, Labels, Prompt, check_labels
+from .frontend.reading import Reader
+from .frontend.workers import Workers
+from .intake import MAX_NAME_LENGTH, Intake
 from .model_info import model_info
 from .pending import Pending
 from .telemetry.logs import fields
-from .telemetry.traceparent import traceparent_of
 from .wire import (
     check_known,
     chunk_message,
     embed_message,
-    labels_of,
-    prompt_of,
     response_message,
-    sampling_of,
 )
 
 log = logging.getLogger(__name__)
@@ -50,15 +46,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-
-_LONG_TEXT = 16_384
-"""Characters from which on a prompt is tokenized off the event loop (a millisecond or more)."""
-
-_MANY_TOKENS = 4_096
-"""Token ids from which on they are made text off the event loop."""
-
-MAX_INPUTS = 2_048
-"""Of one call of Embed."""
 
 _TIMING_WAIT = 1.0
 """Seconds that an answer which is all there may wait for the engine to say how long it took."""
@@ -71,7 +58,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     """`quire.v1.GenerationService`. UNAVAILABLE before `open` and after `refuse`."""
 
     def __init__(self) -> None:
-        self._backend: tuple[EngineLink, Intake] | None = None
+        self._backend: tuple[EngineLink, Intake, Reader] | None = None
+        self._workers = Workers()
         self._info = pb.ModelInfo()
         self._closed_because = "the engine is starting; try again when health says SERVING"
         self._names: set[tuple[str, str]] = set()  # tenants' own names of unfinished requests
@@ -82,11 +70,15 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     def open(self, link: EngineLink, intake: Intake) -> None:
         """Starts answering."""
         self._info = model_info(intake)
-        self._backend = link, intake
+        self._backend = link, intake, Reader(intake, self._workers)
 
     def refuse(self, why: str) -> None:
         """Takes no more calls; those that run are not touched."""
         self._backend, self._closed_because = None, why
+
+    def close(self) -> None:
+        """Lets go of threads, after the last call."""
+        self._workers.close()
 
     async def idle(self) -> None:
         """Returns when no call runs."""
@@ -147,14 +139,9 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[tuple[Request, Chunk, bool], None]:
         """Submits a request and yields its chunks, and whether each is the last; what is pending
         together for one answer comes as one."""
-        link, intake = self._open_backend()
-        check_known(message)
-        prompt = await _tokens(intake, prompt_of(message))
-        sampling = intake.default_sampling(len(prompt), **sampling_of(message))
-        if streamed:
-            check_streamable(sampling)
-        request = intake.request(prompt, sampling, _labels(message, context))
-        choices = intake.choices(sampling)
+        link, intake, reader = self._open_backend()
+        request = await reader.request(message, context, streamed=streamed)
+        choices = intake.choices(request.sampling)
         with self._name(request.tenant, message.request_id), link.open(request) as pending:
             try:
                 last = None
@@ -186,20 +173,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.TokenizeResponse:
         response = pb.TokenizeResponse()
         async with self._call(context, request):
-            _, intake = self._open_backend()
-            check_known(request)
-            prompt = prompt_of(request)
-            if not isinstance(prompt, str):
-                if request.HasField("add_special_tokens"):
-                    limit = "unset with chat, whose special tokens the template writes"
-                    raise invalid("add_special_tokens", request.add_special_tokens, limit)
-                tokens = await _tokens(intake, prompt)
-            else:
-                special = request.add_special_tokens or not request.HasField("add_special_tokens")
-                encode = functools.partial(intake.encode, prompt, add_special_tokens=special)
-                tokens = await _off_loop(encode, if_above=_LONG_TEXT, size=len(prompt))
-            spellings = intake.spellings(tokens) if request.return_tokens else ()
-            response = pb.TokenizeResponse(token_ids=tokens, tokens=spellings)
+            _, _, reader = self._open_backend()
+            response = await reader.tokenized(request)
         return response
 
     async def Detokenize(
@@ -207,13 +182,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.DetokenizeResponse:
         response = pb.DetokenizeResponse()
         async with self._call(context, request):
-            _, intake = self._open_backend()
-            check_known(request)
-            ids = list(request.token_ids)
-            skip = request.skip_special_tokens or not request.HasField("skip_special_tokens")
-            decode = functools.partial(intake.decode, ids, skip_special_tokens=skip)
-            text = await _off_loop(decode, if_above=_MANY_TOKENS, size=len(ids))
-            response = pb.DetokenizeResponse(text=text)
+            _, _, reader = self._open_backend()
+            response = await reader.detokenized(request)
         return response
 
     async def Embed(
@@ -221,13 +191,9 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     ) -> pb.EmbedResponse:
         response = pb.EmbedResponse()
         async with self._call(context, request):
-            link, intake = self._open_backend()
-            if not 0 < len(request.inputs) <= MAX_INPUTS:
-                limit = f"1 to {MAX_INPUTS}"
-                raise invalid("inputs", f"{len(request.inputs)} inputs", limit)
-            labels = _labels(request, context)
-            asked = await asyncio.to_thread(_embed_requests, intake, request, labels)
-            with self._name(labels.tenant, request.request_id):
+            link, _, reader = self._open_backend()
+            asked = await reader.embeddings(request, context)
+            with self._name(asked[0].tenant, request.request_id):
                 outputs = await embed_all(link, asked)
             request_id = request.request_id or asked[0].id
             response = embed_message(request_id, asked, outputs)
@@ -241,7 +207,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             check_known(request)
         return self._info
 
-    def _open_backend(self) -> tuple[EngineLink, Intake]:
+    def _open_backend(self) -> tuple[EngineLink, Intake, Reader]:
         if self._backend is None:
             raise Unavailable(self._closed_because)
         return self._backend
@@ -314,14 +280,6 @@ def _details(error: QuireError) -> str:
     return text
 
 
-def _labels(
-    message: pb.GenerateRequest | pb.EmbedRequest, context: grpc.aio.ServicerContext
-) -> Labels:
-    left = context.time_remaining()
-    deadline = None if left is None else time.monotonic() + left
-    return labels_of(message, deadline, traceparent_of(context.invocation_metadata() or ()))
-
-
 async def _last_of(pending: Pending) -> RequestOutput | None:
     """The last output of a request whose text ended it, which says where its time went: it comes
     with the step in which the engine hears of that."""
@@ -333,32 +291,6 @@ async def _last_of(pending: Pending) -> RequestOutput | None:
                         return output
     except TimeoutError:
         return None
-
-
-async def _tokens(intake: Intake, prompt: Prompt | Chat) -> tuple[int, ...]:
-    if isinstance(prompt, Chat):  # a template may take its time
-        return await asyncio.to_thread(intake.tokens_of, prompt)
-    size = len(prompt) if isinstance(prompt, str) else 0
-    encode = functools.partial(intake.tokens_of, prompt)
-    return await _off_loop(encode, if_above=_LONG_TEXT, size=size)
-
-
-async def _off_loop(work: Callable[[], Result], *, if_above: int, size: int) -> Result:
-    """Does work of some size, off the event loop where it is large."""
-    return await asyncio.to_thread(work) if size >= if_above else work()
-
-
-def _embed_requests(intake: Intake, message: pb.EmbedRequest, labels: Labels) -> list[Request]:
-    """One an input of an Embed call; what is wrong with one is said to be its."""
-    check_known(message)
-    check_labels(labels)
-    requests = []
-    for at, given in enumerate(message.inputs):
-        try:
-            requests.append(intake.embedding(intake.tokens_of(prompt_of(given)), labels))
-        except InvalidRequest as error:
-            raise InvalidRequest(f"inputs[{at}]: {error}") from error
-    return requests
 
 
 def _pushed(

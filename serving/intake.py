@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoints.folder import Checkpoint
 from ..errors import CheckpointError, InvalidRequest, invalid
 from ..model.plan import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_STOP_IDS, RunnerSpec
-from ..sched.limits import check_request, context_limit
+from ..sched.limits import check_prompt_length, check_request, context_limit, longest_prompt
 from ..sched.request import POOLED_SAMPLING, Request, SamplingParams
 from .answer import Answer
 from .choices import Choices
@@ -39,6 +39,10 @@ class Chat:
 
 
 MAX_NAME_LENGTH = 256
+
+MAX_TEXT_TOKENS = 131_072
+"""Of a text that is only tokenized, or detokenized; as many as the context has, where that is more.
+"""
 
 _NO_TOKENIZER = "this checkpoint has no tokenizer.json"
 
@@ -76,6 +80,9 @@ class Intake:
       spec: the engine's limits.
       served: not needed to make requests.
 
+    Attributes:
+      max_text_tokens: that `encode` gives, and `decode` takes.
+
     Raises:
       CheckpointError: there is a tokenizer, but it cannot be read; or the model's end-of-sequence
         ids cannot be served, for which no request is to blame.
@@ -88,6 +95,8 @@ class Intake:
         # Read now, not at the first request: it takes a second, and may be broken.
         self._tokenizer = checkpoint.tokenizer if checkpoint.has_tokenizer else None
         self._eos_ids = _eos_ids(checkpoint, spec)
+        self._longest = longest_prompt(spec, pooled=True)
+        self.max_text_tokens = max(MAX_TEXT_TOKENS, context_limit(spec)[0])
         # Log-probabilities ask for up to 21 of them at each position.
         self._token_text = functools.cache(self._text_of_token)
 
@@ -115,17 +124,26 @@ class Intake:
             own["temperature"] = 1.0 if model.temperature is None else model.temperature
         return SamplingParams(**{**own, **chosen})
 
-    def tokens_of(self, prompt: Prompt | Chat) -> tuple[int, ...]:
+    def tokens_of(self, prompt: Prompt | Chat, *, pooled: bool = False) -> tuple[int, ...]:
         """Token ids of a prompt in any form; text gets the tokenizer's special tokens.
 
+        One that is much too long is refused before all of it was looked at, as being for an
+        embedding (`pooled`) or for an answer.
+
         Raises:
-          InvalidRequest: of another form, or empty.
+          InvalidRequest: of another form, empty, or much too long.
         """
         if isinstance(prompt, Chat):
             return self.chat_tokens(prompt.messages, **prompt.template_args)
         if isinstance(prompt, Mapping):
             prompt = _unwrapped(prompt)
-        tokens = self._encode("prompt", prompt) if isinstance(prompt, str) else _ids(prompt)
+        if isinstance(prompt, str):
+            self._refuse_longer("prompt", prompt, longest_prompt(self._spec, pooled=pooled))
+            tokens = self._encode("prompt", prompt)
+        else:
+            if isinstance(prompt, Sequence) and len(prompt) > self._longest:
+                check_prompt_length(len(prompt), self._spec, pooled=pooled)
+            tokens = _ids(prompt)
         if not tokens:
             raise InvalidRequest("prompt: got no tokens, must have at least 1")
         return tuple(tokens)
@@ -134,6 +152,7 @@ class Intake:
         """Token ids of chat messages, by the model's chat template, ready for an answer."""
         _check_messages(messages)
         text = self._checkpoint.chat_template.render(messages, **template_args)
+        self._refuse_longer("messages", text, self._longest)
         # The template writes its own special tokens.
         return tuple(self._encode("messages", text, add_special_tokens=False))
 
@@ -191,8 +210,17 @@ class Intake:
         return Choices(sampling, answer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a text, which may have none."""
-        return tuple(self._encode("text", text, add_special_tokens=add_special_tokens))
+        """Token ids of a text, which may have none.
+
+        Raises:
+          InvalidRequest: there is no tokenizer, or they are more than `max_text_tokens`.
+        """
+        most = self.max_text_tokens
+        self._refuse_longer("text", text, most)
+        tokens = self._encode("text", text, add_special_tokens=add_special_tokens)
+        if len(tokens) > most:
+            raise InvalidRequest(f"text: got {len(tokens)} tokens, must be at most {most}")
+        return tuple(tokens)
 
     def spellings(self, tokens: Sequence[int]) -> list[str]:
         """Each token as the vocabulary spells it; empty for ids without a token."""
@@ -204,10 +232,13 @@ class Intake:
         """The text of token ids.
 
         Raises:
-          InvalidRequest: one is none of the model's, or there is no tokenizer.
+          InvalidRequest: one is none of the model's, they are more than `max_text_tokens`, or there
+            is no tokenizer.
         """
         if self._tokenizer is None:
             raise InvalidRequest(f"token_ids: cannot be made text: {_NO_TOKENIZER}")
+        if len(tokens) > (most := self.max_text_tokens):
+            raise InvalidRequest(f"token_ids: got {len(tokens)} ids, must be at most {most}")
         vocabulary = self._spec.vocab_size
         for at, token in enumerate(tokens):
             if not 0 <= token < vocabulary:
@@ -260,6 +291,12 @@ class Intake:
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def _refuse_longer(self, field: str, text: str, most: int) -> None:
+        """Raises InvalidRequest for a text that has more tokens for sure."""
+        if self._tokenizer is not None and self._tokenizer.exceeds(text, most, field=field):
+            size = f"more than {most} tokens ({len(text)} characters)"
+            raise InvalidRequest(f"{field}: got {size}, must be at most {most}")
 
     def _encode(self, field: str, text: str, **how: Any) -> list[int]:
         if self._tokenizer is None:

@@ -111,6 +111,7 @@ class Server:
             await self._link.close("the server was stopped")
         # Health watchers never end by themselves; calls have just been told to.
         await self._server.stop(_LAST_WORDS)
+        self._service.close()
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):

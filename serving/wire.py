@@ -6,7 +6,7 @@ A new field of the proto is read or written here and nowhere else.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +14,10 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ..errors import InvalidRequest, invalid
+from ..model.plan import MAX_BAD_WORD_TOKENS
 from ..protos.v1 import generation_pb2 as pb
 from ..sched.request import Request, RequestOutput, Timing
-from ..sched.sampling_params import SamplingParams
+from ..sched.sampling_params import LIMITS, SamplingParams
 from .answer import Chunk, Completion, PositionLogprobs
 from .auth.caller import tenant_for
 from .intake import Chat, Labels, Prompt
@@ -39,6 +40,8 @@ _SCALARS = (
     "n",
     "best_of",
 )
+
+_LISTS = ("stop", "stop_token_ids")
 
 _FINISH = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -75,7 +78,7 @@ def prompt_of(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedInput) 
         case "chat":
             return _chat(message.chat)
         case "token_ids" if not isinstance(message, pb.TokenizeRequest):
-            return list(message.token_ids.ids)
+            return message.token_ids.ids  # not a list, before its length was looked at
         case _:
             forms = message.DESCRIPTOR.oneofs_by_name["prompt"].fields
             *others, last = (field.name for field in forms)
@@ -148,17 +151,30 @@ def sampling_of(request: pb.GenerateRequest) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         name: getattr(given, name) for name in _SCALARS if given.HasField(name)
     }
-    if given.stop:
-        chosen["stop"] = tuple(given.stop)
-    if given.stop_token_ids:
-        chosen["stop_token_ids"] = tuple(given.stop_token_ids)
+    for name in _LISTS:
+        if values := getattr(given, name):
+            chosen[name] = tuple(_bounded(name, values))
     if given.logit_bias:
-        chosen["logit_bias"] = dict(given.logit_bias)
+        chosen["logit_bias"] = dict(_bounded("logit_bias", given.logit_bias))
     if given.HasField("allowed_token_ids"):
-        chosen["allowed_token_ids"] = tuple(given.allowed_token_ids.ids)
+        ids = given.allowed_token_ids.ids
+        chosen["allowed_token_ids"] = tuple(_bounded("allowed_token_ids", ids))
     if given.bad_words:
-        chosen["bad_words"] = tuple(_bad_word(word) for word in given.bad_words)
+        words = _bounded("bad_words", given.bad_words)
+        chosen["bad_words"] = tuple(_bad_word(word) for word in words)
     return chosen
+
+
+def _bounded(name: str, values: Collection[Any]) -> Any:
+    """The values of a parameter, which are as many as it may have: counted before they are copied.
+
+    Raises:
+      InvalidRequest: they are more.
+    """
+    most = LIMITS[name].entries
+    if most is not None and len(values) > most:
+        raise invalid(name, f"{len(values)} entries", f"at most {most}")
+    return values
 
 
 def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:
@@ -183,7 +199,10 @@ def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:
 
 def _bad_word(word: pb.BadWord) -> str | tuple[int, ...]:
     if word.WhichOneof("word") == "token_ids":
-        return tuple(word.token_ids.ids)
+        ids = word.token_ids.ids
+        if len(ids) > MAX_BAD_WORD_TOKENS:
+            raise invalid("bad_words", f"{len(ids)} ids", f"at most {MAX_BAD_WORD_TOKENS}")
+        return tuple(ids)
     return word.text
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from quire.checkpoints.detokenize import TokenTable
+from quire.checkpoints.tokenizer import Tokenizer as TokenizerOf
 from quire.checkpoints.tokenizer import load_tokenizer
 from quire.errors import CheckpointError, InvalidRequest
 
@@ -131,6 +132,65 @@ def test_a_long_text_gives_the_ids_that_the_library_gives(write_tokenizer: Any) 
         for special in (True, False):
             ids = load_tokenizer(folder).encode(text, special)
             assert len(text) > 4096 and ids == backend.encode(text, add_special_tokens=special).ids
+
+
+class Counting:
+    """A library's tokenizer that counts the characters it is given."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend, self.characters = backend, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode(self, text: str, **how: Any) -> Any:
+        self.characters += len(text)
+        return self._backend.encode(text, **how)
+
+    def encode_batch_fast(self, texts: list[str], **how: Any) -> Any:
+        self.characters += sum(map(len, texts))
+        return self._backend.encode_batch_fast(texts, **how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["a quick fox ", "aaaa", "    ", "\n", "你好", "12345", "\u0301"])
+def test_a_text_that_is_much_too_long_is_known_early(
+    kind: str, text: str, write_tokenizer: Any
+) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(kind))
+    backend = tokenizer._backend = Counting(tokenizer._backend)  # type: ignore[assignment]
+    most = 100
+    assert tokenizer.exceeds(text * 50_000 + "end", most)
+    assert backend.characters <= 50 * most
+
+
+def test_a_long_word_at_its_head_hides_no_long_text() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = TokenizerOf(backend, {})
+    assert tokenizer.exceeds("x" * 2000 + " a" * 50_000, 100)
+    assert not tokenizer.exceeds("x" * 50_000, 100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_is_called_too_long_that_is_not(kind: str, write_tokenizer: Any) -> None:
+    backend = load_tokenizer(write_tokenizer(kind))._backend
+    backend.add_tokens([AddedToken("<gulp>", lstrip=True, rstrip=True)])
+    tokenizer = TokenizerOf(backend, {})
+    draw = random.Random(0)
+    pieces = ["a", " ", "quick", "<gulp>", " " * 300, "x" * 300, "\n", "好", "12", "<s>"]
+    found = 0
+    for _ in range(300):
+        text = "".join(draw.choices(pieces, k=draw.randrange(60)))
+        length = len(tokenizer.encode(text, add_special_tokens=False))
+        for most in (1, 4, 16, 64):
+            exceeds = tokenizer.exceeds(text, most)
+            assert not exceeds or length > most
+            found += exceeds
+    assert found > 20
+    for text in (" " * 5000 + "<gulp>", "<gulp>" + " " * 5000 + "<gulp>"):
+        assert len(tokenizer.encode(text, add_special_tokens=False)) <= 3
+        assert not tokenizer.exceeds(text, 3)
 
 
 @pytest.mark.parametrize("before", ["", "long " * 1000])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from engines import SETTINGS
 from quire import EngineConfig, SamplingParams
 from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.generation_config import GenerationConfig
+from quire.checkpoints.tokenizer import Tokenizer
 from quire.errors import CheckpointError, InvalidRequest
 from quire.model.mesh import default_mesh
 from quire.serving.assemble import make_startup
@@ -72,6 +73,48 @@ def test_a_prompt_in_every_form(intake: Intake) -> None:
 def test_prompts_of_other_forms_are_refused(intake: Intake, prompt: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         intake.tokens_of(prompt)
+
+
+class Uncounted(Sequence[int]):
+    """Ids that nobody should look at: there are too many."""
+
+    def __len__(self) -> int:
+        return 10_000_000
+
+    def __getitem__(self, _: Any) -> Any:
+        raise AssertionError("looked at")
+
+
+def test_too_many_ids_are_not_looked_at(intake: Intake) -> None:
+    for pooled, most in ((False, CONTEXT - 1), (True, CONTEXT)):
+        with pytest.raises(InvalidRequest, match=f"^prompt: got 10000000 tokens, .* {most}"):
+            intake.tokens_of(Uncounted(), pooled=pooled)
+    with pytest.raises(InvalidRequest, match=r"^token_ids: got 10000000 ids, .* at most 131072"):
+        intake.decode(Uncounted())
+
+
+def test_a_text_that_is_much_too_long_is_not_read_to_its_end(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, read = Tokenizer.encode, []
+
+    def spy(tokenizer: Tokenizer, text: str, *args: Any, **how: Any) -> list[int]:
+        read.append(len(text))
+        return encode(tokenizer, text, *args, **how)
+
+    monkeypatch.setattr(Tokenizer, "encode", spy)
+    text = "a dog, " * 1_000_000
+    for ask, says in (
+        (lambda: intake.tokens_of(text), f"prompt: got more than {CONTEXT - 1} tokens"),
+        (lambda: intake.tokens_of(text, pooled=True), f"prompt: got more than {CONTEXT} tokens"),
+        (lambda: intake.chat_tokens([{"role": "user", "content": text}]), "messages: got more"),
+        (lambda: intake.encode(text), "text: got more than 131072 tokens"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"^{says}.*characters.*, must be at most"):
+            ask()
+    assert sum(read) < 2_000_000
+    with pytest.raises(InvalidRequest, match=r"^text: got 1[0-9]{5} tokens, must be at most"):
+        intake.encode("a d" * 50_000)  # not so many more that it shows
 
 
 def test_chat_messages_go_through_the_template(intake: Intake) -> None:

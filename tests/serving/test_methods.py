@@ -161,6 +161,15 @@ def test_detokenize_leaves_special_tokens_out_unless_asked(served: Running, llm:
         assert served.stub.Detokenize(request, timeout=60).text == text
 
 
+def test_more_ids_or_text_than_a_model_could_take_are_refused(served: Running) -> None:
+    ids = pb.DetokenizeRequest(token_ids=[5] * 200_000)
+    says = refused(lambda: served.stub.Detokenize(ids, timeout=60))
+    assert says == "token_ids: got 200000 ids, must be at most 131072"
+    text = pb.TokenizeRequest(text=PROMPT * 200_000)
+    says = refused(lambda: served.stub.Tokenize(text, timeout=60))
+    assert says.startswith("text: got more than 131072 tokens")
+
+
 # Embed
 
 

@@ -237,3 +237,23 @@ def test_log_probabilities_of_the_chosen_token_alone() -> None:
     chunk = Chunk("t", [7], [{7: Logprob(-1.0, 3, "seven")}])
     message = chunk_of(chunk, SamplingParams(logprobs=0))
     assert as_tuples(message.logprobs[0]) == [(7, "seven", -1.0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"stop": ["x"] * 17}, "stop: got '17 entries', must be at most 16"),
+        ({"stop_token_ids": [1] * 5000}, "stop_token_ids: got '5000 entries'"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "logit_bias: got '301 entries'"),
+        ({"allowed_token_ids": pb.TokenIds(ids=[1] * 2_000_000)}, "allowed_token_ids: got '20000"),
+        ({"bad_words": [pb.BadWord(text="x")] * 65}, "bad_words: got '65 entries'"),
+        ({"bad_words": [pb.BadWord(token_ids=pb.TokenIds(ids=[1] * 9))]}, "bad_words: got '9 ids'"),
+    ],
+)
+def test_lists_are_counted_before_they_are_copied(sampling: Any, says: str) -> None:
+    request = pb.GenerateRequest(sampling=pb.SamplingParams(**sampling))
+    with pytest.raises(InvalidRequest) as caught:
+        sampling_of(request)
+    assert str(caught.value).startswith(says)
+    prompt = prompt_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2])))
+    assert not isinstance(prompt, list | tuple) and list(prompt) == [1, 2]
