@@ -377,6 +377,11 @@ def _drawn_id(name: str) -> str:
     return f"{name}/{drawn}" if name else drawn
 
 
+def name_in(request_id: str) -> str:
+    """The name that the caller of a request gave it, empty for none."""
+    return request_id.rpartition("/")[0]
+
+
 def _seeded(sampling: SamplingParams) -> SamplingParams:
     if sampling.seed is not None:
         return sampling

@@ -37,6 +37,7 @@ from ..engine_wire import (
 )
 from ..intake import Served
 from ..telemetry.logs import fields
+from .names import Names
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         self._closed = asyncio.Event()
         self._frontends: set[_Frontend] = set()
         self._routes: dict[str, _Route] = {}  # of all unfinished requests, by id
+        self._names = Names()
 
     def open(
         self,
@@ -126,6 +128,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             step.add(route, output)
             if output.ended:
                 del routes[output.request_id]
+                self._names.release(output.request_id)
                 route.frontend.live.pop(route.handle, None)
         for frontend, step in steps.items():
             frontend.send(step.message())
@@ -175,6 +178,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
                 if request_id := frontend.live.get(finish.handle):
                     choice = finish.choice if finish.HasField("choice") else None
                     engine.finish(request_id, FinishReason(finish.reason), choice)
+                    if choice is None:  # its call is over; the name may come again at once
+                        self._names.release(request_id)
             for refused in message.refused:
                 self._refused(error_of(refused.error), refused.request_id, refused.tenant)
             if message.taken:
@@ -187,8 +192,10 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         error: QuireError
         try:
             request = request_of(message)
+            self._names.check(request, frontend)
             # Outputs come by way of this event loop, so none can be here before its route.
             engine.submit(request)
+            self._names.hold(request, frontend)
             self._routes[request.id] = route
             frontend.live[message.handle] = request.id
             return
@@ -215,6 +222,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         assert self._engine is not None
         for request_id in frontend.live.values():
             self._routes.pop(request_id, None)
+            self._names.release(request_id)
             self._engine.finish(request_id)
         frontend.live.clear()
 

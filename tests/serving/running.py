@@ -39,6 +39,7 @@ class Running:
     """A bound server; `open` loads the model. Close it, or use `with`."""
 
     parts: Assembled
+    host: EngineHost
     link: RemoteLink
 
     def __init__(self, folder: Path, *, telemetry: Telemetry | None = None, **settings: Any):
@@ -77,7 +78,7 @@ class Running:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         told = self._telemetry
-        host = EngineHost(loop, told.refused) if told else EngineHost(loop)
+        self.host = host = EngineHost(loop, told.refused) if told else EngineHost(loop)
 
         def deliver(outputs: list[RequestOutput]) -> None:
             host.deliver(outputs)
