@@ -242,11 +242,17 @@ class ServerConfig:
         choices=("none", "gzip"),
     )
     max_message_size: int = setting(
-        "64MiB",
+        "16MiB",
         "bytes that a request may have; a prompt of a million tokens takes 4 MB",
         low=2**16,
         high=2**30,
         is_size=True,
+    )
+    max_calls: int = setting(
+        4096,
+        "calls that a frontend has at once, waiting ones included, before more are refused",
+        low=1,
+        high=2**20,
     )
     keepalive: int = setting(
         60,

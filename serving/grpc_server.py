@@ -15,11 +15,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import grpc
 
-from ..errors import Internal, Overloaded, QuireError, Unavailable, invalid
+from ..errors import Internal, QuireError, Unavailable, invalid
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from ..sched.request import Request, RequestOutput
@@ -29,6 +28,7 @@ from .choices import Choices, best
 from .embedding import embed_all
 from .engine_link import EngineLink
 from .frontend.reading import Reader
+from .frontend.status import end_with
 from .frontend.workers import Workers
 from .intake import MAX_NAME_LENGTH, Intake
 from .model_info import model_info
@@ -49,9 +49,6 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_nam
 
 _TIMING_WAIT = 1.0
 """Seconds that an answer which is all there may wait for the engine to say how long it took."""
-
-_MOST_DETAILS = 6_000
-"""Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
 
 
 class GenerationService(pb_grpc.GenerationServiceServicer):
@@ -228,12 +225,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         try:
             yield
         except QuireError as error:
-            if isinstance(error, Overloaded):
-                context.set_trailing_metadata((("retry-after", f"{error.retry_after:g}"),))
             if isinstance(error, Internal) and not error.accounted:
                 log.error("a call failed: %s", error)
             self.account(error, request)
-            await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
+            await end_with(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception:
@@ -270,14 +265,6 @@ def _who(request: Any) -> tuple[str, str]:
     request_id, said = (getattr(request, name, "") for name in ("request_id", "tenant"))
     tenant = own_tenant()
     return request_id[:MAX_NAME_LENGTH], (said if tenant is None else tenant)[:MAX_NAME_LENGTH]
-
-
-def _details(error: QuireError) -> str:
-    """The message, cut where it would not fit into trailers: callers would get another error."""
-    text = str(error)
-    while len(quote(text)) > _MOST_DETAILS:  # that is how it travels
-        text = text[: len(text) * 3 // 4] + "..."
-    return text
 
 
 async def _last_of(pending: Pending) -> RequestOutput | None:

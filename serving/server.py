@@ -17,6 +17,7 @@ from ..config import ServerConfig
 from ..errors import QuireError, Unavailable
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from .engine_link import EngineLink
+from .frontend.admission import Admission
 from .grpc_server import SERVICE_NAME, GenerationService
 from .intake import Intake
 from .transport import add_port, make_server
@@ -32,7 +33,7 @@ class Server:
       settings: of the service.
       port: instead of the one in the settings.
       shared: other frontends have the port too, and get some of the calls.
-      interceptors: see each call first, in this order.
+      interceptors: see each call that is admitted first, in this order.
     """
 
     def __init__(
@@ -47,10 +48,13 @@ class Server:
         self._settings = settings
         self._host = f"[{host}]" if ":" in host else host
         self._wanted = settings.port if port is None else port
-        self._server = make_server(settings, shared=shared, interceptors=interceptors)
+        self._service = GenerationService()
+        self._admission = Admission(settings.max_calls, self._service.account)
+        self._server = make_server(
+            settings, shared=shared, interceptors=(self._admission, *interceptors)
+        )
         # The type stubs do not know it.
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._service = GenerationService()
         self._link: EngineLink | None = None
         pb_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
             self._service, self._server

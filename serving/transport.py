@@ -19,6 +19,9 @@ ANSWER_WITHIN = 20.0
 LOOKS_ALLOWED = 10.0
 """Seconds between two looks of a caller at our end; who looks more often is sent away."""
 
+_UNCOUNTED = 64
+"""Calls of a connection besides those that the frontend counts, such as health checks."""
+
 _COMPRESSION = {"none": None, "gzip": grpc.Compression.Gzip}
 
 
@@ -58,6 +61,9 @@ def add_port(server: grpc.aio.Server, address: str, settings: ServerConfig) -> i
 def _options(settings: ServerConfig) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_size),
+        # Of a connection, whose caller then waits without a word; the frontend's own limit
+        # (admission.py) tells it why, and so comes first.
+        ("grpc.max_concurrent_streams", settings.max_calls + _UNCOUNTED),
         # Finds out about callers that vanished without a word, whose requests would hold their
         # pages; and keeps balancers from closing connections on which nothing is said.
         ("grpc.keepalive_time_ms", settings.keepalive * 1000),

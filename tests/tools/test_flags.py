@@ -53,6 +53,7 @@ SERVER: dict[str, tuple[list[str], Any]] = {
     "tls_client_ca": (["--tls-client-ca=ca", "--tls-cert=cert", "--tls-key=key"], "ca"),
     "compression": (["--compression=gzip"], "gzip"),
     "max_message_size": (["--max-message-size=1MiB"], 2**20),
+    "max_calls": (["--max-calls=9"], 9),
     "keepalive": (["--keepalive=30"], 30),
     "drain_timeout": (["--drain-timeout=5"], 5),
     "step_timeout": (["--step-timeout=9"], 9),

@@ -1,0 +1,36 @@
+"""How a call ends with an error: the status, its message, and when to try again."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+from urllib.parse import quote
+
+import grpc
+
+from ...errors import Overloaded, QuireError
+
+_MOST_DETAILS = 6_000
+"""Bytes of an error's message; clients drop a call whose trailers take more than 8 KiB."""
+
+
+async def end_with(context: grpc.aio.ServicerContext, error: QuireError) -> NoReturn:
+    """Ends a call with the status that an error stands for."""
+    if isinstance(error, Overloaded):
+        context.set_trailing_metadata((("retry-after", in_seconds(error.retry_after)),))
+    await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
+    raise AssertionError("abort raises")
+
+
+def in_seconds(wait: float) -> str:
+    """Seconds to wait as metadata: decimal, and rounded up to milliseconds, never to less."""
+    thousandths = math.ceil(wait * 1000)
+    return f"{thousandths // 1000}.{thousandths % 1000:03}".rstrip("0").rstrip(".")
+
+
+def _details(error: QuireError) -> str:
+    """The message, cut where it would not fit into trailers: callers would get another error."""
+    text = str(error)
+    while len(quote(text)) > _MOST_DETAILS:  # that is how it travels
+        text = text[: len(text) * 3 // 4] + "..."
+    return text
