@@ -1,6 +1,6 @@
-"""The gRPC service over one engine, wherever that runs: parsing, answering, ending calls.
+"""The methods of the gRPC service, over one engine, wherever that runs.
 
-    handler:  parse -> Intake -> EngineLink.open -> Pending -> Choices -> messages
+    call -> Admission -> method: Reader -> answers (EngineLink, Choices) -> messages -> status
 
 A call that ends early, for whatever reason, ends its request in the engine, which frees its pages.
 serving/server.py gives the service its life from bind to drain.
@@ -8,61 +8,44 @@ serving/server.py gives the service its life from bind to drain.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import grpc
 
-from ..errors import Internal, QuireError, Unavailable, invalid
+from ..errors import QuireError, Unavailable
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from ..sched.request import Request, RequestOutput
+from ..sched.request import Request
 from .answer import Chunk, Completion
 from .auth.caller import own_tenant
-from .choices import Choices, best
+from .choices import best
 from .embedding import embed_all
 from .engine_link import EngineLink
+from .frontend.answering import Piece, answers
+from .frontend.calls import Calls
 from .frontend.reading import Reader
-from .frontend.status import end_with
 from .frontend.workers import Workers
-from .intake import MAX_NAME_LENGTH, Intake
+from .intake import Intake
 from .model_info import model_info
-from .pending import Pending
-from .telemetry.logs import fields
-from .wire import (
-    check_known,
-    chunk_message,
-    embed_message,
-    response_message,
-)
-
-log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
+from .wire import check_known, chunk_message, embed_message, response_message
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
-_TIMING_WAIT = 1.0
-"""Seconds that an answer which is all there may wait for the engine to say how long it took."""
-
 
 class GenerationService(pb_grpc.GenerationServiceServicer):
-    """`quire.v1.GenerationService`. UNAVAILABLE before `open` and after `refuse`."""
+    """`quire.v1.GenerationService`. UNAVAILABLE before `open` and after `refuse`.
+
+    Attributes:
+      calls: those that run.
+    """
 
     def __init__(self) -> None:
         self._backend: tuple[EngineLink, Intake, Reader] | None = None
         self._workers = Workers()
         self._info = pb.ModelInfo()
         self._closed_because = "the engine is starting; try again when health says SERVING"
-        self._names: set[tuple[str, str]] = set()  # tenants' own names of unfinished requests
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.calls = Calls(self.account)
 
     def open(self, link: EngineLink, intake: Intake) -> None:
         """Starts answering."""
@@ -77,26 +60,23 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         """Lets go of threads, after the last call."""
         self._workers.close()
 
-    async def idle(self) -> None:
-        """Returns when no call runs."""
-        await self._idle.wait()
-
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        chunks_of = self._chunks(request, context)
-        async with self._call(context, request), aclosing(chunks_of) as chunks:
+        following = self._answers(request, context)
+        async with self.calls.run(context, request), aclosing(following) as pieces:
             completions: dict[int, Completion] = {}
             scores = None
-            async for asked, chunk, is_last in chunks:
+            async for asked, piece in pieces:
+                chunk = piece.chunk
                 completions.setdefault(chunk.index, Completion(chunk.index)).add(chunk)
                 scores = scores or chunk.prompt_logprobs
-                if is_last:
-                    answers = [completions[index] for index in sorted(completions)]
-                    total = sum(len(answer.token_ids) for answer in answers)
+                if piece.is_last:
+                    made = [completions[index] for index in sorted(completions)]
+                    total = sum(len(answer.token_ids) for answer in made)
                     response = response_message(
-                        best(answers, asked.sampling),
+                        best(made, asked.sampling),
                         asked.sampling,
                         prompt=asked.prompt,
                         prompt_logprobs=scores,
@@ -111,10 +91,11 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        chunks_of = self._chunks(request, context, streamed=True)
-        async with self._call(context, request), aclosing(chunks_of) as chunks:
+        following = self._answers(request, context, streamed=True)
+        async with self.calls.run(context, request), aclosing(following) as pieces:
             total, request_id = 0, None
-            async for asked, chunk, is_last in chunks:
+            async for asked, piece in pieces:
+                chunk = piece.chunk
                 total += len(chunk.token_ids)
                 first, request_id = request_id is None, request.request_id or asked.id
                 message = chunk_message(
@@ -122,54 +103,32 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                     asked.sampling,
                     prompt=asked.prompt,
                     request_id=request_id if first else "",
-                    usage=_usage(asked, total, chunk) if is_last else None,
+                    usage=_usage(asked, total, chunk) if piece.is_last else None,
                     timing=chunk.timing,
                 )
                 await context.write(message)
 
-    async def _chunks(
+    async def _answers(
         self,
         message: pb.GenerateRequest,
         context: grpc.aio.ServicerContext,
         *,
         streamed: bool = False,
-    ) -> AsyncGenerator[tuple[Request, Chunk, bool], None]:
-        """Submits a request and yields its chunks, and whether each is the last; what is pending
-        together for one answer comes as one."""
+    ) -> AsyncGenerator[tuple[Request, Piece], None]:
+        """A request, with each piece of its answers."""
         link, intake, reader = self._open_backend()
         request = await reader.request(message, context, streamed=streamed)
-        choices = intake.choices(request.sampling)
-        with self._name(request.tenant, message.request_id), link.open(request) as pending:
-            try:
-                last = None
-                while True:
-                    outputs = await pending.take()
-                    last = next((output for output in outputs if output.ended), last)
-                    chunks, error = _pushed(choices, outputs)
-                    # Of stop strings the engine does not know.
-                    for reason, choice in choices.news():
-                        link.finish(request.id, reason, choice)
-                    if choices.finished and last is None and error is None:
-                        last = await _last_of(pending)
-                    for chunk in chunks:
-                        is_last = choices.finished and chunk is chunks[-1]
-                        if is_last and last is not None:
-                            chunk = replace(chunk, timing=last.timing)
-                        yield request, chunk, is_last
-                    if error is not None:
-                        raise error
-                    if choices.finished:
-                        return
-            finally:
-                # Nor of callers who went away.
-                for reason, choice in choices.news(leaving=True):
-                    link.finish(request.id, reason, choice)
+        following = answers(link, intake.choices(request.sampling), request)
+        with self.calls.named(request.tenant, message.request_id):
+            async with aclosing(following) as pieces:
+                async for piece in pieces:
+                    yield request, piece
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         response = pb.TokenizeResponse()
-        async with self._call(context, request):
+        async with self.calls.run(context, request):
             _, _, reader = self._open_backend()
             response = await reader.tokenized(request)
         return response
@@ -178,7 +137,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         response = pb.DetokenizeResponse()
-        async with self._call(context, request):
+        async with self.calls.run(context, request):
             _, _, reader = self._open_backend()
             response = await reader.detokenized(request)
         return response
@@ -187,10 +146,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> pb.EmbedResponse:
         response = pb.EmbedResponse()
-        async with self._call(context, request):
+        async with self.calls.run(context, request):
             link, _, reader = self._open_backend()
             asked = await reader.embeddings(request, context)
-            with self._name(asked[0].tenant, request.request_id):
+            with self.calls.named(asked[0].tenant, request.request_id):
                 outputs = await embed_all(link, asked)
             request_id = request.request_id or asked[0].id
             response = embed_message(request_id, asked, outputs)
@@ -199,7 +158,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInfo:
-        async with self._call(context, request):
+        async with self.calls.run(context, request):
             self._open_backend()
             check_known(request)
         return self._info
@@ -209,91 +168,15 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             raise Unavailable(self._closed_because)
         return self._backend
 
-    def account(self, error: QuireError, request: Any = None) -> None:
-        """Lets metrics and log have an error that the engine process does not know of."""
-        if self._backend is not None and not error.accounted:
-            self._backend[0].refused(error, *_who(request))
+    def account(self, error: QuireError, request_id: str = "", tenant: str | None = None) -> None:
+        """Lets metrics and log have an error that the engine process does not know of.
 
-    @asynccontextmanager
-    async def _call(self, context: grpc.aio.ServicerContext, request: Any) -> AsyncIterator[None]:
-        """Counts a call, and ends it with the status that an error stands for.
-
-        Of a fault of ours the caller gets the request's id, and the log what it was.
+        Args:
+          tenant: None is that of the call which this is called from.
         """
-        self._calls += 1
-        self._idle.clear()
-        try:
-            yield
-        except QuireError as error:
-            if isinstance(error, Internal) and not error.accounted:
-                log.error("a call failed: %s", error)
-            self.account(error, request)
-            await end_with(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            request_id, tenant = _who(request)
-            name = request_id or secrets.token_hex(8)
-            said = fields(request_id=name, tenant=tenant)
-            log.exception("request %r: a call failed", name, extra=said)
-            why = f"request {name!r}: a fault in Quire; the server's log says more"
-            self.account(Internal(why), request)
-            await context.abort(grpc.StatusCode.INTERNAL, why)
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
-
-    @contextmanager
-    def _name(self, tenant: str, name: str) -> Iterator[None]:
-        """Holds the name a caller gave a request, while it runs."""
-        if not name:
-            yield
-            return
-        if (tenant, name) in self._names:
-            raise invalid("request_id", name, "unlike that of every unfinished request")
-        self._names.add((tenant, name))
-        try:
-            yield
-        finally:
-            self._names.discard((tenant, name))
-
-
-def _who(request: Any) -> tuple[str, str]:
-    """The id that a message gives, where its kind has one, and the tenant that it is of; cut where
-    they are too long."""
-    request_id, said = (getattr(request, name, "") for name in ("request_id", "tenant"))
-    tenant = own_tenant()
-    return request_id[:MAX_NAME_LENGTH], (said if tenant is None else tenant)[:MAX_NAME_LENGTH]
-
-
-async def _last_of(pending: Pending) -> RequestOutput | None:
-    """The last output of a request whose text ended it, which says where its time went: it comes
-    with the step in which the engine hears of that."""
-    try:
-        async with asyncio.timeout(_TIMING_WAIT):
-            while True:
-                for output in await pending.take():
-                    if output.ended:
-                        return output
-    except TimeoutError:
-        return None
-
-
-def _pushed(
-    choices: Choices, outputs: list[RequestOutput]
-) -> tuple[list[Chunk], QuireError | None]:
-    """The chunks that outputs make; and the error that ended the request, to be raised when the
-    caller has what came before it."""
-    chunks: list[Chunk] = []
-    for output in outputs:
-        try:
-            chunk = choices.push(output)
-        except QuireError as error:
-            return chunks, error
-        if chunk is not None:
-            chunks.append(chunk)
-    return chunks, None
+        if self._backend is not None:
+            who = (own_tenant() or "") if tenant is None else tenant
+            self._backend[0].refused(error, request_id, who)
 
 
 def _usage(request: Request, completion_tokens: int, last: Chunk) -> pb.Usage:

@@ -106,7 +106,7 @@ class Server:
         """Takes no more calls, and returns when those that run have ended."""
         self._service.refuse("the server is stopping")
         await self._health.enter_graceful_shutdown()
-        await self._service.idle()
+        await self._service.calls.idle()
 
     async def stop(self) -> None:
         """Ends what still runs, with UNAVAILABLE, and the server. The engine is somebody else's."""

@@ -27,7 +27,7 @@ from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
 from quire.serving.choices import Choices
 from quire.serving.engine_host.host import EngineHost
-from quire.serving.grpc_server import _pushed
+from quire.serving.frontend.answering import pushed
 from quire.serving.intake import Intake
 from quire.serving.pending import Pending
 from quire.serving.server import Server
@@ -275,7 +275,7 @@ def test_the_engine_knows_the_deadline(served: Running, monkeypatch: pytest.Monk
 def test_a_cancelled_stream_frees_its_pages(served: Running, waits_for_message: bool) -> None:
     with held(served.parts) as go:
         streams = [served.stub.StreamGenerate(long(), timeout=60) for _ in range(6)]
-        eventually(lambda: served.server._service._calls == 6)  # two more than slots
+        eventually(lambda: served.server._service.calls.running == 6)  # two more than slots
         eventually(lambda: served.engine.stats().running > 0)
         if waits_for_message:
             go.set()
@@ -283,7 +283,7 @@ def test_a_cancelled_stream_frees_its_pages(served: Running, waits_for_message: 
             go.clear()
         for stream in streams:
             stream.cancel()
-        eventually(lambda: not served.server._service._calls)
+        eventually(lambda: not served.server._service.calls.running)
         go.set()
         at_rest(served.engine)
 
@@ -293,7 +293,7 @@ def test_a_cancelled_call_frees_its_pages(served: Running) -> None:
         call = served.stub.Generate.future(long(), timeout=60)
         eventually(lambda: served.engine.stats().running == 1)
         call.cancel()
-        eventually(lambda: not served.server._service._calls)
+        eventually(lambda: not served.server._service.calls.running)
         go.set()
         at_rest(served.engine)
 
@@ -320,7 +320,7 @@ def test_a_client_that_dies_frees_its_pages(served: Running) -> None:
         assert client.stdout is not None and client.stdout.readline() == "got one\n"
         go.clear()  # so that the answer does not end before the client does
         client.kill()
-        eventually(lambda: not served.server._service._calls)
+        eventually(lambda: not served.server._service.calls.running)
         go.set()
         at_rest(served.engine)
 
@@ -384,7 +384,7 @@ def test_a_call_cancelled_while_a_message_is_sent_frees_its_pages(served: Runnin
 
     served.run(cancel_in_write)
     at_rest(served.engine)
-    assert not served.server._service._calls
+    assert not served.server._service.calls.running
 
 
 def test_the_engine_hears_why_a_call_ended(
@@ -416,7 +416,7 @@ def test_what_came_before_an_error_is_the_callers() -> None:
     pending = Pending("r")
     for output in [*(RequestOutput("r", (n,), choice=n % 2) for n in (1, 2, 3)), ended]:
         pending.put(output)
-    chunks, error = _pushed(choices, asyncio.run(pending.take()))
+    chunks, error = pushed(choices, asyncio.run(pending.take()))
     assert [(chunk.index, chunk.token_ids) for chunk in chunks] == [(1, [1, 3]), (0, [2])]
     assert error is ended.error
 
