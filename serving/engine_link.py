@@ -14,7 +14,6 @@ from typing import Protocol
 
 from ..errors import QuireError
 from ..sched.request import FinishReason, Request
-from ..sched.stats import EngineStats
 from .pending import Pending
 
 
@@ -48,14 +47,6 @@ class EngineLink(Protocol):
 
     def refused(self, error: QuireError, request_id: str, tenant: str) -> None:
         """A call ended with an error that did not come from here; for the service's accounts."""
-        ...
-
-    async def stats(self) -> EngineStats:
-        """The engine's counters as they are now.
-
-        Raises:
-          Unavailable: the engine is gone.
-        """
         ...
 
     async def close(self, why: str) -> None:

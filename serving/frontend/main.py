@@ -19,12 +19,10 @@ from ..intake import Intake
 from ..lifeline import Lifeline
 from ..server import Server
 from ..telemetry.logs import set_up_logs
-from .remote_link import RemoteLink
+from .remote_link import GONE, RemoteLink
 
 ATTACH_EVERY = 0.1
 """Seconds between tries to reach the engine process."""
-
-_LOST = "the engine is gone and is being started again; try again when health says SERVING"
 
 
 async def serve(news: int) -> int:
@@ -79,8 +77,8 @@ async def _serve_engines(server: Server, address: str, line: Lifeline) -> None:
                 line.say(ready=False)
         finally:
             if not link.healthy:
-                await server.pause(_LOST)
-                await link.close(_LOST)
+                await server.pause(GONE)
+                await link.close(GONE)
 
 
 class _Intakes:

@@ -19,7 +19,6 @@ from ...errors import QuireError, Unavailable
 from ...protos.v1 import engine_pb2 as pb
 from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.request import FinishReason, Request, RequestOutput
-from ...sched.stats import EngineStats
 from ..engine_wire import (
     HEARTBEAT,
     OPTIONS,
@@ -28,7 +27,6 @@ from ..engine_wire import (
     output_of,
     refused_message,
     spec_of,
-    stats_of,
     submit_message,
 )
 from ..intake import Served
@@ -37,7 +35,8 @@ from ..pending import Pace, Pending
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
 
-_GONE = "the engine is gone and is being started again; try again when health says SERVING"
+GONE = "the engine is gone and is being started again; try again when health says SERVING"
+"""What callers hear while there is no engine."""
 
 
 class RemoteLink:
@@ -64,7 +63,6 @@ class RemoteLink:
         self._draw = itertools.count(1)
         self._next = pb.ToEngine()
         self._news = asyncio.Event()
-        self._stats: list[asyncio.Future[EngineStats]] = []
         self._why_closed: str | None = None
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._write())]
         self._ended = asyncio.ensure_future(self._watch())
@@ -132,15 +130,6 @@ class RemoteLink:
             self._next.refused.append(refused_message(error, request_id, tenant))
             self._news.set()
 
-    async def stats(self) -> EngineStats:
-        if self._why_closed is not None:
-            raise Unavailable(self._why_closed)
-        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._stats.append(answer)
-        self._next.stats = True
-        self._news.set()
-        return await answer
-
     async def lost(self) -> None:
         """Returns when the engine is gone, or the link was closed."""
         await asyncio.wait([self._ended])
@@ -159,7 +148,7 @@ class RemoteLink:
     async def _watch(self) -> None:
         """Ends the link when either of its tasks does."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        self._end(_GONE)
+        self._end(GONE)
         for task in self._tasks:
             task.cancel()
         for task in done:
@@ -175,10 +164,6 @@ class RemoteLink:
             pending.put(
                 RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error, ended=True)
             )
-        for answer in self._stats:
-            if not answer.done():
-                answer.set_exception(Unavailable(why))
-        self._stats.clear()
 
     async def _read(self) -> None:
         while True:
@@ -188,12 +173,6 @@ class RemoteLink:
                 return
             for step in message.steps:
                 self._take(step)
-            if message.stats:
-                stats = stats_of(message)
-                for answer in self._stats:
-                    if not answer.done():
-                        answer.set_result(stats)
-                self._stats.clear()
             if message.awaited:
                 # Goes out when those who were woken have run: the writer's turn is after theirs.
                 self._next.taken = True
