@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quire import SamplingParams
-from quire.errors import InvalidRequest
+from quire import SamplingParams, protos
+from quire.errors import (
+    CheckpointError,
+    DeadlineExceeded,
+    Internal,
+    InvalidConfig,
+    InvalidRequest,
+    Overloaded,
+    PermissionDenied,
+    QuireError,
+    Unauthenticated,
+    Unavailable,
+)
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import Timing
 from quire.serving.answer import Chunk, Completion, Logprob
@@ -257,3 +270,17 @@ def test_lists_are_counted_before_they_are_copied(sampling: Any, says: str) -> N
     assert str(caught.value).startswith(says)
     prompt = prompt_of(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2])))
     assert not isinstance(prompt, list | tuple) and list(prompt) == [1, 2]
+
+
+def test_the_contract_names_every_status_a_call_can_end_with() -> None:
+    text = (Path(protos.__file__).parent / "v1" / "generation.proto").read_text()
+    header = text.partition("syntax =")[0]
+    listed = re.findall(r"^//   ([A-Z_]+) +\S", header, re.MULTILINE)
+    kinds = [InvalidRequest, Unauthenticated, PermissionDenied, Overloaded]
+    kinds += [DeadlineExceeded, Unavailable, Internal]
+    before_serving = {InvalidConfig, CheckpointError}
+    ours = {
+        kind for kind in QuireError.__subclasses__() if kind.__module__ == QuireError.__module__
+    }
+    assert ours - before_serving == set(kinds)
+    assert listed == [kind.grpc_code for kind in kinds]
