@@ -51,3 +51,39 @@ def held(parts: Assembled) -> Iterator[threading.Event]:
     finally:
         runner.collect = collect  # type: ignore[method-assign]
         go.set()
+
+
+class Stepping:
+    """Lets results of steps in one at a time, while the block runs."""
+
+    def __init__(self, parts: Assembled) -> None:
+        self._runner, self._collect = parts.runner, parts.runner.collect
+        self._may = threading.Semaphore(0)
+        self._open = False
+        self._given = self._asked = 0  # results that may be read, and those that were asked for
+
+    def __enter__(self) -> Stepping:
+        self._runner.collect = self._wait_and_collect  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.collect = self._collect  # type: ignore[method-assign]
+        self._open = True
+        self._may.release()
+
+    def _wait_and_collect(self, handle: Any) -> Any:
+        self._asked += 1
+        if not self._open:
+            assert self._may.acquire(timeout=60)
+        return self._collect(handle)
+
+    def at_wait(self) -> bool:
+        """Whether the engine waits for results, and does nothing else."""
+        return self._asked > self._given
+
+    def step(self) -> None:
+        """The results that the engine waits for come; returns when it waits for the next."""
+        eventually(self.at_wait)
+        self._given += 1
+        self._may.release()
+        eventually(self.at_wait)
