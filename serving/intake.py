@@ -1,6 +1,6 @@
 """From what callers send to what the engine takes: tokenizing, defaults, limits, request ids.
 
-Both faces (serving/llm.py, serving/grpc_server.py) make their requests here, so a prompt means the
+Both faces (serving/llm.py and the gRPC service) make their requests here, so a prompt means the
 same through each. Everything that can be wrong with a request is found here, before any of a call's
 requests is submitted.
 """

@@ -1,7 +1,7 @@
 """The names that callers gave their unfinished requests, where all frontends meet. Kept by host.py.
 
-A frontend sees to it itself that a name is one call's (serving/grpc_server.py); a call may be of
-several requests, which then all have its name. What it cannot see are other frontends' calls.
+A frontend sees to it itself that a name is one call's (frontend/calls.py); a call may be of several
+requests, which then all have its name. What it cannot see are other frontends' calls.
 """
 
 from __future__ import annotations
