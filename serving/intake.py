@@ -170,7 +170,7 @@ class Intake:
         return self._checked(prompt, _seeded(self._with_bad_words_as_ids(sampling)), labels)
 
     def embedding(self, prompt: tuple[int, ...], labels: Labels = Labels()) -> Request:
-        """A request for a prompt's embedding (serving/embedding.py follows it); raises likewise."""
+        """A request for a prompt's embedding (serving/vectors.py follows it); raises likewise."""
         check_labels(labels)
         return self._checked(prompt, POOLED_SAMPLING, labels, pooled=True)
 

@@ -28,10 +28,10 @@ from .answer import Chunk, Completion, Logprob, PositionLogprobs
 from .assemble import Assembled, assemble
 from .beam import Beam, BeamSearchParams, BeamSearchResult
 from .choices import Choices, best, check_streamable
-from .embedding import Embedding
 from .intake import Messages, Prompt
 from .progress import Reporter, Silent
 from .streams import Routes, Stream
+from .vectors import Embedding
 
 __all__ = [
     "LLM",

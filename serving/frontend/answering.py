@@ -14,8 +14,8 @@ from ...errors import QuireError
 from ...sched.request import Request, RequestOutput
 from ..answer import Chunk
 from ..choices import Choices
-from ..engine_link import EngineLink
-from ..pending import Pending
+from .engine_link import EngineLink
+from .pending import Pending
 
 TIMING_WAIT = 1.0
 """Seconds that the end of an answer may wait for the engine to say how long it took."""

@@ -17,9 +17,9 @@ from ..auth.follow import follow_keys
 from ..auth.interceptor import KeyInterceptor
 from ..intake import Intake
 from ..lifeline import Lifeline
-from ..server import Server
 from ..telemetry.logs import set_up_logs
 from .remote_link import GONE, RemoteLink
+from .server import Server
 
 ATTACH_EVERY = 0.1
 """Seconds between tries to reach the engine process."""

@@ -1,6 +1,6 @@
 """From what a call sends to the engine's requests, or to text, where no engine is needed.
 
-Used by the service's methods (serving/grpc_server.py). What is large is read by the workers'
+Used by the service's methods (serving/frontend/service.py). What is large is read by the workers'
 threads, so that the event loop goes on with other calls.
 """
 
@@ -18,7 +18,7 @@ from ...sched.request import Request
 from ..choices import check_streamable
 from ..intake import Intake, Labels, check_labels
 from ..telemetry.traceparent import traceparent_of
-from ..wire import check_known, labels_of, prompt_of, sampling_of
+from .wire import check_known, labels_of, prompt_of, sampling_of
 from .workers import LARGE, Workers
 
 MAX_INPUTS = 2_048

@@ -30,7 +30,7 @@ from ..engine_wire import (
     submit_message,
 )
 from ..intake import Served
-from ..pending import Pace, Pending
+from .pending import Pace, Pending
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ GONE = "the engine is gone and is being started again; try again when health say
 
 
 class RemoteLink:
-    """An `EngineLink` (serving/engine_link.py). Made by `attach`; `close` it in any case.
+    """An `EngineLink` (serving/frontend/engine_link.py). Made by `attach`; `close` it in any case.
 
     Attributes:
       welcome: how the engine introduced itself.

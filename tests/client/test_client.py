@@ -29,8 +29,8 @@ from quire.errors import (
 )
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
+from quire.serving.frontend.wire import prompt_of
 from quire.serving.intake import Chat
-from quire.serving.wire import prompt_of
 
 FAST = Retry(first=0.01, longest=0.02)
 WORDS = ["one ", "two ", "three"]

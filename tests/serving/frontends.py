@@ -19,9 +19,9 @@ from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.serving.auth.interceptor import KeyInterceptor
+from quire.serving.frontend.pending import Pending
+from quire.serving.frontend.server import Server
 from quire.serving.intake import Intake
-from quire.serving.pending import Pending
-from quire.serving.server import Server
 from quire.tools.bench.null_runner import null_spec
 
 END = FinishReason.LENGTH

@@ -27,7 +27,7 @@ from quire.serving.assemble import Assembled, assemble
 from quire.serving.engine_host.host import EngineHost
 from quire.serving.engine_wire import OPTIONS
 from quire.serving.frontend.remote_link import RemoteLink
-from quire.serving.server import Server
+from quire.serving.frontend.server import Server
 from quire.serving.telemetry.telemetry import Telemetry
 
 Result = TypeVar("Result")

@@ -27,8 +27,8 @@ from quire.errors import InvalidRequest, Overloaded
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import POOLED_SAMPLING, Request
 from quire.sched.sampling_params import LIMITS
-from quire.serving.embedding import embed_all
-from quire.serving.wire import PROXY_NUMBERS
+from quire.serving.frontend.embedding import embed_all
+from quire.serving.frontend.wire import PROXY_NUMBERS
 
 CHAT = [
     {"role": "system", "content": "be brief"},

@@ -20,7 +20,7 @@ from quire.checkpoints.tokenizer import Tokenizer
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import FinishReason, RequestOutput
 from quire.serving.answer import Answer
-from quire.serving.pending import Pending
+from quire.serving.frontend.pending import Pending
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 

@@ -16,8 +16,8 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.protos.v1 import generation_pb2 as pb
+from quire.serving.frontend.pending import Pending
 from quire.serving.frontend.status import in_seconds
-from quire.serving.pending import Pending
 
 METHODS = pb.DESCRIPTOR.services_by_name["GenerationService"].methods_by_name
 TEXT = b"\n\x02hi"

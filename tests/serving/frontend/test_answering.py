@@ -17,7 +17,7 @@ from quire.serving.answer import Answer
 from quire.serving.choices import Choices
 from quire.serving.frontend import answering
 from quire.serving.frontend.answering import Piece, answers
-from quire.serving.pending import Pending
+from quire.serving.frontend.pending import Pending
 
 TOKENIZER = tiny_checkpoint.make_tokenizer()
 TIMING = Timing(1.0, 2.0, 3.0)

@@ -13,13 +13,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..config import ServerConfig
-from ..errors import QuireError, Unavailable
-from ..protos.v1 import generation_pb2_grpc as pb_grpc
+from ...config import ServerConfig
+from ...errors import QuireError, Unavailable
+from ...protos.v1 import generation_pb2_grpc as pb_grpc
+from ..intake import Intake
+from .admission import SERVICE, Admission
 from .engine_link import EngineLink
-from .frontend.admission import Admission
-from .grpc_server import SERVICE_NAME, GenerationService
-from .intake import Intake
+from .service import GenerationService
 from .transport import add_port, make_server
 
 _LAST_WORDS = 1.0
@@ -61,7 +61,7 @@ class Server:
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         self.port = 0
 
@@ -118,7 +118,7 @@ class Server:
         self._service.close()
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE.full_name):
             await self._health.set(name, status)
 
 

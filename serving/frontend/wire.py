@@ -13,14 +13,14 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from ..errors import InvalidRequest, invalid
-from ..model.plan import MAX_BAD_WORD_TOKENS
-from ..protos.v1 import generation_pb2 as pb
-from ..sched.request import Request, RequestOutput, Timing
-from ..sched.sampling_params import LIMITS, SamplingParams
-from .answer import Chunk, Completion, PositionLogprobs
-from .auth.caller import tenant_for
-from .intake import Chat, Labels, Prompt
+from ...errors import InvalidRequest, invalid
+from ...model.plan import MAX_BAD_WORD_TOKENS
+from ...protos.v1 import generation_pb2 as pb
+from ...sched.request import Request, RequestOutput, Timing
+from ...sched.sampling_params import LIMITS, SamplingParams
+from ..answer import Chunk, Completion, PositionLogprobs
+from ..auth.caller import tenant_for
+from ..intake import Chat, Labels, Prompt
 
 _SCALARS = (
     "temperature",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc
 
-from ..errors import InvalidConfig
-from .watched_file import Stamp, stamp
+from ...errors import InvalidConfig
+from ..watched_file import Stamp, stamp
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
     call -> Admission -> method: Reader -> answers (EngineLink, Choices) -> messages -> status
 
 A call that ends early, for whatever reason, ends its request in the engine, which frees its pages.
-serving/server.py gives the service its life from bind to drain.
+serving/frontend/server.py gives the service its life from bind to drain.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from contextlib import aclosing
 
 import grpc
 
-from ..errors import QuireError, Unavailable
-from ..protos.v1 import generation_pb2 as pb
-from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from ..sched.request import Request
-from .answer import Chunk, Completion
-from .auth.caller import own_tenant
-from .choices import best
+from ...errors import QuireError, Unavailable
+from ...protos.v1 import generation_pb2 as pb
+from ...protos.v1 import generation_pb2_grpc as pb_grpc
+from ...sched.request import Request
+from ..answer import Chunk, Completion
+from ..auth.caller import own_tenant
+from ..choices import best
+from ..intake import Intake
+from .answering import Piece, answers
+from .calls import Calls
 from .embedding import embed_all
 from .engine_link import EngineLink
-from .frontend.answering import Piece, answers
-from .frontend.calls import Calls
-from .frontend.reading import Reader
-from .frontend.workers import Workers
-from .intake import Intake
 from .model_info import model_info
+from .reading import Reader
 from .wire import check_known, chunk_message, embed_message, response_message
-
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+from .workers import Workers
 
 
 class GenerationService(pb_grpc.GenerationServiceServicer):

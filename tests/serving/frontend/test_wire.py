@@ -24,8 +24,7 @@ from quire.errors import (
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import Timing
 from quire.serving.answer import Chunk, Completion, Logprob
-from quire.serving.intake import Labels
-from quire.serving.wire import (
+from quire.serving.frontend.wire import (
     chunk_message,
     labels_of,
     prompt_of,
@@ -33,6 +32,7 @@ from quire.serving.wire import (
     sampling_message,
     sampling_of,
 )
+from quire.serving.intake import Labels
 
 SET = {
     "temperature": 0.5,

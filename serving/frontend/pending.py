@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ..sched.request import RequestOutput, TokenLogprobs
+from ...sched.request import RequestOutput, TokenLogprobs
 
 
 class Pace:

@@ -9,7 +9,7 @@ import pytest
 
 from quire.errors import Unavailable
 from quire.sched.request import FinishReason, RequestOutput, TokenLogprobs
-from quire.serving.pending import Pace, Pending
+from quire.serving.frontend.pending import Pace, Pending
 
 
 def run(work: Callable[[Pending], Awaitable[None]], readers: int = 1) -> None:

@@ -15,7 +15,7 @@ from quire.config import ServerConfig
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.serving.frontend.remote_link import RemoteLink
-from quire.serving.server import Server
+from quire.serving.frontend.server import Server
 
 
 async def another(served: Running) -> Server:

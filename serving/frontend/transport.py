@@ -1,6 +1,6 @@
 """How a frontend's public port talks: message sizes, compression, keepalive, TLS.
 
-The one place where settings become options of grpc. Used by serving/server.py.
+The one place where settings become options of grpc. Used by serving/frontend/server.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from ..config import ServerConfig
+from ...config import ServerConfig
 from .tls import TlsFiles, tls_credentials
 
 ANSWER_WITHIN = 20.0

@@ -28,9 +28,9 @@ from quire.serving.answer import Answer
 from quire.serving.choices import Choices
 from quire.serving.engine_host.host import EngineHost
 from quire.serving.frontend.answering import pushed
+from quire.serving.frontend.pending import Pending
+from quire.serving.frontend.server import Server
 from quire.serving.intake import Intake
-from quire.serving.pending import Pending
-from quire.serving.server import Server
 
 PROMPT = "the quick brown fox"
 

@@ -1,16 +1,16 @@
-"""What a server serves, as `GetModelInfo` tells it. Called by serving/grpc_server.py, once."""
+"""What a server serves, as `GetModelInfo` tells it. Called by serving/frontend/service.py, once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import __version__
-from ..errors import CheckpointError
-from ..model.plan import RunnerSpec
-from ..protos.v1 import generation_pb2 as pb
-from ..sched.limits import context_limit, longest_prompt
-from ..sched.sampling_params import LIMITS, SamplingParams
-from .intake import Intake
+from ... import __version__
+from ...errors import CheckpointError
+from ...model.plan import RunnerSpec
+from ...protos.v1 import generation_pb2 as pb
+from ...sched.limits import context_limit, longest_prompt
+from ...sched.sampling_params import LIMITS, SamplingParams
+from ..intake import Intake
 from .wire import sampling_message
 
 _IDS = ("stop_token_ids", "allowed_token_ids", "bad_words")

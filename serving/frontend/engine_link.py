@@ -1,4 +1,4 @@
-"""How a frontend talks to an engine: all that serving/grpc_server.py knows of one.
+"""How a frontend talks to an engine: all that serving/frontend/service.py knows of one.
 
     with link.open(request) as pending:
         ... await pending.take()
@@ -12,8 +12,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from ..errors import QuireError
-from ..sched.request import FinishReason, Request
+from ...errors import QuireError
+from ...sched.request import FinishReason, Request
 from .pending import Pending
 
 

@@ -1,51 +1,18 @@
-"""Embeddings in the making: what follows a request for one, as choices.py follows one for answers.
-
-`Embedding` is used by both faces; `embed_all` by the gRPC service.
-"""
+"""The requests of a call of Embed, followed to their ends. Used by the service's method."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from ..errors import Overloaded, QuireError
-from ..model.plan import FloatArray
-from ..sched.request import FinishReason, Request, RequestOutput
+from ...errors import Overloaded, QuireError
+from ...sched.request import Request, RequestOutput
+from ..vectors import Embedding
 from .engine_link import EngineLink
 
 _AT_ONCE = 128
 """Requests of one call in the engine at once: enough to fill its steps, without filling its queue
 however long the list of inputs is."""
-
-
-class Embedding:
-    """Follows one request for an embedding.
-
-    Attributes:
-      finished: nothing more will come.
-    """
-
-    def __init__(self) -> None:
-        self.finished = False
-
-    def push(self, output: RequestOutput) -> FloatArray | None:
-        """The embedding, float32 [E] of length 1; None where there was nothing left to come.
-
-        Raises:
-          QuireError: the request ended with an error.
-        """
-        if self.finished:
-            return None
-        self.finished = output.ended
-        if output.error is not None:
-            raise output.error
-        return output.pooled
-
-    def news(self, *, leaving: bool = False) -> Iterator[tuple[FinishReason, int | None]]:
-        """What the engine has to be told, once: that nobody waits for it any more."""
-        if leaving and not self.finished:
-            self.finished = True
-            yield FinishReason.ABORT, None
 
 
 async def embed_all(link: EngineLink, requests: Sequence[Request]) -> list[RequestOutput]:
