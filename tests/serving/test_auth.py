@@ -160,11 +160,11 @@ def test_calls_side_by_side_keep_their_tenants(locked: Frontend) -> None:
 
 
 def test_tenants_name_their_requests_as_they_like(locked: Frontend) -> None:
-    service = locked.server._service
-    first = service._name("acme", "first")
-    with first, service._name("other", "first"), pytest.raises(InvalidRequest):
-        service._name("acme", "first").__enter__()
-    with service._name("acme", "first"), service._name("acme", ""), service._name("acme", ""):
+    calls = locked.server._service.calls
+    first = calls.named("acme", "first")
+    with first, calls.named("other", "first"), pytest.raises(InvalidRequest):
+        calls.named("acme", "first").__enter__()
+    with calls.named("acme", "first"), calls.named("acme", ""), calls.named("acme", ""):
         pass
 
 
