@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from frontends import Frontend
 
-from quire.serving import transport
+from quire.serving.frontend import transport
 
 PING, GOAWAY, SETTINGS = 6, 7, 4
 ACK = 1
