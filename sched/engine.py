@@ -9,8 +9,9 @@ While the device runs step N, the host takes in step N-1 and plans N+1. The thre
 scheduler and the runner; other threads touch the inbox, under one lock, and nothing else.
 
 Every accepted request ends with exactly one output that says `ended`, also when the engine stops or
-dies. A device step that fails costs the device's state: running requests start over once.
-A fault of the scheduler itself cannot be repaired; then all requests end with Internal.
+dies. A request that the scheduler cannot take on ends alone, and leaves nothing behind. A device
+step that fails costs the device's state: running requests start over once. Any other fault of the
+scheduler cannot be repaired; then all requests end with Internal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..errors import Internal, QuireError, Unavailable, invalid
 from ..model.plan import Runner, StepHandle, StepOutputs, StepPlan
 from .limits import check_reason
 from .quota import Limits, Quotas
-from .request import FinishReason, Request, RequestOutput
+from .request import Ended, FinishReason, Request, RequestOutput, Timing
 from .scheduler import Scheduler
 from .stats import EngineStats, StepTimes
 
@@ -182,7 +183,7 @@ class Engine:
     def step(self) -> None:
         """One round of the loop. Never raises: what cannot be repaired closes the engine."""
         try:
-            self._take_inbox()
+            untaken = self._take_inbox()
             plan = self._scheduler.schedule()
             if plan is None and not self._flights and self._scheduler.unfinished:
                 raise RuntimeError("the scheduler made no progress")
@@ -193,7 +194,8 @@ class Engine:
                 self._recover(fault)
                 results = None
             outputs = self._scheduler.update(*results) if results else None
-            self._deliver(self._scheduler.take_outputs() if outputs is None else outputs)
+            outputs = self._scheduler.take_outputs() if outputs is None else outputs
+            self._deliver(untaken + outputs if untaken else outputs)
         except Exception as fault:
             self._die(fault)
 
@@ -249,19 +251,40 @@ class Engine:
                     checked = True
             return self._state is not State.CLOSED
 
-    def _take_inbox(self) -> None:
+    def _take_inbox(self) -> list[RequestOutput]:
+        """Returns the ends of requests that could not be taken on; all others go on."""
+        untaken: list[tuple[_Arrival, Exception]] = []
         if not self._inbox:
-            return
+            return []
         with self._wake:
             for message in self._inbox:
                 if isinstance(message, dict):
                     self._scheduler.set_weights(message)
                 elif len(message) == 2:
-                    self._scheduler.add(*message)
+                    try:
+                        self._scheduler.add(*message)
+                    except Exception as fault:
+                        untaken.append((message, fault))
                 else:
                     self._scheduler.finish(*message)
             self._inbox.clear()
             self._pending.clear()
+        return [self._not_taken(*arrival, fault) for arrival, fault in untaken]
+
+    def _not_taken(self, request: Request, arrived: float, fault: Exception) -> RequestOutput:
+        """The end of a request that the scheduler refused to know; the fault is ours."""
+        log.error("request %r could not be taken on and ends", request.id, exc_info=fault)
+        error = Internal(f"request {request.id!r}: a fault in Quire; the engine's log says more")
+        error.__cause__ = fault
+        now = self._scheduler.now()
+        return RequestOutput(
+            request.id,
+            finish_reason=FinishReason.ERROR,
+            error=error,
+            ended=True,
+            timing=Timing(now - arrived, 0.0, 0.0),
+            account=Ended(request, (), 0, now),
+        )
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:

@@ -149,6 +149,26 @@ class FairQueue(Collection[Sequence]):
         seq.group.tenant.running -= 1
         self._deactivate(seq.group.tenant)
 
+    def discard(self, seq: Sequence) -> None:
+        """Undoes an `add` that failed, however far it came: all that it may have counted is counted
+        anew."""
+        tenant = seq.group.tenant
+        tenant.waiting.discard(seq)
+        self._count = self.new = self._active = 0
+        self.active_weight = 0.0
+        for each in self.tenants.values():
+            each.new = sum(not waiting.generation for waiting in each.waiting)
+            each.entry = (*self._key(each), each) if each.waiting else None
+            self._count += len(each.waiting)
+            self.new += each.new
+            if each.active:
+                self._active += 1
+                self.active_weight += each.weight
+        self._heap = [each.entry for each in self.tenants.values() if each.entry is not None]
+        heapq.heapify(self._heap)
+        if tenant.name in self.tenants and not tenant.active:
+            self._part(tenant)
+
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Proves that counts, order and memory are what they should be."""
         counts = dict.fromkeys(self.tenants, 0)
@@ -213,6 +233,10 @@ class FairQueue(Collection[Sequence]):
             return
         self._active -= 1
         self.active_weight -= tenant.weight
+        self._part(tenant)
+
+    def _part(self, tenant: Tenant) -> None:
+        """One that is not active any more is forgotten, or remembered while it is ahead."""
         if not self._active:  # nobody is left to be fair to
             self._now = max(self._now, *(t.time for t in self.tenants.values()))
             self.tenants.clear()

@@ -51,3 +51,7 @@ class Ranked(Collection[Item], Generic[Item]):
         if at == len(self._items) or self._items[at] is not item:
             raise RuntimeError(f"request {item.id!r} is not in this list")
         del self._items[at]
+
+    def discard(self, item: Item) -> None:
+        """Removes it if it is there, without asking for its key, which may be what is wrong."""
+        self._items = [each for each in self._items if each is not item]

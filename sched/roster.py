@@ -65,13 +65,23 @@ class Roster:
         return self._by_id.get(request_id)
 
     def add(self, group: Group) -> None:
-        """A new request, whose first choice waits."""
+        """A new request, whose first choice waits. All of it or, where that fails, nothing: no
+        fault that a single request brings may cost the others."""
         if group.id in self._by_id:
             raise invalid("id", group.id, "unlike that of every unfinished request")
-        self._by_id[group.id] = group
-        if group.request.deadline is not None:
-            self._deadlines.add(group)
-        self.begin_next(group)
+        seq = group.begin_next()
+        assert seq is not None, "a request has a choice at least"
+        try:
+            self._by_id[group.id] = group
+            if group.request.deadline is not None:
+                self._deadlines.add(group)
+            self.waiting.add(seq)
+        except BaseException:
+            self._by_id.pop(group.id, None)
+            self._deadlines.discard(group)
+            self.waiting.discard(seq)
+            group.sequences.clear()
+            raise
 
     def begin_next(self, group: Group) -> None:
         """The request's next choice waits, if there is one."""

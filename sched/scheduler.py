@@ -123,13 +123,16 @@ class Scheduler:
         self.add(request)
 
     def add(self, request: Request, arrived: float | None = None) -> None:
-        """Queues a request that `validate` and `check_queue` let pass.
+        """Queues a request that `validate` and `check_queue` let pass; where it raises, all is as
+        if the request had never come.
 
         Args:
           request: new.
           arrived: by the clock; None is now.
         """
         choices, cache = request.sampling.choices, self._cache
+        arrival = self._arrivals
+        self._arrivals += choices
         # Without prefix caching the choices of a request still share what they have in common.
         is_private = choices > 1 and not cache.caching
         own = (request.id,) if is_private else ()
@@ -138,14 +141,13 @@ class Scheduler:
             Group(
                 request=request,
                 tenant=self._roster.waiting.tenant(request.tenant),
-                arrival=self._arrivals,
+                arrival=arrival,
                 arrived=self._clock() if arrived is None else arrived,
                 max_tokens=resolve_max_tokens(request, self._spec),
                 chain=cache.chain(request.adapter, *salts, private=is_private),
                 is_private=is_private,
             )
         )
-        self._arrivals += choices
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Shares of the tenants from now on, above 0; those not named have 1."""
