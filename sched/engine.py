@@ -121,8 +121,8 @@ class Engine:
             self._wake.notify_all()
 
     def limit_tenants(self, table: Mapping[str, Limits]) -> None:
-        """What each tenant may ask for from now on, and its share when others ask too; those not
-        named have no limits and a weight of 1."""
+        """What each tenant may ask for from now on, and its share when others ask too. Before this
+        is called nobody is limited; after it, who is not named gets Unavailable."""
         self._quotas.update(table)
         with self._wake:
             self._inbox.append({name: limits.weight for name, limits in table.items()})

@@ -2,7 +2,9 @@
 
 Asked by the engine for every request it accepts, and told of what becomes of them; so limits hold
 for all callers of an engine, whichever frontend they come by. Safe from any thread; `update`
-replaces the limits at any time.
+replaces the limits at any time. Before the first `update` nobody is limited; from then on only
+those who were named may ask at all: a frontend may know of a new tenant before the engine does, or
+still know of one that is gone, and nobody shall be served without limits meanwhile.
 
 Rates are token buckets that hold what a minute allows: a tenant may use up a minute's worth at
 once, and then as much as flows in. A prompt is taken from the bucket when its request is accepted.
@@ -17,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import Overloaded, invalid
+from ..errors import Overloaded, Unavailable, invalid
 from .request import Request, RequestOutput
 
 MAX_RETRY_AFTER = 60.0
@@ -120,16 +122,17 @@ class Quotas:
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._lock = threading.Lock()
+        self._is_open = True  # to whom nothing is said of
         self._accounts: dict[str, _Account] = {}
         self._open: dict[str, tuple[_Account, int, float]] = {}  # request: answers, accepted at
 
     def update(self, table: Mapping[str, Limits]) -> None:
-        """The limits from now on, by tenant; who is not named has none.
+        """The limits from now on, by tenant; who is not named is not served.
 
         What a tenant has used so far counts on.
         """
         with self._lock:
-            now = self._clock()
+            self._is_open, now = False, self._clock()
             for name in self._accounts.keys() - table.keys():
                 del self._accounts[name]
             for name, limits in table.items():
@@ -144,13 +147,19 @@ class Quotas:
 
         Raises:
           InvalidRequest: it can never be accepted within the tenant's limits.
+          Unavailable: nothing is known of its tenant, yet or any more.
           Overloaded: not now; `retry_after` says when, if nothing else is accepted and no answer
             goes on meanwhile; for `concurrency`, how long the latest request took.
         """
-        account = self._accounts.get(request.tenant)
-        if account is None:
-            return
         with self._lock:
+            account = self._accounts.get(request.tenant)
+            if account is None:
+                if self._is_open:
+                    return
+                raise Unavailable(
+                    f"tenant: {request.tenant!r} is not known to the engine, yet or any more; "
+                    "try again in a few seconds"
+                )
             now = self._clock()
             answers, prompt = request.sampling.choices, len(request.prompt)
             _check(request, account.limits)

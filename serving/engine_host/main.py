@@ -94,12 +94,12 @@ async def serve(news: int, build: Build | None = None) -> int:
         if not building.done():
             os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
         built = building.result()
-        host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
-        watch(built.engine, settings.step_timeout)
-        telemetry.watch(_source(config.model, built, host, line), built.text_of)
         if settings.api_keys is not None:
             limit = built.engine.limit_tenants
             _followed = follow_keys(settings.api_keys, lambda table: limit(table.tenants))
+        host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
+        watch(built.engine, settings.step_timeout)
+        telemetry.watch(_source(config.model, built, host, line), built.text_of)
         line.say(ready=True)
         failed = asyncio.ensure_future(_failed(built.engine))
         await asyncio.wait([ordered, failed], return_when=asyncio.FIRST_COMPLETED)

@@ -10,7 +10,7 @@ from fake_runner import FakeRunner, make_request, make_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.errors import InvalidRequest, Overloaded
+from quire.errors import InvalidRequest, Overloaded, Unavailable
 from quire.sched.engine import Engine
 from quire.sched.quota import Limits, Quotas
 from quire.sched.request import FinishReason, Request, RequestOutput
@@ -23,7 +23,7 @@ class World:
     def __init__(self, **limits: int):
         self.now = 1000.0
         self.quotas = Quotas(lambda: self.now)
-        self.quotas.update({"t": Limits(**limits)})
+        self.quotas.update({"t": Limits(**limits), "another": Limits()})
         self.accepted: list[tuple[float, int]] = []  # when, prompt tokens
         self.running: list[str] = []
         self.number = 0
@@ -163,9 +163,28 @@ def test_new_limits_count_what_was_used_before() -> None:
     w.ask()
     with pytest.raises(Overloaded):
         w.ask()
-    w.quotas.update({})
+    w.quotas.update({"t": Limits()})
     for _ in range(20):
         w.ask()
+
+
+def test_nobody_is_served_without_the_limits_that_were_set() -> None:
+    """A frontend may have read of a tenant before the engine has, or of its end after it."""
+    quotas = Quotas(lambda: 0.0)
+    quotas.accept(make_request("before anything was set", tenant="new"))
+    quotas.update({"t": Limits()})
+    for tenant in ("new", ""):
+        with pytest.raises(Unavailable, match=f"^tenant: '{tenant}' is not known to the engine"):
+            quotas.accept(make_request("too early", tenant=tenant))
+    quotas.update({"new": Limits(requests_per_minute=1)})
+    quotas.accept(make_request("a", tenant="new"))
+    with pytest.raises(Overloaded):
+        quotas.accept(make_request("b", tenant="new"))
+    with pytest.raises(Unavailable):
+        quotas.accept(make_request("too late", tenant="t"))
+    quotas.update({})
+    with pytest.raises(Unavailable):
+        quotas.accept(make_request("c", tenant="new"))
 
 
 # ---- in the engine
@@ -191,7 +210,8 @@ def request(id: str, **more: object) -> Request:
 
 
 def test_the_engine_counts_tokens_and_ends() -> None:
-    engine, heard = make_engine({"t": Limits(tokens_per_minute=20, concurrency=2)})
+    limits = Limits(tokens_per_minute=20, concurrency=2)
+    engine, heard = make_engine({"t": limits, "": Limits()})
     engine.submit(request("a", max_tokens=10))
     engine.submit(request("b", max_tokens=9))
     with pytest.raises(Overloaded, match="concurrency"):
@@ -214,6 +234,15 @@ def test_who_is_refused_otherwise_is_not_counted() -> None:
         with pytest.raises(InvalidRequest):
             engine.submit(request("b", max_tokens=1000))
     engine.submit(request("b"))
+
+
+def test_who_is_not_known_yet_leaves_nothing_behind() -> None:
+    engine, _ = make_engine({"t": Limits()})
+    with pytest.raises(Unavailable, match="'new' is not known"):
+        engine.submit(make_request("a", tenant="new"))
+    assert not engine.has_work or engine._inbox == [{"t": 1.0}]
+    engine.limit_tenants({"t": Limits(), "new": Limits()})
+    engine.submit(make_request("a", tenant="new"))  # the id is free
 
 
 def test_an_aborted_request_gives_its_place_back() -> None:
