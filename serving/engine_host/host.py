@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from ...errors import Internal, QuireError
+from ...errors import Internal, Overloaded, QuireError
 from ...model.plan import RunnerSpec
 from ...protos.v1 import engine_pb2 as pb
 from ...protos.v1 import engine_pb2_grpc as pb_grpc
@@ -207,7 +207,9 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             error = Internal(
                 f"request {message.id!r}: a fault in Quire; the engine's log says more"
             )
-        self._refused(error, message.id, message.tenant)
+        # An embedding that finds no room is tried again (frontend/embedding.py): no refusal yet.
+        if not (message.pooled and isinstance(error, Overloaded)):
+            self._refused(error, message.id, message.tenant)
         last = pb.Output(
             handle=message.handle,
             finish_reason=FinishReason.ERROR,

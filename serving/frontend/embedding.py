@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 
 from ...errors import Overloaded, QuireError
@@ -19,7 +20,8 @@ async def embed_all(link: EngineLink, requests: Sequence[Request]) -> list[Reque
     """The outputs that hold the requests' embeddings, in order.
 
     One that finds no room, in the queue or among those its tenant may have at once, waits for
-    another of them to end, and is refused only where none is under way.
+    another of them to end, and is refused only where none is under way. Only then does it count as
+    refused: engine_host/host.py says nothing of the others to log and metrics.
 
     Raises:
       QuireError: one of them failed, or was refused; the others have been ended.
@@ -42,7 +44,7 @@ class _Call:
         self._link = link
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._active = 0
-        self._ended = asyncio.Event()  # of the next one that ends well; then another event is
+        self._refused: deque[asyncio.Future[None]] = deque()  # those that wait, longest first
 
     async def embed(self, request: Request) -> RequestOutput:
         async with self._room:
@@ -50,16 +52,25 @@ class _Call:
                 self._active += 1
                 try:
                     output = await self._once(request)
-                    self._ended.set()
-                    self._ended = asyncio.Event()
+                    self._wake()
                     return output
-                except Overloaded:
+                except Overloaded as refusal:
                     if self._active == 1:
+                        # The engine process has kept no account of it: most are tried again.
+                        refusal.accounted = False
                         raise
-                    ended = self._ended
                 finally:
                     self._active -= 1
-                await ended.wait()
+                again: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._refused.append(again)
+                await again
+
+    def _wake(self) -> None:
+        """One takes the place that became free, another sees whether there is more room by now."""
+        for _ in range(min(2, len(self._refused))):
+            again = self._refused.popleft()
+            if not again.done():  # by who gave the call up
+                again.set_result(None)
 
     async def _once(self, request: Request) -> RequestOutput:
         follower = Embedding()

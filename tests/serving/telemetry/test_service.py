@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from running import Running
 from scripted import Kept, samples_in
 
 from quire.protos.v1 import generation_pb2 as pb
+from quire.sched.quota import Limits, Quotas
 from quire.serving.intake import Intake
 from quire.serving.telemetry.logs import JsonFormatter
 from quire.serving.telemetry.telemetry import Telemetry
@@ -166,3 +168,30 @@ def test_errors_are_counted_once_wherever_they_arise(served: Running, told: Told
     fails(sampling={"top_p": 7.0})  # by the frontend
     expected = {"RESOURCE_EXHAUSTED": 1, "INTERNAL": 1, "INVALID_ARGUMENT": 1}
     eventually(lambda: errors() == expected)
+
+
+def test_an_embedding_that_waits_for_room_was_not_refused(
+    served: Running, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tried again is no refusal; what is given up is one, whatever came of the others."""
+
+    def codes(name: str) -> list[str | None]:
+        told.telemetry.flush(20)
+        lines = [json.loads(line) for line in told.log.getvalue().splitlines()]
+        return [x["code"] for x in lines if "code" in x and x["request_id"].startswith(name)]
+
+    def embed(name: str, inputs: int, **limits: int) -> None:
+        quotas = Quotas(time.monotonic)
+        quotas.update({"list": Limits(**limits)})
+        monkeypatch.setattr(served.engine, "_quotas", quotas)
+        given = [pb.EmbedInput(token_ids=pb.TokenIds(ids=[n + 1])) for n in range(inputs)]
+        request = pb.EmbedRequest(inputs=given, request_id=name, tenant="list")
+        served.stub.Embed(request, timeout=60)
+
+    embed("patient", 30, concurrency=2)
+    assert codes("patient") == [None] * 30
+    with pytest.raises(grpc.RpcError) as caught:
+        embed("hopeless", 9, requests_per_minute=3)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    eventually(lambda: "RESOURCE_EXHAUSTED" in codes("hopeless"))
+    assert sorted(codes("hopeless"), key=str) == [None] * 3 + ["RESOURCE_EXHAUSTED"]

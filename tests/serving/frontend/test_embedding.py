@@ -1,0 +1,100 @@
+"""How one call's embeddings share what room there is, without asking for it over and over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.errors import Internal, Overloaded
+from quire.sched.request import POOLED_SAMPLING, FinishReason, Request, RequestOutput
+from quire.serving.frontend.embedding import embed_all
+from quire.serving.frontend.pending import Pending
+
+
+class Room:
+    """A link to an engine that has room for so many; each takes a few turns of the event loop.
+
+    Attributes:
+      room: says for how many there is, given how many have ended.
+    """
+
+    def __init__(self, room: Callable[[int], int]) -> None:
+        self.room = room
+        self.tries = self.inside = self.ended = self.most = 0
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Pending]:
+        self.tries += 1
+        pending = Pending(request.id)
+        if self.inside >= self.room(self.ended):
+            error = Overloaded("queue: full")
+            error.accounted = True  # as one that came over the wire
+            pending.put(RequestOutput(request.id, finish_reason=FinishReason.ERROR, error=error))
+            yield pending
+            return
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+
+        async def answer() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            self.inside -= 1
+            self.ended += 1
+            stop, vector = FinishReason.STOP, np.ones(2, np.float32)
+            pending.put(RequestOutput(request.id, finish_reason=stop, pooled=vector, ended=True))
+
+        answering = asyncio.ensure_future(answer())
+        yield pending
+        answering.cancel()
+
+    def finish(self, *_: Any) -> None:
+        pass
+
+
+def embed(link: Room, count: int) -> list[RequestOutput]:
+    requests = [Request(id=str(n), prompt=(1,), sampling=POOLED_SAMPLING) for n in range(count)]
+    return asyncio.run(asyncio.wait_for(embed_all(link, requests), 60))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("room", [1, 2, 7])
+def test_who_finds_no_room_asks_again_when_there_may_be_some(room: int) -> None:
+    link = Room(lambda ended: room)
+    outputs = embed(link, 600)
+    assert [output.request_id for output in outputs] == [str(n) for n in range(600)]
+    assert link.most == room
+    # Each that ends lets two try again and one begin; before that, as many as may at once.
+    assert link.tries <= 3 * 600 + 128
+
+
+def test_room_that_grows_is_used() -> None:
+    link = Room(lambda ended: 1 if ended < 50 else 100)
+    embed(link, 600)
+    assert link.most == 100
+    assert link.tries <= 3 * 600 + 128
+
+
+def test_who_gives_up_gives_account_of_it() -> None:
+    link = Room(lambda ended: 2 if ended < 3 else 0)
+    with pytest.raises(Overloaded) as caught:
+        embed(link, 9)
+    assert not caught.value.accounted  # so the service does
+
+
+def test_a_failure_while_others_wait_ends_the_call() -> None:
+    class Failing(Room):
+        @contextmanager
+        def open(self, request: Request) -> Iterator[Pending]:
+            with super().open(request) as pending:
+                if self.ended >= 5:
+                    error = Internal("a fault")
+                    reason = FinishReason.ERROR
+                    pending.put(RequestOutput(request.id, finish_reason=reason, error=error))
+                yield pending
+
+    with pytest.raises(Internal, match="a fault"):
+        embed(Failing(lambda ended: 3), 60)
