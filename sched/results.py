@@ -1,15 +1,130 @@
-"""What a row's results mean for its sequence: stop rules, log-probabilities, embeddings.
+"""What the results of a step mean for its sequences: stop rules, log-probabilities, embeddings.
 
-Called by the scheduler for each row it collects.
+`Results` is used by the scheduler, once for each step that comes back. Tokens that arrive after a
+stop are dropped here, as are rows of sequences that lost their slot or ended meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from ..errors import Internal
+from ..kv.cache import KVCache
 from ..model.plan import Emit, FloatArray, LogprobArrays, StepOutputs, StepPlan
+from .plan_builder import Flight
 from .request import FinishReason, RequestOutput, TokenLogprobs
+from .roster import Roster
 from .sequence import Group, Sequence
+from .stats import Meters
+
+
+class Results:
+    """Takes in the steps of one scheduler.
+
+    Args:
+      roster: where choices end, and outputs go.
+      cache: gets to know the pages that answers fill.
+      meters: told of what was computed.
+      clock: seconds.
+    """
+
+    def __init__(self, roster: Roster, cache: KVCache, meters: Meters, clock: Callable[[], float]):
+        self._roster = roster
+        self._cache = cache
+        self._meters = meters
+        self._clock = clock
+
+    def take_in(self, flight: Flight, outputs: StepOutputs) -> None:
+        """What the oldest step in flight gave, row by row."""
+        plan = flight.plan
+        first, counts = outputs.tokens[:, 0].tolist(), outputs.n_valid.tolist()
+        generations = plan.generations.tolist()
+        bad = set(outputs.not_finite.nonzero()[0].tolist())
+        for scored, arrays in zip(plan.scored, outputs.scored, strict=True):
+            seq = flight.rows[scored.row]
+            if not seq.ended and seq.generation == generations[scored.row]:
+                start = int(plan.starts[scored.row])
+                if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
+                    bad.add(scored.row)
+        if plan.num_decode < len(flight.rows):
+            self._note_first_tokens(flight.rows[plan.num_decode :], counts[plan.num_decode :])
+        receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
+        pooled = pooled_rows(plan, outputs, bad)
+        # Every row of every step passes here: what most of them are is looked for first.
+        rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
+        for row, (seq, generation, promised, count, token) in enumerate(rows):
+            if bad and row in bad:
+                self._fail(seq, "its logits held an inf or NaN")
+            elif seq.generation == generation and not seq.ended:
+                seq.in_flight -= 1
+                seq.unread -= promised
+                if (
+                    count == 1
+                    and seq.plain
+                    and token not in seq.stop_ids
+                    and len(seq.tokens) < seq.limit
+                ):
+                    outbox.append(receive_one(seq, token))
+                    lone += 1
+                elif count:
+                    tokens = outputs.tokens[row, :count].tolist()
+                    self._receive(seq, tokens, row, outputs.logprobs)
+                elif row in pooled:
+                    self._roster.end(seq, FinishReason.STOP, embedding_of(seq, pooled[row]))
+                elif promised and row >= plan.num_decode:
+                    self._fail(seq, "its prompt gave no token")
+        if self._roster.waiting.contended:
+            self._roster.waiting.charge_rows(flight.rows, counts)
+        self._meters.counters.output_tokens += lone
+        self._meters.recompute.count(sum(counts[: plan.num_decode]), 0)
+
+    def _note_first_tokens(self, prompt_rows: list[Sequence], counts: list[int]) -> None:
+        """A first token comes with the row that ends a prompt."""
+        now = self._clock()
+        for seq, count in zip(prompt_rows, counts, strict=True):
+            if count and seq.group.first_token is None:
+                seq.group.first_token = now
+
+    def _receive_one(self, seq: Sequence, token: int) -> RequestOutput:
+        """`_receive` of what nearly every row brings: a token that ends nothing, and no more."""
+        tokens, kv = seq.tokens, seq.kv
+        tokens.append(token)
+        if len(tokens) > kv.index_at:
+            self._cache.register(kv, tokens, len(tokens) - 1)
+        return RequestOutput(seq.id, (token,), cached_tokens=seq.cached_tokens, choice=seq.choice)
+
+    def _receive(
+        self, seq: Sequence, tokens: list[int], row: int, arrays: LogprobArrays | None
+    ) -> None:
+        """New tokens of one sequence."""
+        reason = accept(seq, tokens)
+        self._meters.counters.output_tokens += len(tokens)
+        # All but the last token are known to be part of the answer and have their KV.
+        if len(seq.tokens) > seq.kv.index_at:
+            self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
+        output = RequestOutput(
+            seq.id, tuple(tokens), cached_tokens=seq.cached_tokens, choice=seq.choice
+        )
+        if arrays is not None and seq.alternatives is not None:
+            output.logprobs = logprobs_of(arrays, row, tokens, seq.alternatives)
+        if seq.group.scores_due and not seq.choice:
+            output.prompt_logprobs = seq.group.take_scores()
+        if reason is None:
+            self._roster.outbox.append(output)
+        else:
+            self._roster.end(seq, reason, output)
+
+    def _fail(self, seq: Sequence, why: str) -> None:
+        """Ends one request whose results are bad, and lets nobody find its KV.
+
+        Also when it ended meanwhile: others must not come upon what it left in the index.
+        """
+        self._cache.forget(seq.kv)
+        if not seq.ended:
+            error = Internal(f"request {seq.id!r}: {why}")
+            self._roster.end_request(seq.group, FinishReason.ERROR, error)
 
 
 def accept(seq: Sequence, sampled: list[int]) -> FinishReason | None:

@@ -132,6 +132,16 @@ class Meters:
         self.counters.real_tokens += plan.num_tokens
         self.counters.padded_tokens += plan.bucket.tokens
 
+    def look_at_pages(self, roster: Roster, cache: KVCache) -> None:
+        """How full the pages are, when it is time for a look, or when the last were given back.
+
+        Full pages may be held by many; what is empty belongs to one alone.
+        """
+        if self.waste.due or not roster.running:
+            empty = sum(seq.kv.capacity - seq.scheduled for seq in roster.running)
+            allocated = cache.owned * cache.page_size
+            self.waste.observe(allocated - empty, allocated)
+
     def stats(self, roster: Roster, cache: KVCache) -> EngineStats:
         recompute = self.recompute
         return EngineStats(

@@ -88,6 +88,10 @@ class Driver:
         group = self.scheduler._roster.get(id)
         return None if group is None else group.sequences[choice]
 
+    def preempt(self, id: str, choice: int = 0) -> None:
+        """As when pages run short."""
+        self.scheduler._planner.pressure.preempt(self.seq(id, choice))
+
     def answer(self, request: Request, choice: int = 0) -> list[int]:
         limit = resolve_max_tokens(request, self.spec)
         return expected_answer(request, self.spec.vocab_size, limit, choice)[0]

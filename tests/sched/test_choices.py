@@ -210,7 +210,7 @@ def test_scores_are_kept_over_a_preemption_in_the_middle_of_the_prompt() -> None
     d = Driver(make_spec(page_size=2), prefill_chunk=5)
     d.submit(request := make_request(prompt=prompt(0, 14), max_tokens=4, prompt_logprobs=0))
     d.step()
-    d.scheduler._preempt(d.seq("a"))
+    d.preempt("a")
     plan = d.step()
     assert plan is not None and plan.starts.tolist() == [4]  # 5 are known, of which 2 pages full
     d.run()

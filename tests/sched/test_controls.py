@@ -41,7 +41,7 @@ def test_after_a_preemption_the_device_hears_what_the_output_was() -> None:
     d.submit(request)
     for _ in range(4):
         d.step()
-    d.scheduler._preempt(d.seq("a", 1))
+    d.preempt("a", 1)
     d.step()
     sent = d.plans[-1].controls
     assert [c.prompt.tolist() for c in sent] == [[1, 2, 3]]

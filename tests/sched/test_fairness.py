@@ -163,7 +163,7 @@ def test_who_gave_way_takes_no_room_in_the_queue() -> None:
     for id in ("flood0", "flood1"):
         while d.seq(id).in_flight:
             d.step()
-        d.scheduler._preempt(d.seq(id))
+        d.preempt(id)
     d.submit(make_request("other", tenant="other"))
     with pytest.raises(Overloaded):
         d.submit(make_request("f4", tenant="flood"))

@@ -404,7 +404,7 @@ def test_preemption_in_the_middle_of_a_prompt() -> None:
     d.submit(b)
     d.step()
     assert 0 < d.seq("b").prefilled < 8
-    d.scheduler._preempt(d.seq("b"))
+    d.preempt("b")
     d.scheduler.check_integrity()
     d.run()
     assert d.tokens["a"] == d.answer(a) and d.tokens["b"] == d.answer(b)
@@ -417,7 +417,7 @@ def test_found_again_is_not_recomputed() -> None:
         d.submit(request := make_request(prompt=prompt(0, 8), max_tokens=6))
         d.step()
         d.step()  # 9 positions computed, 10 tokens known
-        d.scheduler._preempt(d.seq("a"))
+        d.preempt("a")
         plan = d.step()
         assert plan is not None and plan.counts.tolist() == [2 if caching else 10]
         [init] = plan.inits
@@ -437,7 +437,7 @@ def test_min_tokens_counts_on_after_a_preemption() -> None:
     plan = d.step()
     assert plan is not None and plan.inits[0].min_remaining == 3
     d.step()
-    d.scheduler._preempt(d.seq("a"))
+    d.preempt("a")
     plan = d.step()
     assert plan is not None and plan.inits[0].min_remaining == 1
     d.run()

@@ -160,7 +160,7 @@ def test_errors_are_counted_once_wherever_they_arise(served: Running, told: Told
 
     assert errors() == {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served.engine._scheduler, "_max_queue", 0)
+        patch.setattr(served.engine._scheduler._arrivals, "_max_queue", 0)
         fails()  # by the engine's queue
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served.parts.runner, "collect", fault)
