@@ -128,8 +128,9 @@ class RequestOutput:
 
     Attributes:
       request_id: of the Request.
-      choice: which of the request's answers, from 0.
       tokens: new token ids, in order; a stop id that ended the choice is included.
+      cached_tokens: prompt tokens that came from the prefix index (0 until it was admitted).
+      choice: which of the request's answers, from 0.
       logprobs: one entry a token where asked for, else None.
       prompt_logprobs: on the first output of choice 0 where asked for: one entry a prompt token,
         None for the first of them.
@@ -141,19 +142,18 @@ class RequestOutput:
         all choices at once.
       stop_token: the stop or end-of-sequence id that ended the choice, if one did.
       error: set when finish_reason is ERROR.
-      cached_tokens: prompt tokens that came from the prefix index (0 until it was admitted).
       timing: on the request's last output, unless the engine stopped or failed under it.
       account: with `timing`, in the engine's own process.
     """
 
     request_id: str
     tokens: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    choice: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: QuireError | None = field(default=None, compare=False)
-    cached_tokens: int = 0
-    choice: int = 0
     ended: bool = False
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     pooled: FloatArray | None = field(default=None, compare=False)

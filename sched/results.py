@@ -50,9 +50,9 @@ class Results:
                     bad.add(scored.row)
         if plan.num_decode < len(flight.rows):
             self._note_first_tokens(flight.rows[plan.num_decode :], counts[plan.num_decode :])
-        receive_one, outbox, lone = self._receive_one, self._roster.outbox, 0
-        pooled = pooled_rows(plan, outputs, bad)
-        # Every row of every step passes here: what most of them are is looked for first.
+        pooled, append, lone = pooled_rows(plan, outputs, bad), self._roster.outbox.append, 0
+        # Every row of every step passes here: what most of them bring, a token that ends nothing
+        # and no more, is looked for first, and costs no call.
         rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
         for row, (seq, generation, promised, count, token) in enumerate(rows):
             if bad and row in bad:
@@ -60,17 +60,16 @@ class Results:
             elif seq.generation == generation and not seq.ended:
                 seq.in_flight -= 1
                 seq.unread -= promised
-                if (
-                    count == 1
-                    and seq.plain
-                    and token not in seq.stop_ids
-                    and len(seq.tokens) < seq.limit
-                ):
-                    outbox.append(receive_one(seq, token))
+                tokens = seq.tokens
+                known = len(tokens)
+                if count == 1 and known < seq.limit and seq.plain and token not in seq.stop_ids:
+                    tokens.append(token)
+                    if known >= seq.kv.index_at:
+                        self._cache.register(seq.kv, tokens, known)
+                    append(RequestOutput(seq.id, (token,), seq.cached_tokens, seq.choice))
                     lone += 1
                 elif count:
-                    tokens = outputs.tokens[row, :count].tolist()
-                    self._receive(seq, tokens, row, outputs.logprobs)
+                    self._receive(seq, outputs.tokens[row, :count].tolist(), row, outputs.logprobs)
                 elif row in pooled:
                     self._roster.end(seq, FinishReason.STOP, embedding_of(seq, pooled[row]))
                 elif promised and row >= plan.num_decode:
@@ -87,14 +86,6 @@ class Results:
             if count and seq.group.first_token is None:
                 seq.group.first_token = now
 
-    def _receive_one(self, seq: Sequence, token: int) -> RequestOutput:
-        """`_receive` of what nearly every row brings: a token that ends nothing, and no more."""
-        tokens, kv = seq.tokens, seq.kv
-        tokens.append(token)
-        if len(tokens) > kv.index_at:
-            self._cache.register(kv, tokens, len(tokens) - 1)
-        return RequestOutput(seq.id, (token,), cached_tokens=seq.cached_tokens, choice=seq.choice)
-
     def _receive(
         self, seq: Sequence, tokens: list[int], row: int, arrays: LogprobArrays | None
     ) -> None:
@@ -104,9 +95,7 @@ class Results:
         # All but the last token are known to be part of the answer and have their KV.
         if len(seq.tokens) > seq.kv.index_at:
             self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
-        output = RequestOutput(
-            seq.id, tuple(tokens), cached_tokens=seq.cached_tokens, choice=seq.choice
-        )
+        output = RequestOutput(seq.id, tuple(tokens), seq.cached_tokens, seq.choice)
         if arrays is not None and seq.alternatives is not None:
             output.logprobs = logprobs_of(arrays, row, tokens, seq.alternatives)
         if seq.group.scores_due and not seq.choice:
