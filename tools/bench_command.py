@@ -13,6 +13,7 @@ BENCHES = {
     "latency": "decode step by batch, time to first token, prefix hits",
     "serve": "a running server under load, as its callers see it",
     "soak": "whether a server leaks under callers of every kind",
+    "fairness": "what a tenant sees while another asks for 50 times its share",
     "startup": "seconds from process start to first token, by phase, cold and warm",
     "kernels": "attention and KV write alone, beside the device's own limits",
     "scheduler": "host time of a step, without a device",

@@ -19,6 +19,7 @@ from typing import Any
 
 from ...config import EngineConfig, ServerConfig
 from ..flags import positive
+from .own_server import PACED, own_server
 from .report import add_output, check_output, finish, table
 
 _SETTLE = 2.0
@@ -46,29 +47,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 async def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from ...serving.supervisor.supervisor import Supervisor
-
     tokens = round((args.seconds + 2 * _SETTLE) / 0.01)
     engine = EngineConfig(
         model="demo", max_num_seqs=args.streams, max_model_len=tokens + 64, max_queue=2**20
     )
     server = ServerConfig(port=0, frontends=args.frontends, drain_timeout=0, log_level="warning")
-    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
-
-    def hear(line: str) -> None:
-        if line.startswith("ready on "):
-            ready.set_result(line.removeprefix("ready on "))
-
-    supervisor = Supervisor(engine, server, hear, engine_module=f"{__package__}.paced_engine")
-    running = asyncio.ensure_future(supervisor.run(stop, stop))
-    try:
-        await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-        return await _clients(args, ready.result(), tokens, supervisor)
-    finally:
-        stop.set()
-        await running
+    async with own_server(engine, server, PACED) as (address, supervisor):
+        return await _clients(args, address, tokens, supervisor)
 
 
 async def _clients(
