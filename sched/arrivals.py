@@ -1,7 +1,7 @@
 """Requests that come: whether one more may wait, and how it begins to.
 
-Used by the scheduler. Everything here may be called while steps are planned from nothing but the
-roster's counts; who goes first among those who wait is the business of fairness.py.
+Used by the scheduler: `check_queue` on the threads of those who submit, `add` on the engine's. Owns
+the numbers of arrivals. Who goes first among those who wait is the business of fairness.py.
 """
 
 from __future__ import annotations

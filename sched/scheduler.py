@@ -1,12 +1,12 @@
 """Which tokens run next. Called by the engine's loop, from one thread.
 
-    submit(), finish()         requests come and go            arrivals.py, roster.py
-    schedule() -> StepPlan     who runs in the next step       planner.py, pressure.py
-    update(plan, outputs)      what a step gave, one step late results.py
+    submit(), finish()         requests come and go               arrivals.py, roster.py
+    schedule() -> StepPlan     who runs in the next step          planner.py, pressure.py
+    update(plan, outputs)      what a step gave, one step late    results.py
 
-Owns the sequences (through Roster), the pages (through KVCache) and the plans in flight; what each
-of its parts may do with them is said there. Requests end here or in results.py, always through
-Roster.
+Owns the sequences (through Roster), the pages (through KVCache) and the plans in flight, and makes
+the parts that work on them: data goes from arrivals to planner to results, and none of these knows
+another. Whatever ends a request does so through Roster.
 """
 
 from __future__ import annotations
