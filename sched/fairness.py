@@ -21,8 +21,10 @@ O(log tenants) an admission.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import compress
+from operator import attrgetter
 
 from .sequence import Sequence
 from .tenant import Tenant
@@ -33,6 +35,7 @@ CREDIT_SECONDS = 60.0
 """How long unused share counts."""
 
 _NOTE_EVERY = 1.0  # seconds between notes of the virtual time
+_TENANT = attrgetter("group.tenant")
 
 
 class FairQueue(Collection[Sequence]):
@@ -105,11 +108,12 @@ class FairQueue(Collection[Sequence]):
             tenant.weight = self._weights.get(tenant.name, 1.0)
         self.active_weight = sum(t.weight for t in self.tenants.values() if t.active)
 
-    def charge_rows(self, rows: Iterable[Sequence], counts: Iterable[int]) -> None:
+    def charge_rows(self, rows: Collection[Sequence], counts: Collection[int]) -> None:
         """So many output tokens were computed for these sequences."""
-        for seq, count in zip(rows, counts, strict=True):
-            tenant = seq.group.tenant
-            tenant.time += count * OUTPUT_COST / tenant.weight
+        for count in set(counts) - {0}:  # nearly always 1 and no other: no loop of ours over rows
+            some = compress(rows, map(count.__eq__, counts))
+            for tenant, times in Counter(map(_TENANT, some)).items():
+                tenant.charge(times * count * OUTPUT_COST)
 
     def share(self, tenant: Tenant, total: int) -> float:
         """What it may hold of `total` things while all active tenants want more; one at least."""

@@ -13,6 +13,7 @@ from fake_runner import make_request, make_spec
 from simulation import Load, capacity, simulate
 
 from quire.errors import Overloaded
+from quire.sched.fairness import OUTPUT_COST
 
 
 def queue_of(*tenants: str, slots: int = 1, **more: object) -> Driver:
@@ -56,6 +57,19 @@ def test_turns_go_by_tokens_and_weight() -> None:
         tokens[id.rstrip("0123456789")] += len(d.tokens[id])
     assert tokens["heavy"] == pytest.approx(2 * tokens["short"], rel=0.35)
     assert tokens["long"] == pytest.approx(tokens["short"], rel=0.35)
+
+
+def test_each_token_is_charged_by_the_weight_of_its_tenant() -> None:
+    d = Driver(make_spec(slots=4, pages=200))
+    d.scheduler.set_weights({"b": 2.0})
+    d.submit(*(make_request(f"{t}{n}", (n, 1), 9, tenant=t) for n in (0, 1) for t in "ab"))
+    d.step()
+    rows = [d.seq(id) for id in ("a0", "b0", "a1", "b1")]
+    fair = d.scheduler._roster.waiting
+    before = {name: fair.tenants[name].time for name in "ab"}
+    fair.charge_rows(rows, [1, 3, 0, 1])
+    assert fair.tenants["a"].time - before["a"] == OUTPUT_COST
+    assert fair.tenants["b"].time - before["b"] == (3 + 1) * OUTPUT_COST / 2
 
 
 def test_priority_goes_before_fairness_and_fairness_before_arrival() -> None:
