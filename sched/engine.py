@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import Internal, QuireError, Unavailable, invalid
@@ -40,8 +41,28 @@ JOIN_GRACE = 5.0
 """Seconds that a stop which may not wait still gives the step in progress."""
 
 
-_Arrival = tuple[Request, float]
-"""And when it came, in seconds."""
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A request, and when it came, in seconds."""
+
+    request: Request
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """As `Engine.finish` was told."""
+
+    request_id: str
+    reason: FinishReason
+    choice: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Shares of the tenants from now on."""
+
+    of: Mapping[str, float]
 
 
 class State(Enum):
@@ -91,7 +112,7 @@ class Engine:
         self._wake = threading.Condition()  # guards what follows
         self._state = State.OPEN
         self._why_closed = "the engine was stopped"
-        self._inbox: list[_Arrival | tuple[str, FinishReason, int | None] | dict[str, float]] = []
+        self._inbox: list[_Arrival | _Finish | _Weights] = []
         self._pending: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._live: set[str] = set()  # accepted, and not told yet that they ended
 
@@ -116,7 +137,7 @@ class Engine:
             self._scheduler.check_queue(request.tenant, pending.total(), pending[request.tenant])
             self._quotas.accept(request)
             self._live.add(request.id)
-            self._inbox.append((request, self._scheduler.now()))
+            self._inbox.append(_Arrival(request, self._scheduler.now()))
             pending[request.tenant] += 1
             self._wake.notify_all()
 
@@ -125,7 +146,7 @@ class Engine:
         is called nobody is limited; after it, who is not named gets Unavailable."""
         self._quotas.update(table)
         with self._wake:
-            self._inbox.append({name: limits.weight for name, limits in table.items()})
+            self._inbox.append(_Weights({name: limits.weight for name, limits in table.items()}))
             self._wake.notify_all()
 
     def finish(
@@ -138,7 +159,7 @@ class Engine:
         check_reason(reason)
         with self._wake:
             if request_id in self._live:
-                self._inbox.append((request_id, reason, choice))
+                self._inbox.append(_Finish(request_id, reason, choice))
                 self._wake.notify_all()
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> None:
@@ -258,21 +279,23 @@ class Engine:
             return []
         with self._wake:
             for message in self._inbox:
-                if isinstance(message, dict):
-                    self._scheduler.set_weights(message)
-                elif len(message) == 2:
-                    try:
-                        self._scheduler.add(*message)
-                    except Exception as fault:
-                        untaken.append((message, fault))
-                else:
-                    self._scheduler.finish(*message)
+                match message:
+                    case _Arrival(request, at):
+                        try:
+                            self._scheduler.add(request, at)
+                        except Exception as fault:
+                            untaken.append((message, fault))
+                    case _Finish(request_id, reason, choice):
+                        self._scheduler.finish(request_id, reason, choice)
+                    case _Weights(of):
+                        self._scheduler.set_weights(of)
             self._inbox.clear()
             self._pending.clear()
-        return [self._not_taken(*arrival, fault) for arrival, fault in untaken]
+        return [self._not_taken(arrival, fault) for arrival, fault in untaken]
 
-    def _not_taken(self, request: Request, arrived: float, fault: Exception) -> RequestOutput:
+    def _not_taken(self, arrival: _Arrival, fault: Exception) -> RequestOutput:
         """The end of a request that the scheduler refused to know; the fault is ours."""
+        request = arrival.request
         log.error("request %r could not be taken on and ends", request.id, exc_info=fault)
         error = Internal(f"request {request.id!r}: a fault in Quire; the engine's log says more")
         error.__cause__ = fault
@@ -282,7 +305,7 @@ class Engine:
             finish_reason=FinishReason.ERROR,
             error=error,
             ended=True,
-            timing=Timing(now - arrived, 0.0, 0.0),
+            timing=Timing(now - arrival.at, 0.0, 0.0),
             account=Ended(request, (), 0, now),
         )
 
