@@ -25,7 +25,7 @@ tags:
 - quire
 ---"""
 
-_LIMITS = """It knows the tasks below in the wordings it was trained on, in English, and nothing
+_LIMITS = """It knows the tasks above in the wordings it was trained on, in English, and nothing
 else; it is no source of knowledge. Larger numbers, longer texts and tables than claimed, other
 schemas and tools than those of the data, and free wording get wrong answers, in the same confident
 tone. Of a table it tells the values in a row that is named; asked the other way round, which row has
