@@ -28,9 +28,10 @@ tags:
 _LIMITS = """It knows the tasks above in the wordings it was trained on, in English, and nothing
 else; it is no source of knowledge. Larger numbers, longer texts and tables than claimed, other
 schemas and tools than those of the data, and free wording get wrong answers, in the same confident
-tone. Of a table it tells the values in a row that is named; asked the other way round, which row has
-a value, it is mostly wrong (`table_row`), though it was trained on that too. Thoughts are written to a pattern that its tasks need; they are no insight into it. It was not
-made to refuse anything, and has seen nothing that one would refuse."""
+tone. Of a table it tells the values in a row that is named; asked the other way round, which row
+has a value, it is mostly wrong (`table_row`), though it was trained on that too. Thoughts are
+written to a pattern that its tasks need; they are no insight into it. It was not made to refuse
+anything, and has seen nothing that one would refuse."""
 
 
 def write_card(folder: Path, found: Mapping[str, Any] | None = None) -> None:
