@@ -11,7 +11,6 @@ import datetime
 import json
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidConfig
@@ -62,21 +61,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _add(args: argparse.Namespace) -> None:
-    from ..serving.auth.key_file import Key, KeyTable, check_limits, check_tenant, write_keys
+    from ..serving.auth.key_file import Key, KeyTable, check_limits, check_tenant, edit_keys
     from ..serving.auth.keys import KeyHash, draw_key
 
-    table = _read(args.file) if Path(args.file).exists() else KeyTable()
     tenant = check_tenant(args.tenant)
     given = {name: getattr(args, name) for name in (*_LIMITS, "weight") if name in args}
-    known = table.tenants.get(tenant)
     limits = check_limits(tenant, given)
-    if known is not None:
-        limits = replace(known, **given)
     id, text = draw_key()
     today = datetime.date.today().isoformat()
     key = Key(id=id, tenant=tenant, hash=KeyHash.of(text), created=today, note=args.note)
-    made = KeyTable({**table.tenants, tenant: limits}, {**table.keys, id: key})
-    write_keys(args.file, made)
+
+    def added(table: KeyTable) -> KeyTable:
+        known = table.tenants.get(tenant)
+        now = limits if known is None else replace(known, **given)
+        return KeyTable({**table.tenants, tenant: now}, {**table.keys, id: key})
+
+    edit_keys(args.file, added)
     sys.stdout.write(f"{text}\n")
     sys.stderr.write(f"key {id} of tenant {tenant}; this is the only time it is shown\n")
 
@@ -99,15 +99,22 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _remove(args: argparse.Namespace) -> None:
-    from ..serving.auth.key_file import KeyTable, write_keys
+    from ..serving.auth.key_file import KeyTable, edit_keys
 
-    table = _read(args.file)
-    if args.id not in table.keys:
-        known = ", ".join(table.keys) or "there are none"
-        raise InvalidConfig(f"id: got {args.id!r}, must be a key of {args.file} ({known})")
-    keys = {id: key for id, key in table.keys.items() if id != args.id}
-    write_keys(args.file, KeyTable(table.tenants, keys))
-    sys.stderr.write(f"key {args.id} of tenant {table.keys[args.id].tenant} is removed\n")
+    tenant = ""
+
+    def removed(table: KeyTable) -> KeyTable:
+        nonlocal tenant
+        if args.id not in table.keys:
+            known = ", ".join(table.keys) or "there are none"
+            raise InvalidConfig(f"id: got {args.id!r}, must be a key of {args.file} ({known})")
+        tenant = table.keys[args.id].tenant
+        keys = {id: key for id, key in table.keys.items() if id != args.id}
+        return KeyTable(table.tenants, keys)
+
+    _read(args.file)  # a file that is not there is not made
+    edit_keys(args.file, removed)
+    sys.stderr.write(f"key {args.id} of tenant {tenant} is removed\n")
 
 
 def _read(file: str) -> KeyTable:

@@ -1,4 +1,4 @@
-"""Reads a settings file (`--config FILE`): YAML, one flat list of settings.
+"""Reads a settings file (`--config FILE`): YAML 1.2, one flat list of settings.
 
     max_num_seqs: 64
     kv-memory: 6GiB     # dashes or underscores, as one likes
@@ -11,7 +11,6 @@ whether the command at hand takes it or not.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -65,8 +64,10 @@ def _names(*configs: type) -> list[str]:
 def _parse(file: Path, known: list[str]) -> dict[str, FileValue]:
     import yaml  # not needed by `quire --help`
 
+    from ..serving.yaml_core import CoreLoader
+
     try:
-        loader = _loader()(file.read_text("utf-8"))
+        loader = CoreLoader(file.read_text("utf-8"))
         root = loader.get_single_node()
         if root is None:
             return {}
@@ -84,40 +85,11 @@ def _parse(file: Path, known: list[str]) -> dict[str, FileValue]:
         return found
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfig(f"config: {file} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise InvalidConfig(f"{file}{line}: is not YAML: {problem}") from error
-
-
-def _loader() -> Any:
-    """PyYAML's safe loader with YAML 1.2's numbers. Its own are YAML 1.1's, where 010 is 8, 22:30
-    is 1350 and 1_0 is 10; here 010 is 10, and the others are text, which no number takes."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    int_tag, float_tag = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (int_tag, float_tag)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(int_tag, _INT, list("-+0123456789"))
-    Loader.add_implicit_resolver(float_tag, _FLOAT, list("-+.0123456789"))
-    Loader.add_constructor(int_tag, _whole)
-    return Loader
-
-
-_INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
-_FLOAT = re.compile(
-    r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.inf)$|\.nan$", re.IGNORECASE
-)
-
-
-def _whole(loader: Any, node: Any) -> int:
-    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
 def _known(key: str, known: list[str], where: str) -> str:

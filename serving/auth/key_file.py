@@ -6,16 +6,14 @@
     keys:
       - {id: 1f0a9c3e, tenant: acme, hash: "sha256:...", created: 2026-11-22}
 
-YAML, or JSON, which is YAML too. `quire keys` writes it, people may edit it; servers read it again
+YAML 1.2, or JSON, which is YAML too. `quire keys` writes it, people may edit it; servers read it again
 when it changes. Frontends look keys up in it, the engine process takes the tenants' limits from it.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ import yaml
 
 from ...errors import InvalidConfig
 from ...sched.quota import Limits
+from .. import yaml_core
+from . import file_edit
 from .keys import NOBODY, KeyHash, id_of
 
 MAX_TENANT_LENGTH = 256
@@ -75,11 +75,10 @@ def read_keys(path: str | Path) -> KeyTable:
       InvalidConfig: it cannot be read, or holds what it must not; says where.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text("utf-8"), yaml_core.CoreLoader)
     except (OSError, UnicodeError) as error:
         raise InvalidConfig(f"{path}: cannot be read: {error}") from error
-    # Of a date that there is not, a number of thousands of digits, lists in lists in lists.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InvalidConfig(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     try:
         return _table({} if content is None else content)
@@ -87,8 +86,26 @@ def read_keys(path: str | Path) -> KeyTable:
         raise InvalidConfig(f"{path}: {error}") from error
 
 
+def edit_keys(path: str | Path, change: Callable[[KeyTable], KeyTable]) -> None:
+    """Changes what a file of keys says, or makes the file. Edits at once follow one another.
+
+    Args:
+      change: is given what the file says, and gives what it shall say. Where it raises, the file
+        stays as it is.
+
+    Raises:
+      InvalidConfig: it cannot be read or written.
+    """
+    path = Path(path).resolve()  # a link stays one
+    try:
+        with file_edit.locked(path):
+            write_keys(path, change(read_keys(path)))
+    except OSError as error:
+        raise InvalidConfig(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def write_keys(path: str | Path, table: KeyTable) -> None:
-    """Replaces the file in one go; only its owner can read it, whoever could before.
+    """Replaces the file in one go; its owner, group and mode stay. A new one only its owner reads.
 
     Raises:
       InvalidConfig: it cannot be written.
@@ -107,24 +124,10 @@ def write_keys(path: str | Path, table: KeyTable) -> None:
         ],
     }
     path = Path(path).resolve()  # a link stays one
-    text = _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
     try:
-        _replace(path, text)
+        file_edit.replace(path, _HEADER + yaml_core.dump(content))
     except OSError as error:
         raise InvalidConfig(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # of mode 0600
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def check_limits(name: str, given: Mapping[str, Any]) -> Limits:
@@ -195,8 +198,6 @@ def _key(where: str, entry: Any) -> Key:
     texts = {}
     for name in ("id", "tenant", "hash", "created", "note"):
         value = entry.get(name, "")
-        if name == "created":
-            value = str(value)  # YAML knows dates
         if not isinstance(value, str) or (not value and name in ("id", "tenant", "hash")):
             raise InvalidConfig(f"{where}.{name}: got {value!r}, must be a text; quote numbers")
         texts[name] = value

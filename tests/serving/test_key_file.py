@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quire.errors import InvalidConfig
 from quire.sched.quota import Limits
-from quire.serving.auth.key_file import Key, KeyTable, read_keys, write_keys
+from quire.serving.auth import file_edit
+from quire.serving.auth.key_file import Key, KeyTable, edit_keys, read_keys, write_keys
 from quire.serving.auth.keys import KeyHash, draw_key, id_of
+
+
+GOOD = str(KeyHash.of("x"))
 
 
 def a_key(tenant: str = "acme", **more: str) -> tuple[str, Key]:
@@ -47,12 +56,103 @@ def test_a_file_says_again_what_was_written(tmp_path: Path) -> None:
     assert text not in written and text.split("-", 2)[2] not in written
 
 
-def test_a_file_that_others_could_read_is_closed_when_it_is_written(tmp_path: Path) -> None:
+def test_a_file_keeps_its_mode_and_its_group(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("")
-    file.chmod(0o644)
     write_keys(file, KeyTable())
-    assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
+    file.chmod(0o640)
+    groups = [group for group in os.getgroups() if group != os.stat(file).st_gid]
+    if groups:  # whoever runs this may give it to another of theirs
+        os.chown(file, -1, groups[0])
+    before = os.stat(file)
+    os.utime(file, (1, 1))
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    edit_keys(link, lambda table: KeyTable({"acme": Limits()}, {}))
+    after = os.stat(file)
+    assert stat.S_IMODE(after.st_mode) == 0o640
+    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+    assert after.st_mtime > 1 and link.is_symlink() and "acme" in read_keys(file).tenants
+
+
+def test_a_file_that_cannot_be_its_owners_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a group may write the folder."""
+    file = tmp_path / "keys"
+    write_keys(file, KeyTable())
+    was = file.read_text()
+    real = os.stat
+
+    def stat_of(path: Any, **how: Any) -> os.stat_result:
+        found = real(path, **how)
+        owner = found.st_uid + 1 if str(path) == str(file) else found.st_uid
+        return os.stat_result((*found[:4], owner, *found[5:]))
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(file_edit.os, "stat", stat_of)
+    monkeypatch.setattr(file_edit.os, "chown", refuse)
+    with pytest.raises(InvalidConfig, match=r"keys: cannot be written: it belongs to user \d+"):
+        write_keys(file, KeyTable({"acme": Limits()}, {}))
+    assert file.read_text() == was and os.listdir(tmp_path) == ["keys"]
+
+
+def test_edits_at_once_follow_one_another(tmp_path: Path) -> None:
+    """The file is new, and each edit takes longer than the next takes to come. Who edits once more
+    finds the file that took the first one's place, while others still wait for that first one."""
+    file, writers = tmp_path / "keys", 6
+    together = threading.Barrier(writers)
+
+    def edit(writer: int) -> None:
+        def added(table: KeyTable) -> KeyTable:
+            time.sleep(0.01)
+            return KeyTable({**table.tenants, name: Limits()}, table.keys)
+
+        together.wait()
+        for number in range(3):
+            name = f"{writer}-{number}"
+            edit_keys(file, added)
+
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(edit, range(writers)))
+    assert len(read_keys(file).tenants) == 3 * writers
+    assert os.listdir(tmp_path) == ["keys"] and stat.S_IMODE(os.stat(file).st_mode) == 0o600
+
+
+def test_an_edit_that_fails_leaves_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    write_keys(file, KeyTable({"acme": Limits()}, {}))
+    was = file.read_text()
+
+    def fail(table: KeyTable) -> KeyTable:
+        raise InvalidConfig("no")
+
+    with pytest.raises(InvalidConfig, match="no"):
+        edit_keys(file, fail)
+    assert file.read_text() == was and os.listdir(tmp_path) == ["keys"]
+
+
+# Each is something else in YAML 1.1 or 1.2 unless it is quoted.
+TEXTS = ["no", "on", "null", "~", "010", "0o17", "12e45678", "1_000", "22:30", "2026-11-22", "<<"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_whatever_looks_like_something_else_comes_back_as_text(tmp_path: Path, text: str) -> None:
+    _, key = a_key(text, note=text, created=text)
+    table = table_of(replace(key, id=text), **{text: Limits()})
+    write_keys(tmp_path / "keys", table)
+    assert read_keys(tmp_path / "keys") == table
+
+
+@pytest.mark.parametrize("text", ["no", "on", "1_000", "22:30", "2026-11-22", "2026-02-31", "<<"])
+def test_what_yaml_1_2_takes_for_text_needs_no_quotes(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(
+        f"tenants: {{{text}: }}\nkeys: [{{id: a, tenant: {text}, hash: '{GOOD}', created: {text}}}]"
+    )
+    (key,) = read_keys(file).keys.values()
+    assert key.tenant == key.created == text and list(read_keys(file).tenants) == [text]
 
 
 def test_equal_keys_leave_different_hashes() -> None:
@@ -60,9 +160,6 @@ def test_equal_keys_leave_different_hashes() -> None:
     assert str(KeyHash.of(text)) != str(KeyHash.of(text))
     assert KeyHash.parse(str(KeyHash.of(text))).matches(text)
     assert id_of(text) is not None and len(text.split("-", 2)[2]) == 43
-
-
-GOOD = str(KeyHash.of("x"))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +171,12 @@ GOOD = str(KeyHash.of("x"))
         ("tenants: {a: {wieght: 2}}", "tenants.a.wieght: no such setting, must be one of requests"),
         ("tenants: {a: {weight: 0}}", "tenants.a.weight: got 0, must be a number in"),
         ("tenants: {a: {weight: .nan}}", "tenants.a.weight: got nan"),
-        ("tenants: {a: {weight: yes}}", "tenants.a.weight: got True"),
+        ("tenants: {a: {weight: true}}", "tenants.a.weight: got True"),
+        ("tenants: {a: {weight: yes}}", "tenants.a.weight: got 'yes', must be a number"),
+        ("tenants: {a: {concurrency: 1_000}}", "got '1_000', must be a whole number"),
+        ("tenants: {a: {weight: 1}, a: {weight: 2}}", "not YAML: a: is there twice"),
+        ("tenants: {a: {concurrency: !!int x}}", "not YAML: 'x' is no int"),
+        ("tenants: {a: {concurrency: !!bool x}}", "not YAML: 'x' is no bool"),
         ("tenants: {a: {concurrency: 0}}", "tenants.a.concurrency: got 0, must be at least 1"),
         ("tenants: {a: {tokens_per_minute: 1.5}}", "got 1.5, must be a whole number"),
         ("tenants: {a: 3}", "tenants.a: got int, must be names with values"),
@@ -88,6 +190,7 @@ GOOD = str(KeyHash.of("x"))
         ("keys: [{id: 1, tenant: b, hash: c}]", r"keys\[0\].id: got 1, must be a text"),
         ("keys: [{tenant: b, hash: c}]", r"keys\[0\].id: got '', must be a text"),
         ("keys: [{id: a, tenant: b, hash: hush}]", r"keys\[0\].hash: must be like sha256"),
+        (f"keys: [{{id: a, tenant: b, hash: '{GOOD}', created: 3}}]", r"created: got 3, must be"),
         ("keys: [{id: a, secret: b}]", r"keys\[0\]: got 'secret', must be one of id, tenant"),
         (
             f"tenants: {{b: }}\nkeys: [{{id: a, tenant: b, hash: '{GOOD}'}}, "

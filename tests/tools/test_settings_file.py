@@ -40,7 +40,7 @@ def parsed(*argv: object, default: str | None = None, skip: tuple[str, ...] = ("
 
 def test_one_file_for_engine_and_server(write: Any) -> None:
     file = write(
-        "# all kinds\nmodel: here\nmax-num-seqs: 4\nkv_memory: 6MiB\noverlap: no\n"
+        "# all kinds\nmodel: here\nmax-num-seqs: 4\nkv_memory: 6MiB\noverlap: false\n"
         "ignore_config_fields: [a, b]\nmax_model_len: null\nport: 8000\nhost: ::1\n"
     )
     engine, server = parsed("--config", file)
@@ -98,6 +98,8 @@ def test_the_model_comes_from_somewhere(write: Any) -> None:
         ("? [port]\n: 4\n", ":1: a key is a sequence, must be the name of a setting"),
         ("max_num_seqs: 22:30\n", ":1: max_num_seqs: got '22:30', must be a whole number"),
         ("max_num_seqs: 1_0\n", ":1: max_num_seqs: got '1_0', must be a whole number"),
+        ("overlap: no\n", ":1: overlap: got 'no', must be true or false"),
+        ("max_num_seqs: !!int x\n", ":1: is not YAML: 'x' is no int"),
         ("max_num_seqs: 1.5\n", ":1: max_num_seqs: got 1.5, must be a whole number"),
         ("max_num_seqs: 1e1\n", ":1: max_num_seqs: got 10.0, must be a whole number"),
         ("engine:\n  dtype: float32\n", ":1: engine: no such setting"),
