@@ -6,8 +6,9 @@
     keys:
       - {id: 1f0a9c3e, tenant: acme, hash: "sha256:...", created: 2026-11-22}
 
-YAML 1.2, or JSON, which is YAML too. `quire keys` writes it, people may edit it; servers read it again
-when it changes. Frontends look keys up in it, the engine process takes the tenants' limits from it.
+YAML 1.2, or JSON, which is YAML too. `quire keys` writes it, people may edit it; servers read it
+again when it changes. Frontends look keys up in it, the engine process takes the tenants' limits
+from it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from quire.serving.auth import file_edit
 from quire.serving.auth.key_file import Key, KeyTable, edit_keys, read_keys, write_keys
 from quire.serving.auth.keys import KeyHash, draw_key, id_of
 
-
 GOOD = str(KeyHash.of("x"))
 
 
