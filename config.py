@@ -201,7 +201,7 @@ class EngineConfig:
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -302,7 +302,7 @@ class ServerConfig:
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise InvalidConfig("tls_client_ca: works with tls_cert and tls_key alone, got none")
         knows_callers = self.api_keys is not None or self.tls_client_ca is not None
-        if not (knows_callers or self.insecure or _is_loopback(self.host)):
+        if not (knows_callers or self.insecure or is_loopback(self.host)):
             raise InvalidConfig(
                 f"host: got {self.host!r}, which other machines reach, so it needs api_keys or "
                 f"tls_client_ca; `insecure` serves whoever comes"

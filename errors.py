@@ -33,6 +33,21 @@ class InvalidRequest(QuireError, ValueError):
     http_status = 400
 
 
+class TooLarge(InvalidRequest):
+    """A request or an answer has more bytes than who was to receive it takes.
+
+    Attributes:
+      size, limit: bytes; None where they are not known.
+    """
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 413
+
+    def __init__(self, message: str, size: int | None = None, limit: int | None = None):
+        super().__init__(message)
+        self.size, self.limit = size, limit
+
+
 class Overloaded(QuireError):
     """A bounded queue is full; the caller may retry after `retry_after` seconds."""
 

@@ -12,7 +12,8 @@ of `quire.errors`. Used by the tests and the benchmarks, and by whoever calls a 
 
 from .asynchronous import AsyncClient, AsyncStream
 from .blocking import Client, Stream
-from .channel import TLS, Retry
+from .channel import Retry
 from .messages import chat
+from .tls import TLS
 
 __all__ = ["TLS", "AsyncClient", "AsyncStream", "Client", "Retry", "Stream", "chat"]

@@ -5,29 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
-from ..errors import DeadlineExceeded
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from .channel import AS_USUAL, SERVICE, TLS, Metadata, Retry, credentials, key_metadata, options
+from . import checks
+from .channel import AS_USUAL, Connection, Retry
+from .checks import Metadata
 from .failures import translated
+from .health import LOOK_EVERY, QUESTION, Wait, serves
 from .messages import (
     Fields,
     Labels,
     Messages,
     Prompt,
+    detokenize_request,
     embed_request,
     generate_request,
     tokenize_request,
 )
-from .messages import token_ids as ids_message
-
-_LOOK_EVERY = 0.2
-"""Seconds between two looks at whether a server is ready."""
+from .tls import TLS
 
 
 class AsyncClient:
@@ -44,14 +44,13 @@ class AsyncClient:
         retry: Retry = AS_USUAL,
     ):
         asyncio.get_running_loop()  # raises here where there is none, not obscurely later
+        self._to = Connection(address, api_key, tls, timeout, retry)
         self.address = address
-        self._timeout = timeout
-        self._metadata = key_metadata(api_key)
-        secrets = credentials(tls)
+        credentials, options = self._to.credentials, self._to.options
         self._channel = (
-            grpc.aio.insecure_channel(address, options=options(retry))
-            if secrets is None
-            else grpc.aio.secure_channel(address, secrets, options=options(retry))
+            grpc.aio.insecure_channel(address, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=options)
         )
         self._stub = pb_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -66,8 +65,7 @@ class AsyncClient:
     ) -> pb.GenerateResponse:
         """The whole answer to one prompt. Cancelling the task ends the request."""
         request = generate_request(prompt, fields)
-        response = await self._call(self._stub.Generate, request, timeout, metadata)
-        return cast(pb.GenerateResponse, response)
+        return await self._call(self._stub.Generate, request, timeout, metadata)
 
     def stream(
         self,
@@ -79,7 +77,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """The answer in pieces, as they come."""
         request = generate_request(prompt, fields)
-        return AsyncStream(self._stub.StreamGenerate(request, **self._how(timeout, metadata)))
+        return AsyncStream(self._stub.StreamGenerate(request, **self._to.how(timeout, metadata)))
 
     async def embed(
         self,
@@ -90,9 +88,7 @@ class AsyncClient:
         **labels: Unpack[Labels],
     ) -> pb.EmbedResponse:
         """An embedding of each input, of length 1."""
-        request = embed_request(inputs, labels)
-        response = await self._call(self._stub.Embed, request, timeout, metadata)
-        return cast(pb.EmbedResponse, response)
+        return await self._call(self._stub.Embed, embed_request(inputs, labels), timeout, metadata)
 
     async def tokenize(
         self,
@@ -106,7 +102,7 @@ class AsyncClient:
         request = tokenize_request(
             prompt, add_special_tokens=add_special_tokens, return_tokens=return_tokens
         )
-        return cast(pb.TokenizeResponse, await self._call(self._stub.Tokenize, request, timeout))
+        return await self._call(self._stub.Tokenize, request, timeout)
 
     async def detokenize(
         self,
@@ -116,31 +112,27 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> str:
         """The text of token ids."""
-        request = pb.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
-        request.token_ids.extend(ids_message("token_ids", token_ids).ids)
-        return str((await self._call(self._stub.Detokenize, request, timeout)).text)
+        request = detokenize_request(token_ids, skip_special_tokens)
+        response: pb.DetokenizeResponse = await self._call(self._stub.Detokenize, request, timeout)
+        return response.text
 
     async def model_info(self, *, timeout: float | None = None) -> pb.ModelInfo:
         """What is served, with which limits and defaults."""
-        request = pb.GetModelInfoRequest()
-        return cast(pb.ModelInfo, await self._call(self._stub.GetModelInfo, request, timeout))
+        return await self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout)
 
     async def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
-        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        seconds = checks.timeout("timeout", timeout)
         try:
-            status = (await self._health.Check(request, timeout=timeout)).status
+            return serves(await self._health.Check(QUESTION, timeout=seconds))
         except grpc.RpcError:
             return False
-        return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
     async def wait_ready(self, timeout: float) -> None:
         """Returns when the server serves; raises DeadlineExceeded after `timeout` seconds."""
-        end = asyncio.get_running_loop().time() + timeout
-        while not await self.ready():
-            if asyncio.get_running_loop().time() >= end:
-                raise DeadlineExceeded(f"{self.address}: not ready within {timeout:g} s")
-            await asyncio.sleep(_LOOK_EVERY)
+        wait = Wait(self.address, timeout)
+        while not await self.ready(timeout=wait.next_look()):
+            await asyncio.sleep(LOOK_EVERY)
 
     async def close(self) -> None:
         """Ends calls that run, and the connection."""
@@ -150,13 +142,7 @@ class AsyncClient:
         self, method: Any, request: Any, timeout: float | None, metadata: Metadata = ()
     ) -> Any:
         with translated():
-            return await method(request, **self._how(timeout, metadata))
-
-    def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
-        return {
-            "timeout": self._timeout if timeout is None else timeout,
-            "metadata": (*self._metadata, *metadata),
-        }
+            return await method(request, **self._to.how(timeout, metadata))
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -178,7 +164,8 @@ class AsyncStream(AsyncIterator[pb.GenerateChunk]):
 
     async def __anext__(self) -> pb.GenerateChunk:
         with translated():
-            return cast(pb.GenerateChunk, await anext(self._chunks))
+            chunk: pb.GenerateChunk = await anext(self._chunks)
+            return chunk
 
     def close(self) -> None:
         self._call.cancel()

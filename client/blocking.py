@@ -5,29 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
-from ..errors import DeadlineExceeded
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
-from .channel import AS_USUAL, SERVICE, TLS, Metadata, Retry, credentials, key_metadata, options
+from . import checks
+from .channel import AS_USUAL, Connection, Retry
+from .checks import Metadata
 from .failures import translated
+from .health import LOOK_EVERY, QUESTION, Wait, serves
 from .messages import (
     Fields,
     Labels,
     Messages,
     Prompt,
+    detokenize_request,
     embed_request,
     generate_request,
     tokenize_request,
 )
-from .messages import token_ids as ids_message
-
-_LOOK_EVERY = 0.2
-"""Seconds between two looks at whether a server is ready."""
+from .tls import TLS
 
 
 class Client:
@@ -50,14 +50,13 @@ class Client:
         timeout: float | None = None,
         retry: Retry = AS_USUAL,
     ):
+        self._to = Connection(address, api_key, tls, timeout, retry)
         self.address = address
-        self._timeout = timeout
-        self._metadata = key_metadata(api_key)
-        secrets = credentials(tls)
+        credentials, options = self._to.credentials, self._to.options
         self._channel = (
-            grpc.insecure_channel(address, options=options(retry))
-            if secrets is None
-            else grpc.secure_channel(address, secrets, options=options(retry))
+            grpc.insecure_channel(address, options=options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options=options)
         )
         self._stub = pb_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -82,9 +81,7 @@ class Client:
           QuireError: as `quire.errors` says.
         """
         request = generate_request(prompt, fields)
-        return cast(
-            pb.GenerateResponse, self._call(self._stub.Generate, request, timeout, metadata)
-        )
+        return self._call(self._stub.Generate, request, timeout, metadata)
 
     def stream(
         self,
@@ -96,13 +93,7 @@ class Client:
     ) -> Stream:
         """The answer in pieces, as they come; arguments as of `generate`."""
         request = generate_request(prompt, fields)
-        return Stream(
-            self._stub.StreamGenerate(
-                request,
-                timeout=self._timeout if timeout is None else timeout,
-                metadata=(*self._metadata, *metadata),
-            )
-        )
+        return Stream(self._stub.StreamGenerate(request, **self._to.how(timeout, metadata)))
 
     def embed(
         self,
@@ -113,8 +104,7 @@ class Client:
         **labels: Unpack[Labels],
     ) -> pb.EmbedResponse:
         """An embedding of each input, of length 1; other arguments as of `generate`."""
-        request = embed_request(inputs, labels)
-        return cast(pb.EmbedResponse, self._call(self._stub.Embed, request, timeout, metadata))
+        return self._call(self._stub.Embed, embed_request(inputs, labels), timeout, metadata)
 
     def tokenize(
         self,
@@ -128,7 +118,7 @@ class Client:
         request = tokenize_request(
             prompt, add_special_tokens=add_special_tokens, return_tokens=return_tokens
         )
-        return cast(pb.TokenizeResponse, self._call(self._stub.Tokenize, request, timeout))
+        return self._call(self._stub.Tokenize, request, timeout)
 
     def detokenize(
         self,
@@ -138,23 +128,21 @@ class Client:
         timeout: float | None = None,
     ) -> str:
         """The text of token ids."""
-        request = pb.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
-        request.token_ids.extend(ids_message("token_ids", token_ids).ids)
-        return str(self._call(self._stub.Detokenize, request, timeout).text)
+        request = detokenize_request(token_ids, skip_special_tokens)
+        response: pb.DetokenizeResponse = self._call(self._stub.Detokenize, request, timeout)
+        return response.text
 
     def model_info(self, *, timeout: float | None = None) -> pb.ModelInfo:
         """What is served, with which limits and defaults."""
-        request = pb.GetModelInfoRequest()
-        return cast(pb.ModelInfo, self._call(self._stub.GetModelInfo, request, timeout))
+        return self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout)
 
     def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
-        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        seconds = checks.timeout("timeout", timeout)
         try:
-            status = self._health.Check(request, timeout=timeout).status
+            return serves(self._health.Check(QUESTION, timeout=seconds))
         except grpc.RpcError:
             return False
-        return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
     def wait_ready(self, timeout: float) -> None:
         """Returns when the server serves.
@@ -162,11 +150,9 @@ class Client:
         Raises:
           DeadlineExceeded: it did not within `timeout` seconds.
         """
-        end = time.monotonic() + timeout
-        while not self.ready():
-            if time.monotonic() >= end:
-                raise DeadlineExceeded(f"{self.address}: not ready within {timeout:g} s")
-            time.sleep(_LOOK_EVERY)
+        wait = Wait(self.address, timeout)
+        while not self.ready(timeout=wait.next_look()):
+            time.sleep(LOOK_EVERY)
 
     def close(self) -> None:
         """Ends calls that run, and the connection."""
@@ -176,11 +162,7 @@ class Client:
         self, method: Any, request: Any, timeout: float | None, metadata: Metadata = ()
     ) -> Any:
         with translated():
-            return method(
-                request,
-                timeout=self._timeout if timeout is None else timeout,
-                metadata=(*self._metadata, *metadata),
-            )
+            return method(request, **self._to.how(timeout, metadata))
 
     def __enter__(self) -> Client:
         return self
@@ -203,7 +185,8 @@ class Stream(Iterator[pb.GenerateChunk]):
 
     def __next__(self) -> pb.GenerateChunk:
         with translated():
-            return cast(pb.GenerateChunk, next(self._call))
+            chunk: pb.GenerateChunk = next(self._call)
+            return chunk
 
     def close(self) -> None:
         self._call.cancel()

@@ -1,17 +1,22 @@
-"""How a client connects: address, TLS, key, and what is tried again. Used by both clients."""
+"""How a client connects: address, key, timeouts, and what is tried again. Used by both clients."""
 
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from ..errors import InvalidConfig
+from ..config import is_loopback
+from ..errors import InvalidConfig, InvalidRequest
 from ..protos.v1 import generation_pb2 as pb
+from . import checks
+from .checks import Metadata
+from .tls import TLS
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -21,7 +26,13 @@ MAX_ATTEMPTS = 5
 _MAX_MESSAGE_BYTES = 256 << 20
 """Of an answer; log-probabilities of a long one take more than grpc's 4 MB."""
 
-Metadata = tuple[tuple[str, str], ...]
+_HOST_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:/\s]+):([0-9]{1,5})")
+_ON_THIS_MACHINE = ("unix", "unix-abstract", "vsock")
+_TARGET = re.compile(rf"({'|'.join(_ON_THIS_MACHINE)}|dns|ipv4|ipv6|xds|google-c2p):(.+)")
+"""What else grpc takes."""
+
+_SHORTEST = 0.001
+"""Seconds: grpc is told whole milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +52,15 @@ class Retry:
     longest: float = 10.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.attempts <= MAX_ATTEMPTS:
-            raise InvalidConfig(f"attempts: got {self.attempts}, must be from 1 to {MAX_ATTEMPTS}")
+        if type(self.attempts) is not int or not 1 <= self.attempts <= MAX_ATTEMPTS:
+            raise InvalidConfig(
+                f"attempts: got {self.attempts!r}, must be a whole number from 1 to {MAX_ATTEMPTS}"
+            )
         for name in ("first", "factor", "longest"):
-            if not getattr(self, name) > 0:
-                raise InvalidConfig(f"{name}: got {getattr(self, name)}, must be above 0")
+            value = getattr(self, name)
+            if not checks.is_number(value) or not _SHORTEST <= value <= checks.LONGEST:
+                limit = f"a number from {_SHORTEST:g} to {checks.LONGEST:.0f}"
+                raise InvalidConfig(f"{name}: got {value!r}, must be {limit}")
 
     def policy(self) -> dict[str, Any]:
         """As grpc's service config has it (gRFC A6)."""
@@ -61,63 +76,86 @@ class Retry:
 AS_USUAL = Retry()
 
 
-@dataclass(frozen=True, slots=True)
-class TLS:
-    """Files of PEM.
+@dataclass(frozen=True)
+class Connection:
+    """The arguments of a client, checked, and what grpc makes of them.
 
-    Attributes:
-      ca: who may vouch for the server; None takes those that the system trusts.
-      cert, key: the client's own, where the server asks for it; both or neither.
+    Raises:
+      InvalidConfig: names the argument, what it is and what it must be; shows no key.
     """
 
-    ca: Path | str | None = None
-    cert: Path | str | None = None
-    key: Path | str | None = None
+    address: str
+    api_key: str | None = field(repr=False)
+    tls: TLS | bool
+    timeout: float | None
+    retry: Retry
 
-    def credentials(self) -> grpc.ChannelCredentials:
-        """Raises InvalidConfig for a file that cannot be read."""
-        if (self.cert is None) != (self.key is None):
-            missing = "cert" if self.cert is None else "key"
-            raise InvalidConfig(
-                f"{missing}: got none, must be given with the other of cert and key"
+    def __post_init__(self) -> None:
+        if not _is_address(self.address):
+            limit = "HOST:PORT, or another target of grpc, such as unix:PATH or dns:///HOST:PORT"
+            raise InvalidConfig(f"address: got {self.address!r}, must be {limit}")
+        if not isinstance(self.tls, (TLS, bool)):
+            raise InvalidConfig(f"tls: got {self.tls!r}, must be True, False or quire.client.TLS")
+        if not isinstance(self.retry, Retry):
+            raise InvalidConfig(f"retry: got {self.retry!r}, must be quire.client.Retry")
+        try:
+            checks.timeout("timeout", self.timeout)
+            if self.api_key is not None:
+                checks.key("api_key", self.api_key)
+        except InvalidRequest as error:
+            raise InvalidConfig(str(error)) from error
+        if self.api_key is not None and self.tls is False and not _stays_here(self.address):
+            warnings.warn(
+                f"the API key goes to {self.address} in plain text, which anybody on the way can "
+                "read; use tls",
+                stacklevel=4,  # whoever makes the client
             )
-        return grpc.ssl_channel_credentials(
-            _read("ca", self.ca), _read("key", self.key), _read("cert", self.cert)
-        )
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """None is plain text. Raises InvalidConfig for a file that is wrong."""
+        tls = TLS() if self.tls is True else self.tls
+        return tls.credentials() if tls else None
+
+    @property
+    def options(self) -> Sequence[tuple[str, Any]]:
+        """Of the channel. What is tried again is decided here, and done by grpc."""
+        methods = {"name": [{"service": SERVICE}]}
+        config = {"methodConfig": [methods | {"retryPolicy": self.retry.policy()}]}
+        again = self.retry.attempts > 1
+        return [
+            ("grpc.enable_retries", int(again)),
+            ("grpc.service_config", json.dumps(config if again else {})),
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            # Notices a server that vanished without a word while a call runs.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        ]
+
+    def how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
+        """Arguments of a call beside its request; raises InvalidRequest.
+
+        Args:
+          timeout: seconds; None is the client's.
+          metadata: beside the key.
+        """
+        key = self.api_key
+        own = () if key is None else (("authorization", f"Bearer {key}"),)
+        seconds = self.timeout if timeout is None else checks.timeout("timeout", timeout)
+        return {"timeout": seconds, "metadata": (*own, *checks.metadata(metadata))}
 
 
-def _read(name: str, file: Path | str | None) -> bytes | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).expanduser().read_bytes()
-    except OSError as error:
-        raise InvalidConfig(
-            f"{name}: got {str(file)!r}, must be a readable file: {error}"
-        ) from error
+def _is_address(address: Any) -> bool:
+    if not isinstance(address, str):
+        return False
+    found = _HOST_PORT.fullmatch(address)
+    return 0 < int(found[2]) < 2**16 if found else bool(_TARGET.fullmatch(address))
 
 
-def options(retry: Retry) -> Sequence[tuple[str, Any]]:
-    """Of the channel."""
-    methods = {"name": [{"service": SERVICE}]}
-    config = {"methodConfig": [methods | {"retryPolicy": retry.policy()}]}
-    return [
-        ("grpc.enable_retries", int(retry.attempts > 1)),
-        ("grpc.service_config", json.dumps(config if retry.attempts > 1 else {})),
-        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-        # Notices a server that vanished without a word while a call runs.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-    ]
-
-
-def credentials(tls: TLS | bool) -> grpc.ChannelCredentials | None:
-    """None is plain text."""
-    if isinstance(tls, bool):
-        return TLS().credentials() if tls else None
-    return tls.credentials()
-
-
-def key_metadata(api_key: str | None) -> Metadata:
-    """What says who calls."""
-    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+def _stays_here(address: str) -> bool:
+    """Whether what is sent to an address stays on this machine."""
+    target = None if _HOST_PORT.fullmatch(address) else _TARGET.fullmatch(address)
+    if target and target[1] in _ON_THIS_MACHINE:
+        return True
+    hosts = target[2].rpartition("/")[2] if target else address
+    return all(is_loopback(host.rpartition(":")[0].strip("[]")) for host in hosts.split(","))

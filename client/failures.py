@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import (
     Overloaded,
     PermissionDenied,
     QuireError,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -27,6 +29,15 @@ _PLAIN: dict[grpc.StatusCode, type[QuireError]] = {
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
 }
+
+_MESSAGE = re.compile(
+    r"(?:.*\b(CLIENT|SERVER): (Received|Sent) |Decompressed )message larger than max"
+    r"(?: \((\d+) vs\. (\d+)\)\)?)?"
+)
+_METADATA = re.compile(
+    r"received (?:\w+ )?metadata size exceeds \w+ limit \([^)]*?(\d+) vs\. (\d+)\).*"
+)
+"""What grpc itself says, by the status that Quire's servers have for a full queue."""
 
 
 @contextmanager
@@ -41,10 +52,28 @@ def translated() -> Iterator[None]:
 def _error_of(error: grpc.RpcError) -> QuireError:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if found := _MESSAGE.fullmatch(details):
+            return _too_large(*found.groups())
+        if found := _METADATA.fullmatch(details):
+            size, limit = map(int, found.groups())
+            said = f"metadata: got {size} bytes, must be at most {limit}, what the server takes"
+            return TooLarge(said, size, limit)
         after = _retry_after(error)
         return Overloaded(details) if after is None else Overloaded(details, after)
     kind = _PLAIN.get(code)
     return kind(details) if kind is not None else QuireError(f"{code.name}: {details}")
+
+
+def _too_large(who: str | None, did: str | None, size: str | None, limit: str | None) -> TooLarge:
+    """As grpc says it: who could not do what, with how many bytes, of how many at most."""
+    is_answer = (who, did) in (("CLIENT", "Received"), ("SERVER", "Sent"))
+    what = "answer" if is_answer else "request" if who else "request or answer, unpacked"
+    hint = "; a stream's messages are smaller" if is_answer else ""
+    whose = "this client" if who == "CLIENT" else "the server" if who else "its receiver"
+    if size is None or limit is None:
+        return TooLarge(f"{what}: got more bytes than {whose} takes{hint}")
+    said = f"{what}: got {size} bytes, must be at most {limit}, what {whose} takes{hint}"
+    return TooLarge(said, int(size), int(limit))
 
 
 def _retry_after(error: grpc.RpcError) -> float | None:

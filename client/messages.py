@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, invalid
 from ..protos.v1 import generation_pb2 as pb
+from .checks import TEXT, items, limit_of, set_field
 
 Messages = Sequence[Mapping[str, Any]]
 """Of a chat, in OpenAI's form: [{"role": "user", "content": "..."}, ...]."""
@@ -20,6 +21,8 @@ _Prompted = TypeVar("_Prompted", pb.GenerateRequest, pb.EmbedInput, pb.TokenizeR
 
 _SAMPLING = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
 _LABELS = ("request_id", "priority", "tenant", "cache_salt")
+_CHAT_MESSAGE = tuple(field.name for field in pb.ChatMessage.DESCRIPTOR.fields)
+_TOKEN_IDS = pb.TokenIds.DESCRIPTOR.fields_by_name["ids"]
 
 
 class Labels(TypedDict, total=False):
@@ -67,8 +70,8 @@ def generate_request(prompt: Prompt, fields: Mapping[str, Any]) -> pb.GenerateRe
       fields: as of Fields.
 
     Raises:
-      InvalidRequest: a name is unknown, or a value is of a type that the field cannot hold. What a
-        value may be is the server's to say.
+      InvalidRequest: a name is unknown, or a value is of a type that the field cannot hold; says
+        which, and what it may be. What a value means is the server's to judge.
     """
     sampling = {name: value for name, value in fields.items() if name not in _LABELS}
     request = pb.GenerateRequest(sampling=sampling_params(sampling))
@@ -81,7 +84,12 @@ def embed_request(inputs: Sequence[Prompt], labels: Mapping[str, Any]) -> pb.Emb
         if name not in _LABELS:
             raise InvalidRequest(f"{name}: no such field; there are {', '.join(_LABELS)}")
     request = _labelled(pb.EmbedRequest(), labels)
-    request.inputs.extend(_prompted(pb.EmbedInput(), prompt) for prompt in inputs)
+    prompts = items("inputs", inputs, "a list of prompts; a single one is a list of one")
+    for at, prompt in enumerate(prompts):
+        try:
+            _prompted(request.inputs.add(), prompt)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"inputs[{at}]: {error}") from error
     return request
 
 
@@ -92,7 +100,15 @@ def tokenize_request(
     request = _prompted(pb.TokenizeRequest(), prompt)
     for name, value in how.items():
         if value is not None:
-            _set(request, name, value)
+            set_field(request, name, value)
+    return request
+
+
+def detokenize_request(ids: Sequence[int], skip_special_tokens: bool) -> pb.DetokenizeRequest:
+    """A request to detokenize; raises InvalidRequest."""
+    request = pb.DetokenizeRequest()
+    _put_ids(request.token_ids, "token_ids", ids)
+    set_field(request, "skip_special_tokens", skip_special_tokens)
     return request
 
 
@@ -113,16 +129,17 @@ def chat(
       template_args: whatever else the template reads, such as enable_thinking=True.
 
     Raises:
-      InvalidRequest: a message has a field that ChatPrompt does not.
+      InvalidRequest: a message has a field that ChatMessage does not, or a value of a type that it
+        cannot hold.
     """
     prompt = pb.ChatPrompt(
-        messages=[_chat_message(f"messages[{i}]", m) for i, m in enumerate(messages)],
-        tools=[_json(f"tools[{i}]", tool) for i, tool in enumerate(tools)],
-        documents=[_json(f"documents[{i}]", text) for i, text in enumerate(documents)],
+        messages=[_chat_message(where, m) for where, m in _objects("messages", messages)],
+        tools=[_json(where, tool) for where, tool in _objects("tools", tools)],
+        documents=[_json(where, text) for where, text in _objects("documents", documents)],
     )
     for name, value in (("add_generation_prompt", add_generation_prompt), ("template", template)):
         if value is not None:
-            _set(prompt, name, value)
+            set_field(prompt, name, value)
     if template_args:
         prompt.template_args = _json("template_args", template_args)
     return prompt
@@ -140,57 +157,68 @@ def sampling_params(given: Mapping[str, Any]) -> pb.SamplingParams:
             continue
         match name:
             case "stop":
-                texts = [value] if isinstance(value, str) else list(value)
-                _fill(name, value, message.stop.extend, texts)
+                texts = [value] if isinstance(value, str) else value
+                for where, text in _numbered(name, texts, "a text, or a list of texts"):
+                    if not isinstance(text, str):
+                        raise invalid(where, text, TEXT)
+                    _put(where, text, TEXT, message.stop.append)
             case "stop_token_ids":
-                _fill(name, value, message.stop_token_ids.extend, list(value))
+                _put_ids(message.stop_token_ids, name, value)
             case "logit_bias":
-                _fill(name, value, message.logit_bias.update, value)
+                limit = "numbers by token ids, such as {7: -1.5}"
+                if not isinstance(value, Mapping):
+                    raise invalid(name, value, limit)
+                _put(name, value, limit, message.logit_bias.update)
             case "allowed_token_ids":
-                message.allowed_token_ids.CopyFrom(token_ids(name, value))
+                message.allowed_token_ids.SetInParent()  # none allowed is not all allowed
+                _put_ids(message.allowed_token_ids.ids, name, value)
             case "bad_words":
-                message.bad_words.extend(_bad_word(word) for word in value)
+                limit = "a list of texts or of lists of token ids"
+                for where, word in _numbered(name, value, limit):
+                    _bad_word(message.bad_words.add(), where, word)
             case _:
-                _set(message, name, value)
-    return message
-
-
-def token_ids(field: str, ids: Iterable[int]) -> pb.TokenIds:
-    """Raises InvalidRequest for what is no token id."""
-    message = pb.TokenIds()
-    _fill(field, ids, message.ids.extend, ids)
+                set_field(message, name, value)
     return message
 
 
 def _labelled(request: _Asks, labels: Mapping[str, Any]) -> _Asks:
     for name in _LABELS:
         if labels.get(name) is not None:
-            _set(request, name, labels[name])
+            set_field(request, name, labels[name])
     return request
 
 
-def _prompted(request: _Prompted, prompt: Prompt) -> _Prompted:
+def _prompted(request: _Prompted, prompt: Any) -> _Prompted:
     if isinstance(prompt, str):
-        _set(request, "text", prompt, "prompt")
+        set_field(request, "text", prompt, "prompt")
     elif isinstance(prompt, pb.ChatPrompt):
         request.chat.CopyFrom(prompt)
-    elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.CopyFrom(chat(cast(Messages, prompt)))
-    elif isinstance(request, pb.TokenizeRequest):
-        raise InvalidRequest(f"prompt: got {prompt!r:.80}, must be text or messages")
     else:
-        request.token_ids.CopyFrom(token_ids("prompt", cast(Sequence[int], prompt)))
+        ids = None if isinstance(request, pb.TokenizeRequest) else request.token_ids
+        limit = f"text, {'' if ids is None else 'token ids, '}or messages of a chat"
+        parts = items("prompt", prompt, limit)
+        if parts and isinstance(parts[0], Mapping):
+            request.chat.CopyFrom(chat(parts))
+        elif ids is None:
+            raise invalid("prompt", prompt, limit)
+        else:
+            ids.SetInParent()  # none is not unset
+            _put_ids(ids.ids, "prompt", parts)
     return request
 
 
 def _chat_message(where: str, given: Mapping[str, Any]) -> pb.ChatMessage:
     message = pb.ChatMessage()
     for name, value in given.items():
+        if name not in _CHAT_MESSAGE:
+            raise InvalidRequest(
+                f"{where}.{name}: no such field; there are {', '.join(_CHAT_MESSAGE)}"
+            )
         if name == "tool_calls":
-            calls = enumerate(value or ())
-            message.tool_calls.extend(_tool_call(f"{where}.tool_calls[{i}]", c) for i, c in calls)
+            for at, call in _objects(f"{where}.{name}", value or ()):
+                message.tool_calls.append(_tool_call(at, call))
         elif value is not None:
-            _set(message, name, value, f"{where}.{name}")
+            set_field(message, name, value, f"{where}.{name}")
     return message
 
 
@@ -205,9 +233,10 @@ def _tool_call(where: str, given: Mapping[str, Any]) -> pb.ToolCall:
             f'"arguments": {{...}}}}}}'
         ) from error
     text = arguments if isinstance(arguments, str) else _json(f"{where}.arguments", arguments)
-    call = pb.ToolCall(arguments=text)
-    _set(call, "name", name, f"{where}.name")
-    _set(call, "id", given.get("id") or "", f"{where}.id")
+    call = pb.ToolCall()
+    set_field(call, "arguments", text, f"{where}.arguments")
+    set_field(call, "name", name, f"{where}.name")
+    set_field(call, "id", given.get("id") or "", f"{where}.id")
     return call
 
 
@@ -218,24 +247,43 @@ def _json(field: str, value: Any) -> str:
         raise InvalidRequest(f"{field}: got {value!r:.80}, must be JSON: {error}") from error
 
 
-def _bad_word(word: str | Sequence[int]) -> pb.BadWord:
+def _bad_word(message: pb.BadWord, where: str, word: Any) -> None:
     if isinstance(word, str):
-        message = pb.BadWord()
-        _set(message, "text", word, "bad_words")
-        return message
-    return pb.BadWord(token_ids=token_ids("bad_words", word))
+        set_field(message, "text", word, where)
+        return
+    ids = items(where, word, "a text or a list of token ids")
+    message.token_ids.SetInParent()
+    _put_ids(message.token_ids.ids, where, ids)
 
 
-def _set(message: Any, name: str, value: Any, field: str = "") -> None:
-    _fill(field or name, value, lambda checked: setattr(message, name, checked), value)
-
-
-def _fill(field: str, given: Any, put: Any, value: Any) -> None:
+def _put_ids(ids: Any, field: str, given: Any) -> None:
+    """Into a repeated field of token ids."""
+    limit = f"a token id, {limit_of(_TOKEN_IDS)}"
+    listed = items(field, given, "a list of token ids")
     try:
-        put(value)
+        ids.extend(listed)
+    except (TypeError, ValueError):
+        for at, one in enumerate(listed):
+            _put(f"{field}[{at}]", one, limit, ids.append)
+        raise  # unreachable: one of them was not taken
+
+
+def _put(field: str, given: Any, limit: str, put: Any) -> None:
+    try:
+        put(given)
     except (TypeError, ValueError, AttributeError) as error:
-        shown = repr(given)
-        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
-        raise InvalidRequest(
-            f"{field}: got {shown}, which the message cannot hold: {error}"
-        ) from error
+        raise invalid(field, given, limit) from error
+
+
+def _numbered(field: str, given: Any, limit: str) -> list[tuple[str, Any]]:
+    """What is in a list, with what to call each."""
+    return [(f"{field}[{at}]", one) for at, one in enumerate(items(field, given, limit))]
+
+
+def _objects(field: str, given: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """The same of a list of JSON objects."""
+    found = _numbered(field, given, "a list of JSON objects")
+    for where, one in found:
+        if not isinstance(one, Mapping):
+            raise invalid(where, one, "a JSON object")
+    return found

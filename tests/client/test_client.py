@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 import quire
@@ -24,6 +26,7 @@ from quire.errors import (
     Overloaded,
     PermissionDenied,
     QuireError,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -221,8 +224,19 @@ def test_the_other_methods(server: tuple[Scripted, str], kind: str) -> None:
     assert call(kind, address, "model_info").name == "model"
     for method, args, named, message in (
         ("embed", (["x"],), {"top_k": 1}, "top_k: no such field; there are request_id"),
-        ("tokenize", ([1, 2],), {}, "prompt: got [1, 2], must be text or messages"),
-        ("detokenize", (["x"],), {}, "token_ids: got ['x']"),
+        ("embed", ("abc",), {}, "inputs: got 'abc', must be a list of prompts; a single one is"),
+        ("embed", ([1, 2],), {}, "inputs[0]: prompt: got 1, must be text, token ids, or messages"),
+        ("embed", (["x", [1, "y"]],), {}, "inputs[1]: prompt[1]: got 'y', must be a token id, a"),
+        ("embed", ([[{"role": 1}]],), {}, "inputs[0]: messages[0].role: got 1, must be a text"),
+        ("embed", (CHAT[:1],), {}, "inputs[0]: prompt: got {'role': 'user', "),
+        ("tokenize", ([1, 2],), {}, "prompt: got [1, 2], must be text, or messages"),
+        ("tokenize", ("x",), {"return_tokens": 1}, "return_tokens: got 1, must be true or false"),
+        ("detokenize", (["x"],), {}, "token_ids[0]: got 'x', must be a token id"),
+        ("detokenize", (5,), {}, "token_ids: got 5, must be a list of token ids"),
+        ("detokenize", ([1],), {"skip_special_tokens": None}, "skip_special_tokens: got None"),
+        ("model_info", (), {"timeout": 0}, "timeout: got 0, must be a number of seconds above 0"),
+        ("ready", (), {"timeout": "5"}, "timeout: got '5', must be a number of seconds"),
+        ("wait_ready", (None,), {}, "timeout: got None, must be a number of seconds"),
     ):
         with pytest.raises(InvalidRequest) as caught:
             call(kind, address, method, *args, **named)
@@ -248,10 +262,38 @@ def test_what_is_left_out_is_unset(server: tuple[Scripted, str], kind: str) -> N
         ({"temprature": 1.0}, "temprature: no such field; there are request_id, "),
         ({"temperature": "hot"}, "temperature: got 'hot'"),
         ({"top_k": -1}, "top_k: got -1"),
-        ({"stop_token_ids": ["x"]}, "stop_token_ids: got ['x']"),
-        ({"logit_bias": {"a": 1.0}}, "logit_bias: got {'a': 1.0}"),
-        ({"bad_words": ["\ud800"]}, "bad_words: got '\\ud800'"),
-        ({"tenant": 3}, "tenant: got 3"),
+        ({"top_k": True}, "top_k: got True, must be a whole number from 0 to 4294967295"),
+        ({"n": 1.5}, "n: got 1.5, must be a whole number"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616, must be a whole number from 0 to 1844"),
+        ({"temperature": True}, "temperature: got True, must be a number"),
+        ({"ignore_eos": 1}, "ignore_eos: got 1, must be true or false"),
+        ({"stop": 5}, "stop: got 5, must be a text, or a list of texts"),
+        ({"stop": {"a": 1}}, "stop: got {'a': 1}, must be a text, or a list of texts"),
+        ({"stop": ["a", 5]}, "stop[1]: got 5, must be a text"),
+        ({"stop": "\ud800"}, "stop[0]: got '\\ud800', must be a text, without lone surrogates"),
+        ({"stop_token_ids": 5}, "stop_token_ids: got 5, must be a list of token ids"),
+        ({"stop_token_ids": "12"}, "stop_token_ids: got '12', must be a list of token ids"),
+        ({"stop_token_ids": [1, "x"]}, "stop_token_ids[1]: got 'x', must be a token id, a whole"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids: got 5, must be a list of token ids"),
+        ({"logit_bias": 5}, "logit_bias: got 5, must be numbers by token ids"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias: got {'a': 1.0}, must be numbers by token ids"),
+        ({"bad_words": "abc"}, "bad_words: got 'abc', must be a list of texts or of lists of"),
+        ({"bad_words": [5]}, "bad_words[0]: got 5, must be a text or a list of token ids"),
+        ({"bad_words": ["a", [1, -1]]}, "bad_words[1][1]: got -1, must be a token id"),
+        ({"bad_words": ["\ud800"]}, "bad_words[0]: got '\\ud800', must be a text"),
+        ({"tenant": 3}, "tenant: got 3, must be a text"),
+        ({"tenant": b"x"}, "tenant: got b'x', must be a text"),
+        ({"priority": 2**31}, "priority: got 2147483648, must be a whole number from -2147483648"),
+        ({"timeout": -1}, "timeout: got -1, must be a number of seconds above 0"),
+        ({"timeout": float("inf")}, "timeout: got inf, must be a number of seconds above 0"),
+        ({"metadata": {"a": "b"}}, "metadata: got {'a': 'b'}, must be pairs"),
+        ({"metadata": ["ab"]}, "metadata[0]: got str, must be a pair of a name and its value"),
+        ({"metadata": [("A", "b")]}, "metadata[0]: got 'A', must be a name of digits, lower-case"),
+        ({"metadata": [("x-bin", "b")]}, "metadata[0]: got str for x-bin, must be bytes"),
+        (
+            {"metadata": [("a", "secret\n")]},
+            "metadata[0]: got a text of 7 characters with '\\n' at 6 for a, must be printable",
+        ),
     ],
 )
 def test_what_no_message_can_hold_is_refused(
@@ -263,11 +305,171 @@ def test_what_no_message_can_hold_is_refused(
     assert not server[0].requests
 
 
+@pytest.mark.parametrize("prompt", [None, 5, b"abc", {"role": "user"}, {1, 2}])
+@both
+def test_what_is_no_prompt_is_refused(server: tuple[Scripted, str], kind: str, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generate(kind, server[1], prompt)
+    said = f"prompt: got {prompt!r}, must be text, token ids, or messages of a chat"
+    assert str(caught.value) == said
+
+
+def test_ids_come_from_whatever_has_an_order(server: tuple[Scripted, str]) -> None:
+    service, address = server
+    for ids in ((1, 2), np.array([1, 2]), range(1, 3), iter([1, 2])):
+        generate("blocking", address, ids, stop_token_ids=np.array([3]))
+    for request in service.requests:
+        assert list(request.token_ids.ids) == [1, 2]
+        assert list(request.sampling.stop_token_ids) == [3]
+    generate("blocking", address, [], allowed_token_ids=[], bad_words=[[]])
+    request = service.requests[-1]
+    assert request.WhichOneof("prompt") == "token_ids"  # and not none at all
+    assert request.sampling.HasField("allowed_token_ids")
+    assert request.sampling.bad_words[0].WhichOneof("word") == "token_ids"
+
+
+@both
+def test_what_is_too_large_is_said_with_its_size(kind: str) -> None:
+    """By grpc itself, with the status of a full queue."""
+    service = Scripted()
+    options = [("grpc.max_receive_message_length", 1000)]
+    grpc_server = grpc.server(ThreadPoolExecutor(2), options=options)
+    pb_grpc.add_GenerationServiceServicer_to_server(service, grpc_server)
+    address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+    grpc_server.start()
+    try:
+        with pytest.raises(TooLarge) as caught:
+            generate(kind, address, "x" * 2000)
+        error = caught.value
+        assert str(error).startswith("request: got 2005 bytes, must be at most 1000, what the ser")
+        assert (error.size, error.limit) == (2005, 1000)
+        with pytest.raises(TooLarge) as caught:
+            generate(kind, address, "x", metadata=[("a", "b" * 20_000)])
+        assert str(caught.value).startswith("metadata: got 20000 bytes, must be at most 16384")
+    finally:
+        grpc_server.stop(None).wait()
+    assert not service.requests
+
+
+@pytest.mark.parametrize(
+    ("details", "says", "sizes"),
+    [
+        (
+            "Stream removed (CLIENT: Received message larger than max (9 vs. 4))",
+            "answer: got 9 bytes, must be at most 4, what this client takes; a stream's messages",
+            (9, 4),
+        ),
+        (
+            "Decompressed message larger than max",
+            "request or answer, unpacked: got more bytes than its receiver takes",
+            (None, None),
+        ),
+    ],
+)
+@both
+def test_what_else_is_too_large(
+    server: tuple[Scripted, str],
+    kind: str,
+    details: str,
+    says: str,
+    sizes: tuple[int | None, int | None],
+) -> None:
+    service, address = server
+    service.failures = [(grpc.StatusCode.RESOURCE_EXHAUSTED, details)]
+    with pytest.raises(TooLarge) as caught:
+        generate(kind, address, "hello")
+    assert str(caught.value).startswith(says)
+    assert (caught.value.size, caught.value.limit) == sizes
+
+
+def make(kind: str, *args: Any, **settings: Any) -> None:
+    async def run() -> None:
+        await AsyncClient(*args, **settings).close()
+
+    if kind == "blocking":
+        Client(*args, **settings).close()
+    else:
+        asyncio.run(run())
+
+
+@both
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"api_key": "secret\n"}, "api_key: got a text of 7 characters with '\\n' at 6, must be"),
+        ({"api_key": "se cret"}, "api_key: got a text of 7 characters with ' ' at 2, must be pri"),
+        ({"api_key": ""}, "api_key: got an empty text, must be printable ASCII without spaces"),
+        ({"api_key": b"secret"}, "api_key: got bytes, must be printable ASCII"),
+        ({"tls": "ca.pem"}, "tls: got 'ca.pem', must be True, False or quire.client.TLS"),
+        ({"retry": 3}, "retry: got 3, must be quire.client.Retry"),
+        ({"timeout": 0}, "timeout: got 0, must be a number of seconds above 0"),
+        ({"timeout": "5"}, "timeout: got '5', must be a number of seconds above 0"),
+    ],
+)
+def test_what_no_client_can_be_made_of(kind: str, settings: Any, message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        make(kind, "localhost:1", **settings)
+    assert str(caught.value).startswith(message) and "secret" not in str(caught.value)
+
+
+GOOD_ADDRESSES = ["localhost:1", "[::1]:1", "unix:/x", "dns:///a:1", "dns:a:1", "ipv4:1.2.3.4:5"]
+BAD_ADDRESSES = ["", "localhost", "127.0.0.1", "::1", "::1:5", "a:0", "a:65536", "a:b", 5, None]
+
+
+@both
+def test_addresses(kind: str) -> None:
+    for address in GOOD_ADDRESSES:
+        make(kind, address)
+    for bad in [*BAD_ADDRESSES, "http://localhost:1", "https://localhost:1", "a b:1"]:
+        with pytest.raises(InvalidConfig) as caught:
+            make(kind, bad)
+        assert str(caught.value).startswith(f"address: got {bad!r}, must be HOST:PORT")
+
+
+@both
+def test_a_key_in_plain_text_is_warned_about_where_others_can_read_it(kind: str) -> None:
+    for far in (
+        "10.0.0.1:1",
+        "example.org:1",
+        "dns:///example.org:1",
+        "ipv4:127.0.0.1:1,10.0.0.1:1",
+    ):
+        with pytest.warns(UserWarning, match=f"the API key goes to {far} in plain text") as caught:
+            make(kind, far, api_key="secret")
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert "secret" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for near in ("localhost:1", "127.0.0.2:1", "[::1]:1", "unix:/x", "dns:///localhost:1"):
+            make(kind, near, api_key="secret")
+        make(kind, "10.0.0.1:1", api_key="secret", tls=True)
+        make(kind, "10.0.0.1:1")
+
+
 @pytest.mark.parametrize(
     ("messages", "more", "message"),
     [
-        ([{"role": "user", "contents": "x"}], {}, "messages[0].contents: got 'x'"),
-        ([{"role": 1}], {}, "messages[0].role: got 1"),
+        ("hello", {}, "messages: got 'hello', must be a list of JSON objects"),
+        ({"role": "user"}, {}, "messages: got {'role': 'user'}, must be a list of JSON objects"),
+        ([CHAT[0], 5], {}, "messages[1]: got 5, must be a JSON object"),
+        (
+            [{"role": "user", "contents": "x"}],
+            {},
+            "messages[0].contents: no such field; there are role, content",
+        ),
+        ([{"role": 1}], {}, "messages[0].role: got 1, must be a text"),
+        ([{"role": "user", "content": [{}]}], {}, "messages[0].content: got [{}], must be a text"),
+        ([{"role": "assistant", "tool_calls": 5}], {}, "messages[0].tool_calls: got 5, must be a"),
+        (
+            [{"role": "assistant", "tool_calls": ["x"]}],
+            {},
+            "messages[0].tool_calls[0]: got 'x', must be a JSON object",
+        ),
+        (CHAT, {"tools": TOOL}, "tools: got {'type'"),
+        (CHAT, {"tools": "x"}, "tools: got 'x', must be a list of JSON objects"),
+        (CHAT, {"documents": ["x"]}, "documents[0]: got 'x', must be a JSON object"),
+        (CHAT, {"template": 5}, "template: got 5, must be a text"),
+        (CHAT, {"add_generation_prompt": "no"}, "add_generation_prompt: got 'no', must be true"),
         (
             [{"role": "assistant", "tool_calls": [{}]}],
             {},
@@ -375,13 +577,37 @@ def test_a_server_that_is_not_there(server: tuple[Scripted, str]) -> None:
         awaited(server[1], lambda client: client.wait_ready(0.1))
 
 
-def test_settings_are_checked(tmp_path: Any) -> None:
-    with pytest.raises(InvalidConfig, match="attempts: got 6, must be from 1 to 5"):
-        Retry(attempts=6)
-    with pytest.raises(InvalidConfig, match="first: got 0, must be above 0"):
-        Retry(first=0)
-    with pytest.raises(InvalidConfig, match=r"ca: got .*must be a readable file"):
-        Client("localhost:1", tls=TLS(ca=tmp_path / "none.pem"))
-    with pytest.raises(InvalidConfig, match="key: got none, must be given"):
-        Client("localhost:1", tls=TLS(cert=tmp_path / "none.pem"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attempts": 6}, "attempts: got 6, must be a whole number from 1 to 5"),
+        ({"attempts": 2.5}, "attempts: got 2.5, must be a whole number from 1 to 5"),
+        ({"attempts": "3"}, "attempts: got '3', must be a whole number from 1 to 5"),
+        ({"first": 0}, "first: got 0, must be a number from 0.001 to"),
+        ({"first": "x"}, "first: got 'x', must be a number from 0.001 to"),
+        ({"longest": float("inf")}, "longest: got inf, must be a number from 0.001 to"),
+        ({"factor": float("nan")}, "factor: got nan, must be a number from 0.001 to"),
+    ],
+)
+def test_what_no_retry_can_be(settings: Any, message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        Retry(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_files_of_tls_are_looked_at(tmp_path: Any) -> None:
+    junk = tmp_path / "junk.pem"
+    junk.write_text("junk")
+    for tls, says in (
+        (TLS(ca=tmp_path / "none.pem"), r"ca: got .*must be a readable file"),
+        (TLS(ca=5), "ca: got 5, must be a readable file"),  # type: ignore[arg-type]
+        (TLS(ca=junk), r"ca: got '.*junk.pem', must hold PEM certificates"),
+        (TLS(cert=junk, key=junk), r"cert, key: got '.*junk.pem' and .*, must be a PEM certif"),
+        (TLS(cert=tmp_path / "none.pem"), "key: got none, must be given"),
+    ):
+        with pytest.raises(InvalidConfig, match=says):
+            Client("localhost:1", tls=tls)
+
+
+def test_the_clients_are_quires() -> None:
     assert quire.Client is Client and quire.AsyncClient is AsyncClient

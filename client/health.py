@@ -1,0 +1,39 @@
+"""Whether a server is ready: what both clients ask, how they read it, how long they wait."""
+
+from __future__ import annotations
+
+import time
+
+from grpc_health.v1 import health_pb2
+
+from ..errors import DeadlineExceeded, invalid
+from . import checks
+from .channel import SERVICE
+
+LOOK_EVERY = 0.2
+"""Seconds between two looks."""
+
+QUESTION = health_pb2.HealthCheckRequest(service=SERVICE)
+
+_LONGEST_LOOK = 5.0
+
+
+def serves(answer: health_pb2.HealthCheckResponse) -> bool:
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class Wait:
+    """A wait until a server serves, of `timeout` seconds at most; raises InvalidRequest."""
+
+    def __init__(self, address: str, timeout: float):
+        if checks.timeout("timeout", timeout) is None:
+            raise invalid("timeout", timeout, "a number of seconds")
+        self._address, self._timeout = address, timeout
+        self._end = time.monotonic() + timeout
+
+    def next_look(self) -> float:
+        """Seconds that the next look may take; raises DeadlineExceeded when time is up."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"{self._address}: not ready within {self._timeout:g} s")
+        return min(left, _LONGEST_LOOK)
