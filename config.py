@@ -313,6 +313,11 @@ class ServerConfig:
                 f"otlp_endpoint: got {endpoint!r}, must be like http://localhost:4317"
             )
 
+    @property
+    def shows_keys(self) -> bool:
+        """Whether callers on other machines send their API keys where others can read them."""
+        return self.api_keys is not None and self.tls_cert is None and not is_loopback(self.host)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubSettings:

@@ -42,6 +42,12 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(server.log_format, server.log_level)
     queue_stderr()
     try:
+        if server.shows_keys:
+            log.warning(
+                "API keys come to %s in plain text, which anybody on the way can read; set "
+                "tls_cert and tls_key, unless something in front of this server talks TLS",
+                server.host,
+            )
         asyncio.run(_serve(engine, server))
     except QuireError as error:
         if server.log_format == "text":

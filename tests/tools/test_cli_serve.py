@@ -20,7 +20,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quire import EngineConfig
+from quire import EngineConfig, ServerConfig
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.serving.engine_host import main
@@ -132,6 +132,29 @@ def test_a_taken_port_is_known_before_the_model_loads(serve: Any) -> None:
     *_, last = server.said.splitlines()
     assert last.startswith(f"quire: host, port: cannot bind 127.0.0.1:{port}")
     assert "loading" not in server.said and "Traceback" not in server.said
+
+
+def test_keys_in_plain_text_are_warned_about(serve: Any) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # so that it ends at once
+        port = taken.getsockname()[1]
+        server = serve(f"--port={port}", "--host=0.0.0.0", "--api-keys=keys.yaml", *SMALL)
+        assert server.end() == 1
+    assert server.said.count("API keys come to 0.0.0.0 in plain text") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "shows"),
+    [
+        ({"api_keys": "f"}, False),
+        ({"api_keys": "f", "host": "::1"}, False),
+        ({"api_keys": "f", "host": "::"}, True),
+        ({"api_keys": "f", "host": "example.org"}, True),
+        ({"api_keys": "f", "host": "::", "tls_cert": "c", "tls_key": "k"}, False),
+        ({"host": "::", "insecure": True}, False),
+    ],
+)
+def test_who_can_read_keys(settings: Any, shows: bool) -> None:
+    assert ServerConfig(**settings).shows_keys is shows
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(serve: Any, folder: Path) -> None:
