@@ -19,6 +19,7 @@ import pytest
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.tools.bench.load import Served, poisson
+from quire.tools.bench.openai_target import OpenAITarget
 from quire.tools.bench.serve import figures_of
 from quire.tools.cli import main
 
@@ -169,12 +170,21 @@ def test_over_http(run: Any, tmp_path: Path, counts: bool) -> None:
         (["--served-model=x"], "served_model: for openai alone"),
         (["--api=openai", "--tls-ca=x"], "tls_ca: for grpc alone"),
         (["--tls-ca=/none"], "ca: got '/none', must be a readable file"),
-        (["--api-key-file=/none"], "api_key_file: cannot be read"),
+        (["--api-key-file=/none"], "api_key_file: /none cannot be read"),
+        (["--api-key-file=/dev/null"], "api_key_file: got an empty text, must be printable ASCII"),
     ],
 )
 def test_what_is_refused(run: Any, argv: list[str], message: str) -> None:
     status, _, error = run("--address=127.0.0.1:1", *argv)
     assert status == 1 and message in error
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_key_over_http_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="the API key goes to http://10.0.0.1:1 in plain text"):
+        OpenAITarget("10.0.0.1:1", api_key="secret", model="m")
+    for address, key in (("127.0.0.1:1", "k"), ("https://10.0.0.1:1", "k"), ("10.0.0.1:1", None)):
+        OpenAITarget(address, api_key=key, model="m")
 
 
 def test_the_arithmetic() -> None:

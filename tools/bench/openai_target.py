@@ -6,12 +6,14 @@ Used by serve.py. Needs httpx, of the extra `bench`.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import httpx
 
+from ...config import is_loopback
 from ...errors import QuireError, Unavailable
 
 
@@ -27,6 +29,8 @@ class OpenAITarget:
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         base = address if "://" in address else f"http://{address}"
+        if api_key is not None and _shows_keys(httpx.URL(base)):
+            warnings.warn(f"the API key goes to {base} in plain text; use https", stacklevel=2)
         self._http = httpx.AsyncClient(
             base_url=base, headers=headers, limits=limits, timeout=None, trust_env=False
         )
@@ -76,6 +80,10 @@ class OpenAITarget:
                         yield count
         except (httpx.HTTPError, ValueError) as error:
             raise QuireError(f"{type(error).__name__}: {error}") from error
+
+
+def _shows_keys(url: httpx.URL) -> bool:
+    return url.scheme != "https" and not is_loopback(url.host)
 
 
 def _tokens_so_far(message: dict[str, Any], before: int) -> int:

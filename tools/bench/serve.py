@@ -14,7 +14,7 @@ import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InvalidConfig, Unavailable
+from ...errors import InvalidConfig, InvalidRequest, Unavailable
 from ..flags import from_zero, positive
 from .report import add_output, check_output, finish, table
 
@@ -227,13 +227,20 @@ def _target(args: argparse.Namespace) -> Target:
 
 
 def _key(file: str | None) -> str | None:
+    from ...client.checks import key as check_key
+
     if file is None:
         return None
     try:
         with open(file, encoding="utf-8") as opened:
-            return opened.read().strip()
+            key = opened.read().strip()
     except (OSError, UnicodeError) as error:
-        raise InvalidConfig(f"api_key_file: cannot be read: {error}") from error
+        raise InvalidConfig(f"api_key_file: {file} cannot be read: {error}") from error
+    try:
+        check_key("api_key_file", key)
+    except InvalidRequest as error:
+        raise InvalidConfig(str(error)) from error
+    return key
 
 
 def _goals(args: argparse.Namespace) -> dict[str, float]:
