@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Unavailable
 
 _READY = re.compile(r"^ready on (\S+)")
 _METRICS = re.compile(r"^metrics on (?:http://)?([^\s/]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a process holds: bytes resident, files and sockets open."""
+
+    pid: int
+    memory: int
+    files: int
 
 
 class ServerProcess:
@@ -61,17 +72,22 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def memory(self) -> dict[int, int]:
-        """Bytes resident by process, of the server and its children."""
-        found = {}
+    def weigh(self) -> dict[str, Weight]:
+        """The server's processes by name: parent, engine, frontend, frontend 2, and so on."""
+        found: dict[str, Weight] = {}
         for pid in _tree(self._process.pid):
             try:
-                status = Path(f"/proc/{pid}/status").read_text()
+                weight = _weigh(pid)
+                command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             except OSError:
                 continue  # it has just ended
-            if line := re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE):
-                found[pid] = int(line[1]) << 10
+            if weight is not None:
+                found[_name(command, found)] = weight
         return found
+
+    def log(self) -> list[str]:
+        """What it said so far, by lines."""
+        return self._log.read_text("utf-8", "replace").splitlines()
 
     def stop(self, timeout: float = 60.0) -> int:
         """Ends it as an operator would; its exit status."""
@@ -84,6 +100,26 @@ class ServerProcess:
             status = self._process.wait()
         self._reader.join(5)
         return status
+
+
+def _weigh(pid: int) -> Weight | None:
+    """None of one that has ended and was not waited for."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+    if resident is None:
+        return None
+    return Weight(pid, int(resident[1]) << 10, len(os.listdir(f"/proc/{pid}/fd")))
+
+
+def _name(command: Sequence[str], taken: Container[str]) -> str:
+    """Of a process, by its command line."""
+    parts = {".engine_host.": "engine", ".frontend.": "frontend"}  # of the module that it runs
+    found = [name for part, name in parts.items() if any(part in word for word in command)]
+    name = found[0] if found else "parent"
+    number = 2
+    while name in taken:
+        name, number = f"{name.partition(' ')[0]} {number}", number + 1
+    return name
 
 
 def _tree(root: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 Starts `quire serve`, keeps many streams busy (readers, cancels, deadlines, broken connections, bad
 requests), weighs the server's processes meanwhile, and at the end wants to see: every call ended as
-it should, nothing runs or waits, no page is held, the engine is well (it checks its own books when
-it is idle), and memory does not grow.
+it should, the server's log says the same of each request (soak_ledger.py), nothing runs or waits,
+no page is held, no socket is left open, no process was started again (the engine checks its own
+books when it is idle, and dies of what it finds), and memory does not grow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,15 @@ if TYPE_CHECKING:
 MAX_GROWTH = 1e6
 """Bytes a minute that all processes together may grow."""
 
-_WEIGH_EVERY = 2.0
+MORE_FILES = 32
+"""Files and sockets that a process may have more at rest than before: what it opens but once."""
+
+_WEIGH_EVERY = 1.0
 _SETTLED_AFTER = 0.2
 """Share of the time after which growth counts: pools, caches and heaps have filled by then."""
+
+_WINDOWS = 20
+"""Of a run, each with a low of its memory."""
 
 _START = 600.0
 _REST = 60.0
@@ -78,10 +86,13 @@ def run(args: argparse.Namespace) -> None:
 async def _soak(args: argparse.Namespace, server: ServerProcess) -> dict[str, Any]:
     from ...serving.progress import Terminal
     from .soak_callers import Misbehaved, call_until
+    from .soak_ledger import Ledger, Seen
 
     begin = time.monotonic()
     ended: Counter[str] = Counter()
-    weights: list[tuple[float, dict[int, int]]] = []
+    ledger = Ledger()
+    before = server.weigh()
+    weights = [(0.0, before)]
     misbehaved: list[str] = []
 
     def over() -> bool:
@@ -89,48 +100,72 @@ async def _soak(args: argparse.Namespace, server: ServerProcess) -> dict[str, An
 
     async def call(seed: int) -> None:
         try:
-            await call_until(over, server.address, seed, lambda how: ended.update((how,)))
+            await call_until(over, server.address, seed, ledger, lambda how: ended.update((how,)))
         except Misbehaved as error:
             misbehaved.append(str(error))
 
     async def weigh() -> None:
         with Terminal().phase("soaking") as update:
             while not over():
-                passed = time.monotonic() - begin
-                weights.append((passed, await asyncio.to_thread(server.memory)))
-                update(min(int(passed), args.seconds), args.seconds)
                 await asyncio.sleep(_WEIGH_EVERY)
+                passed = time.monotonic() - begin
+                weights.append((passed, await asyncio.to_thread(server.weigh)))
+                update(min(int(passed), args.seconds), args.seconds)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(weigh())
         for at in range(args.streams):
             group.create_task(call(args.seed + at))
+    seconds = time.monotonic() - begin
+    at_rest = await _at_rest(server)
+    after = server.weigh()
+    disagreements = ledger.disagreements(server.log())
+    memory = {
+        name: [(at, found[name].memory) for at, found in weights if name in found]
+        for name in before
+    }
+    grew = {name: growth(samples) for name, samples in memory.items()}
     return {
-        "seconds": time.monotonic() - begin,
+        "seconds": seconds,
         "calls": sum(ended.values()),
         "ended": dict(ended.most_common()),
+        "begun": ledger.count(Seen.BEGUN),
         "misbehaved": misbehaved[:5],
-        "memory": [(passed, sum(bytes_.values())) for passed, bytes_ in weights],
-        "processes": len(weights[-1][1]) if weights else 0,
-        "growth_bytes_per_minute": growth(
-            [(passed, sum(bytes_.values())) for passed, bytes_ in weights]
+        "disagreements": disagreements[:5],
+        "disagreements_in_all": len(disagreements),
+        "memory": memory,
+        # What one gave back hides nothing that another took.
+        "growth_bytes_per_minute": {**grew, "all": sum(max(by, 0.0) for by in grew.values())},
+        "files": {
+            name: {"before": before[name].files, "at_rest": weight.files}
+            for name, weight in after.items()
+            if name in before
+        },
+        "restarted": sorted(
+            name for name in before if name not in after or after[name].pid != before[name].pid
         ),
-        "at_rest": await _at_rest(server),
+        "at_rest": at_rest,
     }
 
 
 def growth(samples: list[tuple[float, int]]) -> float:
-    """Bytes a minute, by least squares over the samples after things have settled."""
+    """Bytes a minute after things have settled: the median slope between the lows of short windows.
+    A long prompt takes much for a moment and gives it back; a leak raises the lows as well."""
     import numpy as np
 
-    if not samples:
+    if len(samples) < 2:
         return 0.0
-    first = _SETTLED_AFTER * samples[-1][0]
-    settled = [(at, size) for at, size in samples if at >= first]
-    if len(settled) < 3:
+    end = samples[-1][0]
+    lows: dict[int, tuple[int, float]] = {}  # by window
+    for at, size in samples:
+        if at >= _SETTLED_AFTER * end:
+            window = int(at / end * _WINDOWS)
+            lows[window] = min((size, at), lows.get(window, (size, at)))
+    pairs = list(combinations(lows.values(), 2))
+    if not pairs:
         return 0.0
-    times, sizes = np.array(settled, np.float64).T
-    return float(np.polyfit(times / 60, sizes, 1)[0])
+    slopes = [(later - size) / (then - at) for (size, at), (later, then) in pairs]
+    return 60 * float(np.median(slopes))
 
 
 async def _at_rest(server: ServerProcess) -> dict[str, float]:
@@ -144,10 +179,15 @@ async def _at_rest(server: ServerProcess) -> dict[str, float]:
         await asyncio.sleep(0.5)
     await asyncio.sleep(2)  # an idle engine checks its books, and dies of what it finds
     figures = await asyncio.to_thread(_scrape, server.metrics) if server.alive else {}
-    return {name: figures.get(name, -1) for name in (*_AT_REST, "quire_engine_ready")}
+    return {name: figures.get(name, -1) for name in (*_AT_REST, *_NEVER, "quire_engine_ready")}
 
 
 _AT_REST = ("quire_requests_running", "quire_requests_waiting", "quire_kv_pages_used")
+_NEVER = (
+    "quire_failed_steps_total",
+    "quire_compiles_after_ready_total",
+    "quire_telemetry_dropped_requests_total",
+)
 
 
 def _scrape(address: str) -> dict[str, float]:
@@ -169,14 +209,26 @@ def _scrape(address: str) -> dict[str, float]:
 
 def _problems(results: dict[str, Any]) -> list[str]:
     problems = [f"a caller saw: {what}" for what in results["misbehaved"]]
+    if count := results["disagreements_in_all"]:
+        such = "; ".join(results["disagreements"])
+        problems.append(f"{count} requests ended otherwise than their callers saw, such as {such}")
+    problems += [f"the process {name} was started again" for name in results["restarted"]]
+    for name, files in results["files"].items():
+        if files["at_rest"] > files["before"] + MORE_FILES:
+            problems.append(
+                f"{name} has {files['at_rest']} files and sockets open at rest, and had "
+                f"{files['before']} before"
+            )
     for name, value in results["at_rest"].items():
         wanted = float(name == "quire_engine_ready")
-        if value != wanted:
+        if value < 0:
+            problems.append(f"at rest nothing was to be had of {name}")
+        elif value != wanted:
             problems.append(f"at rest {name} is {value:g}, must be {wanted:g}")
-    if results["growth_bytes_per_minute"] > MAX_GROWTH:
-        problems.append(
-            f"memory grew by {results['growth_bytes_per_minute'] / 1e6:.2f} MB a minute"
-        )
+    grew = results["growth_bytes_per_minute"]
+    if grew["all"] > MAX_GROWTH:
+        parts = ", ".join(f"{name} {by / 1e6:.2f}" for name, by in grew.items() if name != "all")
+        problems.append(f"memory grew by {grew['all'] / 1e6:.2f} MB a minute ({parts})")
     if results["exit_status"]:
         problems.append(f"the server ended with status {results['exit_status']}")
     return problems
@@ -184,12 +236,25 @@ def _problems(results: dict[str, Any]) -> list[str]:
 
 def _table(results: dict[str, Any]) -> Any:
     title = f"soak: {results['model']}, {results['streams']} streams, {results['seconds']:.0f} s"
-    made = table(title, "", "")
+    made = table(title, "", "", "", "")
     made.add_row("calls", f"{results['calls']:,}")
     for how, count in results["ended"].items():
         made.add_row(f"  {how}", f"{count:,}")
-    made.add_row("memory at the end, MB", f"{results['memory'][-1][1] / 1e6:,.0f}")
-    made.add_row("growth, MB a minute", f"{results['growth_bytes_per_minute'] / 1e6:,.2f}")
+    made.add_row("requests with an answer, each ended once", f"{results['begun']:,}")
+    for name, samples in results["memory"].items():
+        sizes = [size for _, size in samples]
+        made.add_row(
+            f"memory of {name}, MB: at the end, most, growth a minute",
+            f"{sizes[-1] / 1e6:,.0f}",
+            f"{max(sizes) / 1e6:,.0f}",
+            f"{results['growth_bytes_per_minute'][name] / 1e6:+.2f}",
+        )
+    for name, files in results["files"].items():
+        made.add_row(
+            f"files and sockets of {name}: before, at rest",
+            f"{files['before']}",
+            f"{files['at_rest']}",
+        )
     for name, value in results["at_rest"].items():
         made.add_row(f"at rest: {name}", f"{value:g}")
     for problem in results["problems"]:
@@ -199,12 +264,14 @@ def _table(results: dict[str, Any]) -> Any:
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:
     axes = figure.subplots()
-    times, sizes = zip(*results["memory"], strict=True)
-    axes.plot([t / 60 for t in times], [size / 1e6 for size in sizes])
-    axes.axvline(_SETTLED_AFTER * times[-1] / 60, color="0.6", linestyle=":")
+    for name, samples in results["memory"].items():
+        times, sizes = zip(*samples, strict=True)
+        axes.plot([t / 60 for t in times], [size / 1e6 for size in sizes], label=name)
+    axes.axvline(_SETTLED_AFTER * results["seconds"] / 60, color="0.6", linestyle=":")
     axes.set(
-        title=f"memory of {results['processes']} processes under {results['streams']} streams",
+        title=f"memory of a server under {results['streams']} streams",
         xlabel="minutes",
         ylabel="MB resident",
         ylim=(0, None),
     )
+    axes.legend()

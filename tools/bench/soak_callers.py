@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from ...client import AsyncClient, Retry
+from ...client import AsyncClient, AsyncStream, Retry
 from ...errors import DeadlineExceeded, InvalidRequest, Overloaded, QuireError, Unavailable
 from ...protos.v1 import generation_pb2 as pb
+from .soak_ledger import Ledger, Seen
 
 MOST_TOKENS = 200
 ONCE = Retry(attempts=1)
@@ -23,54 +25,84 @@ class Misbehaved(Exception):
     """The server did what it must not."""
 
 
-async def reads_all(client: AsyncClient, rng: random.Random) -> str:
-    chunks = [chunk async for chunk in client.stream(_prompt(rng), **_sampling(rng))]
-    _check_stream(chunks)
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call, and where what came of it is noted."""
+
+    client: AsyncClient
+    rng: random.Random
+    request_id: str
+    ledger: Ledger
+
+    def stream(self, client: AsyncClient | None = None, **how: Any) -> AsyncStream:
+        """Asks for something; over another client where told."""
+        fields = _sampling(self.rng) | how
+        return (client or self.client).stream(
+            _prompt(self.rng), request_id=self.request_id, **fields
+        )
+
+    async def noted(self, stream: AsyncStream) -> AsyncIterator[pb.GenerateChunk]:
+        """What comes of it."""
+        async for chunk in stream:
+            self.ledger.note(self.request_id, Seen.BEGUN)
+            yield chunk
+        self.ledger.note(self.request_id, Seen.WHOLE)
+
+
+async def reads_all(call: Call) -> str:
+    _check_stream([chunk async for chunk in call.noted(call.stream())])
     return "whole streams"
 
 
-async def waits(client: AsyncClient, rng: random.Random) -> str:
-    response = await client.generate(_prompt(rng), **_sampling(rng))
+async def waits(call: Call) -> str:
+    rng = call.rng
+    response = await call.client.generate(
+        _prompt(rng), request_id=call.request_id, **_sampling(rng)
+    )
+    call.ledger.note(call.request_id, Seen.WHOLE)
     if not response.finish_reason or response.usage.completion_tokens < len(response.token_ids):
         raise Misbehaved(f"an answer without an end: {response}")
     return "whole answers"
 
 
-async def reads_slowly(client: AsyncClient, rng: random.Random) -> str:
+async def reads_slowly(call: Call) -> str:
     chunks = []
-    async for chunk in client.stream(_prompt(rng), **_sampling(rng)):
+    async for chunk in call.noted(call.stream()):
         chunks.append(chunk)
-        await asyncio.sleep(rng.uniform(0, 0.2))
+        await asyncio.sleep(call.rng.uniform(0, 0.2))
     _check_stream(chunks)
     return "slow readers"
 
 
-async def cancels(client: AsyncClient, rng: random.Random) -> str:
-    left = rng.randint(0, 20)
-    async with client.stream(_prompt(rng), **_sampling(rng)) as stream:
-        async for _ in stream:
+async def cancels(call: Call) -> str:
+    left = call.rng.randint(0, 20)
+    async with call.stream() as stream:
+        async for _ in call.noted(stream):
             left -= 1
             if left < 0:
                 break
     return "cancelled"
 
 
-async def has_no_time(client: AsyncClient, rng: random.Random) -> str:
+async def has_no_time(call: Call) -> str:
     try:
-        timeout = rng.choice((0.002, 0.02, 0.2, 1.0))
-        async for _ in client.stream(_prompt(rng), timeout=timeout, **_sampling(rng)):
+        timeout = call.rng.choice((0.002, 0.02, 0.2, 1.0))
+        async for _ in call.noted(call.stream(timeout=timeout)):
             pass
     except DeadlineExceeded:
         return "past their deadline"
     return "within their deadline"
 
 
-async def vanishes(client: AsyncClient, rng: random.Random) -> str:
+async def vanishes(call: Call) -> str:
     """Its connection breaks in the middle, without a word to the server."""
-    left = rng.randint(0, 5)
-    async with Cable(client.address) as cable, AsyncClient(cable.address, retry=ONCE) as own:
+    left = call.rng.randint(0, 5)
+    async with (
+        Cable(call.client.address) as cable,
+        AsyncClient(cable.address, retry=ONCE) as own,
+    ):
         try:
-            async for _ in own.stream(_prompt(rng), **_sampling(rng)):
+            async for _ in call.noted(call.stream(own)):
                 left -= 1
                 if left < 0:
                     cable.cut()
@@ -119,15 +151,17 @@ class Cable:
             end.transport.abort()
 
 
-async def asks_wrongly(client: AsyncClient, rng: random.Random) -> str:
-    fields, prompt = rng.choice(_WRONG)
+async def asks_wrongly(call: Call) -> str:
+    fields, prompt = call.rng.choice(_WRONG)
+    fields = {"request_id": call.request_id, **fields}
     try:
-        if rng.random() < 0.5:
-            await client.generate(prompt, **fields)
+        if call.rng.random() < 0.5:
+            await call.client.generate(prompt, **fields)
         else:
-            async for _ in client.stream(prompt, **fields):
+            async for _ in call.client.stream(prompt, **fields):
                 pass
     except InvalidRequest:
+        call.ledger.note(call.request_id, Seen.REFUSED)
         return "bad requests"
     raise Misbehaved(f"served, and should not be: {fields}")
 
@@ -144,7 +178,7 @@ _WRONG: tuple[tuple[Any, Any], ...] = (
     ({"max_tokens": 8}, "x " * 100_000),
 )
 
-Caller = Callable[[AsyncClient, random.Random], Awaitable[str]]
+Caller = Callable[[Call], Awaitable[str]]
 
 CALLERS: tuple[tuple[Caller, int], ...] = (
     (reads_all, 45),
@@ -159,21 +193,28 @@ CALLERS: tuple[tuple[Caller, int], ...] = (
 
 
 async def call_until(
-    ends: Callable[[], bool], address: str, seed: int, ended: Callable[[str], None]
+    ends: Callable[[], bool],
+    address: str,
+    seed: int,
+    ledger: Ledger,
+    ended: Callable[[str], None],
 ) -> None:
-    """Makes one call after the other; tells how each ended.
+    """Makes one call after the other; tells how each ended, and notes it.
 
     Raises:
       Misbehaved: the server did what it must not.
     """
-    rng = random.Random(seed)
+    rng, number = random.Random(seed), 0
     callers, weights = zip(*CALLERS, strict=True)
     async with AsyncClient(address, retry=ONCE, timeout=300) as client:
         while not ends():
             (caller,) = rng.choices(callers, weights)
+            call, number = Call(client, rng, f"soak-{seed}-{number}", ledger), number + 1
+            ledger.note(call.request_id, Seen.NOTHING)
             try:
-                ended(await caller(client, rng))
+                ended(await caller(call))
             except Overloaded as refused:
+                ledger.note(call.request_id, Seen.REFUSED)
                 ended("refused for now")
                 await asyncio.sleep(min(refused.retry_after, 1.0))
             except QuireError as error:
