@@ -22,7 +22,7 @@ _Prompted = TypeVar("_Prompted", pb.GenerateRequest, pb.EmbedInput, pb.TokenizeR
 _SAMPLING = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
 _LABELS = ("request_id", "priority", "tenant", "cache_salt")
 _CHAT_MESSAGE = tuple(field.name for field in pb.ChatMessage.DESCRIPTOR.fields)
-_TOKEN_IDS = pb.TokenIds.DESCRIPTOR.fields_by_name["ids"]
+_TOKEN_IDS: Any = pb.TokenIds.DESCRIPTOR.fields_by_name["ids"]
 
 
 class Labels(TypedDict, total=False):
