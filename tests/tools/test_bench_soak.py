@@ -17,6 +17,7 @@ from quire.tools.bench import soak
 from quire.tools.bench.server_process import ServerProcess, _name, _weigh
 from quire.tools.bench.soak_callers import Cable, Call, Misbehaved, _check_stream, asks_wrongly
 from quire.tools.bench.soak_ledger import Ledger, Seen
+from quire.tools.bench.soak_memory import growth, windows
 from quire.tools.cli import main
 
 LAST = pb.GenerateChunk(
@@ -146,10 +147,16 @@ def test_a_cable_carries_until_it_is_cut() -> None:
 def test_growth_is_of_what_comes_after_things_have_settled() -> None:
     filling = [(float(second), second * 10**6) for second in range(100)]
     still = [(float(second), 100 * 10**6 + second % 3) for second in range(100, 500)]
-    assert abs(soak.growth(filling + still)) < 1000
+    assert abs(growth(filling + still)) < 1000
     leaking = [(float(second), 100 * 10**6 + second * 50_000) for second in range(500)]
-    assert soak.growth(leaking) == pytest.approx(3e6)
-    assert soak.growth([]) == soak.growth([(0.0, 5)]) == 0
+    assert growth(leaking) == pytest.approx(3e6)
+    assert growth([]) == growth([(0.0, 5)]) == 0
+    assert windows([]) == [] and windows([(0.0, 5)]) == [(0.0, 5, 5)]
+    assert windows([(0.0, 7), (1.0, 3), (2.0, 9), (40.0, 4)]) == [
+        (1.0, 3, 7),
+        (2.0, 9, 9),
+        (40.0, 4, 4),
+    ]
 
 
 def test_what_is_given_back_is_no_growth_and_hides_none() -> None:
@@ -157,7 +164,7 @@ def test_what_is_given_back_is_no_growth_and_hides_none() -> None:
     peaks = [rng.random() ** 4 * 150e6 for _ in range(600)]  # most are low
     for leak in (0.0, 2e6):
         seen = [(float(s), int(1e8 + leak * s / 60 + peak)) for s, peak in enumerate(peaks)]
-        assert soak.growth(seen) == pytest.approx(leak, abs=3e5)
+        assert growth(seen) == pytest.approx(leak, abs=3e5)
 
 
 def good_results() -> dict[str, Any]:

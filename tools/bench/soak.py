@@ -15,7 +15,6 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +32,7 @@ MORE_FILES = 32
 """Files and sockets that a process may have more at rest than before: what it opens but once."""
 
 _WEIGH_EVERY = 1.0
-_SETTLED_AFTER = 0.2
-"""Share of the time after which growth counts: pools, caches and heaps have filled by then."""
-
-_WINDOWS = 20
-"""Of a run, each with a low of its memory."""
+"""Seconds."""
 
 _START = 600.0
 _REST = 60.0
@@ -87,6 +82,7 @@ async def _soak(args: argparse.Namespace, server: ServerProcess) -> dict[str, An
     from ...serving.progress import Terminal
     from .soak_callers import Misbehaved, call_until
     from .soak_ledger import Ledger, Seen
+    from .soak_memory import growth, windows
 
     begin = time.monotonic()
     ended: Counter[str] = Counter()
@@ -133,7 +129,7 @@ async def _soak(args: argparse.Namespace, server: ServerProcess) -> dict[str, An
         "misbehaved": misbehaved[:5],
         "disagreements": disagreements[:5],
         "disagreements_in_all": len(disagreements),
-        "memory": memory,
+        "memory_windows": {name: windows(samples) for name, samples in memory.items()},
         # What one gave back hides nothing that another took.
         "growth_bytes_per_minute": {**grew, "all": sum(max(by, 0.0) for by in grew.values())},
         "files": {
@@ -146,26 +142,6 @@ async def _soak(args: argparse.Namespace, server: ServerProcess) -> dict[str, An
         ),
         "at_rest": at_rest,
     }
-
-
-def growth(samples: list[tuple[float, int]]) -> float:
-    """Bytes a minute after things have settled: the median slope between the lows of short windows.
-    A long prompt takes much for a moment and gives it back; a leak raises the lows as well."""
-    import numpy as np
-
-    if len(samples) < 2:
-        return 0.0
-    end = samples[-1][0]
-    lows: dict[int, tuple[int, float]] = {}  # by window
-    for at, size in samples:
-        if at >= _SETTLED_AFTER * end:
-            window = int(at / end * _WINDOWS)
-            lows[window] = min((size, at), lows.get(window, (size, at)))
-    pairs = list(combinations(lows.values(), 2))
-    if not pairs:
-        return 0.0
-    slopes = [(later - size) / (then - at) for (size, at), (later, then) in pairs]
-    return 60 * float(np.median(slopes))
 
 
 async def _at_rest(server: ServerProcess) -> dict[str, float]:
@@ -241,12 +217,11 @@ def _table(results: dict[str, Any]) -> Any:
     for how, count in results["ended"].items():
         made.add_row(f"  {how}", f"{count:,}")
     made.add_row("requests with an answer, each ended once", f"{results['begun']:,}")
-    for name, samples in results["memory"].items():
-        sizes = [size for _, size in samples]
+    for name, parts in results["memory_windows"].items():
         made.add_row(
-            f"memory of {name}, MB: at the end, most, growth a minute",
-            f"{sizes[-1] / 1e6:,.0f}",
-            f"{max(sizes) / 1e6:,.0f}",
+            f"memory of {name}, MB: low at the end, most, growth a minute",
+            f"{parts[-1].low / 1e6:,.0f}",
+            f"{max(part.high for part in parts) / 1e6:,.0f}",
             f"{results['growth_bytes_per_minute'][name] / 1e6:+.2f}",
         )
     for name, files in results["files"].items():
@@ -263,11 +238,16 @@ def _table(results: dict[str, Any]) -> Any:
 
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:
+    """Lows as lines, and up to the highs shades."""
+    from .soak_memory import SETTLED_AFTER
+
     axes = figure.subplots()
-    for name, samples in results["memory"].items():
-        times, sizes = zip(*samples, strict=True)
-        axes.plot([t / 60 for t in times], [size / 1e6 for size in sizes], label=name)
-    axes.axvline(_SETTLED_AFTER * results["seconds"] / 60, color="0.6", linestyle=":")
+    for name, parts in results["memory_windows"].items():
+        minutes = [part.at / 60 for part in parts]
+        lows, highs = [part.low / 1e6 for part in parts], [part.high / 1e6 for part in parts]
+        (line,) = axes.plot(minutes, lows, label=name)
+        axes.fill_between(minutes, lows, highs, color=line.get_color(), alpha=0.2)
+    axes.axvline(SETTLED_AFTER * results["seconds"] / 60, color="0.6", linestyle=":")
     axes.set(
         title=f"memory of a server under {results['streams']} streams",
         xlabel="minutes",
