@@ -247,7 +247,7 @@ def _draw(figure: Any, results: dict[str, Any]) -> None:
         lows, highs = [part.low / 1e6 for part in parts], [part.high / 1e6 for part in parts]
         (line,) = axes.plot(minutes, lows, label=name)
         axes.fill_between(minutes, lows, highs, color=line.get_color(), alpha=0.2)
-    axes.axvline(SETTLED_AFTER * results["seconds"] / 60, color="0.6", linestyle=":")
+        axes.axvline(SETTLED_AFTER * minutes[-1], color="0.6", linestyle=":")
     axes.set(
         title=f"memory of a server under {results['streams']} streams",
         xlabel="minutes",
