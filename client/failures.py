@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,12 @@ def translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:  # grpc.aio's are such, too
         raise _error_of(error) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # grpc.aio's word for a call that was closed under its reader, whom nobody cancelled.
+        raise QuireError("CANCELLED: the stream or its client was closed") from error
 
 
 def _error_of(error: grpc.RpcError) -> QuireError:

@@ -570,6 +570,45 @@ def test_leaving_a_stream_ends_the_request(server: tuple[Scripted, str]) -> None
     awaited(address, leave_async)
 
 
+def test_a_stream_closed_under_its_reader_is_an_error(server: tuple[Scripted, str]) -> None:
+    """And no cancellation: nobody cancelled the task that reads, and a group would say nothing."""
+    server[0].endless = True
+
+    async def read(client: AsyncClient, close: Callable[[Any], Any]) -> None:
+        stream = client.stream("hello")
+        assert (await anext(stream)).text == WORDS[0]
+        asyncio.get_running_loop().call_later(0.1, close, stream)
+        with pytest.raises(QuireError, match="CANCELLED: the stream or its client was closed"):
+            async for _ in stream:
+                pass
+
+    awaited(server[1], lambda client: read(client, lambda stream: stream.close()))
+    awaited(
+        server[1],
+        lambda client: read(client, lambda _: asyncio.ensure_future(client.close())),
+    )
+
+
+def test_a_reader_that_is_cancelled_stays_so(server: tuple[Scripted, str]) -> None:
+    server[0].endless = True
+
+    async def run(client: AsyncClient) -> None:
+        async def read() -> None:
+            async for _ in client.stream("hello"):
+                pass
+
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await read()
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    awaited(server[1], run)
+
+
 def test_a_server_that_is_not_there(server: tuple[Scripted, str]) -> None:
     """The scripted one has no health service."""
     assert not blocking(server[1], lambda client: client.ready())
