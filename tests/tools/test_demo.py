@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import fake_exam
 import pytest
+from rich.console import Console
 
 from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.shipped import SHIPPED, resolve
 from quire.errors import Internal
 from quire.tools import demo_command
 from quire.tools.cli import main
-from quire.tools.demo import scenes
+from quire.tools.demo import scenes, stage
 from quire.tools.demo.stage import Asked
 from quire.tools.tasks.registry import TASKS
 
@@ -66,6 +69,19 @@ def test_an_answer_is_shown_without_its_thoughts_and_in_one_line() -> None:
     (asked,) = answered(1, 0, 0)
     asked.text = "so\n</think>\n\nfor\n4"
     assert asked.answer == "for 4" and asked.question == "?"
+
+
+def test_marks_are_seen_on_a_narrow_terminal() -> None:
+    asked = answered(right=1, wrong=1, hard_wrong=1)
+    for a in asked:
+        words = {"role": "user", "content": "word " * 20}
+        a.example = replace(a.example, messages=(words, *a.example.messages[1:]))
+    for a in asked[1:]:
+        a.text *= 200
+    console = Console(width=80, file=io.StringIO())
+    console.print(stage._answers(asked))
+    lines = console.file.getvalue().splitlines()[1:]
+    assert [line[0] for line in lines] == ["✓", "✗", "✗"] and max(map(len, lines)) <= 80
 
 
 def test_the_shipped_model_passes(capsys: pytest.CaptureFixture[str]) -> None:

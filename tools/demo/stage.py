@@ -144,13 +144,14 @@ def _answers(asked: Sequence[Asked]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", box=None, pad_edge=False)
-    for name, most in {"question": 48, "answer": 60}.items():
+    table = Table(box=None, pad_edge=False)
+    # The mark has no column of its own, which a narrow terminal would squeeze to nothing.
+    for name, most in {"  question": 50, "answer": 60}.items():
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=most)
     for a in asked:
         hard = "[dim](hard)[/] " if a.hard else ""
         # [brackets] of a question are no styles.
-        table.add_row(_mark(a), hard + escape(a.question), escape(a.answer))
+        table.add_row(f"{_mark(a)} {hard}{escape(a.question)}", escape(a.answer))
     return table
 
 
