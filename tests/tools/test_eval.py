@@ -231,6 +231,14 @@ def test_a_task_of_which_nothing_could_be_asked_has_no_accuracy() -> None:
     report.table_of("m", found)
 
 
+def test_one_answer_has_no_interval_of_likelihood() -> None:
+    found = report.figures([result("1")])
+    assert (found["nll"], found["nll_ci95"]) == (2.0, [None, None])
+    report.table_of("m", found)
+    guessed = draft.acceptance(FakeEngine(lambda prompt: ""), [result("1")], 52, SILENT)
+    assert guessed["acceptance_ci95"] == [0.0, 1.0]
+
+
 # Comparing
 
 
@@ -257,6 +265,13 @@ def test_worse_and_better_are_seen_example_by_example() -> None:
     assert (less.verdict, less.change.value) == ("worse", pytest.approx(0.4 / 70))  # of 40 answers
     wide = report.figures([before])["nll_ci95"]
     assert wide[1] - wide[0] > 10 * less.change.value
+
+
+def test_a_single_answer_is_never_worse_beyond_noise() -> None:
+    found = change(result("1"), result("1", nll=2.5))
+    assert {d.verdict for d in found.values()} == {"within noise"}
+    assert json.loads(json.dumps(found[compare.NLL].as_json()))["change_ci"] == [None, None]
+    compare.table_of(list(found.values()), "old.json")
 
 
 def test_other_examples_are_compared_by_their_intervals() -> None:

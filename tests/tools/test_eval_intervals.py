@@ -74,6 +74,12 @@ def test_a_task_with_one_conversation_counts_too() -> None:
     assert found.high - found.value == pytest.approx(Z95 * np.sqrt((rest**2).sum()) / 3)
 
 
+def test_a_single_conversation_bounds_nothing() -> None:
+    found = per_token([[], [(6.0, 2)]])
+    assert (found.value, found.low, found.high) == (3.0, -np.inf, np.inf)
+    assert found.ci == [None, None]
+
+
 def test_intervals_cover_as_often_as_they_say() -> None:
     rng = np.random.default_rng(3)
     n, p, lost, gained = 100, 0.9, 0.06, 0.03

@@ -95,7 +95,7 @@ def _share(tasks: Sequence[Sequence[Sequence[bool]]]) -> dict[str, Any]:
         return {"acceptance": None, "acceptance_ci95": [None, None], "tokens": 0}
     groups = [[(float(sum(flags)), len(flags)) for flags in task] for task in tasks]
     found = per_token(groups)
-    ci = [max(found.ci[0], 0.0), min(found.ci[1], 1.0)]
+    ci = found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0)).ci
     return {"acceptance": round(found.value, 6), "acceptance_ci95": ci, "tokens": tokens}
 
 

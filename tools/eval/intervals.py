@@ -7,7 +7,7 @@ variable lies within z standard deviations: `Z95` is 95 of 100 times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import fsum, sqrt
+from math import fsum, inf, isfinite, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ class Estimate(NamedTuple):
     high: float
 
     @property
-    def ci(self) -> list[float]:
-        """The interval as JSON has it."""
-        return [round(self.low, 6), round(self.high, 6)]
+    def ci(self) -> list[float | None]:
+        """The interval as JSON has it: null where there is no bound."""
+        return [round(bound, 6) if isfinite(bound) else None for bound in (self.low, self.high)]
 
 
 def z_of(confidence: float, comparisons: int = 1) -> float:
@@ -51,10 +51,13 @@ def per_token(groups: Sequence[Sequence[tuple[float, int]]], z: float = Z95) -> 
 
     Args:
       groups: for each task, (sum over its tokens, number of them) of each conversation; at least
-        one token in all. A task with a single conversation counts with its distance from the whole.
+        one token in all. A task with a single conversation counts with its distance from the whole;
+        a single conversation in all says nothing of how far others lie from it: no bounds.
     """
     tokens = sum(count for group in groups for _, count in group)
     rate = fsum(total for group in groups for total, _ in group) / tokens
+    if sum(map(len, groups)) == 1:
+        return Estimate(rate, -inf, inf)
     variance = 0.0
     for group in groups:
         rest = [total - rate * count for total, count in group]

@@ -6,7 +6,8 @@ is what `--json` prints; `--draft` and `--baseline` add a key each. Beside accur
 task says:
 
 accuracy_ci95              Wilson's interval
-nll, nll_ci95              per token of its right answers; null where none could be scored
+nll, nll_ci95              per token of its right answers; null where none could be scored, the
+                           interval also where only one could
 tokens                     the number of those, of each scored answer
 cut_off, failed            answers that grew too long or that the engine failed on; counted as wrong
 too_long, refused          examples left out: of n they are no part
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from .intervals import Estimate, per_token, share
@@ -81,8 +83,8 @@ def _nll(groups: Sequence[Sequence[tuple[float, int]]]) -> dict[str, Any]:
     if not any(groups):
         return {"nll": None, "nll_ci95": [None, None]}
     found = per_token(groups)
-    low, high = found.ci
-    return {"nll": round(found.value, 6), "nll_ci95": [max(low, 0.0), high]}
+    ci = found._replace(low=max(found.low, 0.0)).ci if isfinite(found.high) else [None, None]
+    return {"nll": round(found.value, 6), "nll_ci95": ci}
 
 
 def table_of(model: str, found: dict[str, Any]) -> Table:
