@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fake_exam
 import pytest
@@ -188,15 +187,15 @@ def test_the_right_answers_tokens_are_scored_and_no_others(
 # What is reported
 
 
-def result(right: str, name: str = "double", nll: float = 2.0, **more: Any) -> Result:
+def result(right: str, name: str = "double", nll: float = 2.0, levels: int = 2) -> Result:
     """Questions that were answered as `right` says, a 1 or 0 each."""
-    asked = [question(str(at), difficulty=at % 2) for at in range(len(right))]
+    asked = [question(str(at), difficulty=at % levels) for at in range(len(right))]
     outcomes = [Outcome(c == "1", [ord(c)], nll=nll + at / 8) for at, c in enumerate(right)]
-    return Result(Paper(task(name, **more), asked), outcomes)
+    return Result(Paper(task(name), asked), outcomes)
 
 
 def test_the_json_has_the_shape_it_must_have() -> None:
-    hard, plain = result("1101", "hard", held_out_levels=(0, 1)), result("11", "plain")
+    hard, plain = result("1101", "hard"), result("11", "plain", levels=1)
     plain.outcomes[0].cut_off = True
     plain.outcomes[1] = Outcome(False, error="x")
     plain.paper.too_long = 3
