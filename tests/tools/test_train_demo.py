@@ -32,13 +32,12 @@ from quire.serving.progress import Silent
 from quire.tools.tasks.registry import TASKS
 from quire.tools.train_demo import attention, card, plot, state
 from quire.tools.train_demo.batch import Batch, unpack
-from quire.tools.train_demo.conversations import Conversations, Rates, Writer, measure
+from quire.tools.train_demo.conversations import Conversations, DrawingRates, Writer, measure
 from quire.tools.train_demo.data import Batches, Plan, Source
 from quire.tools.train_demo.exam import Exam
 from quire.tools.train_demo.export import export
 from quire.tools.train_demo.model import DEMO, DRAFT, MOST_PARAMETERS, shipped_configs
-from quire.tools.train_demo.optimizer import Rates as LearningRates
-from quire.tools.train_demo.optimizer import stack, unstack
+from quire.tools.train_demo.optimizer import LearningRates, stack, unstack
 from quire.tools.train_demo.packing import LEARNED, STARTS, Layout, Packer, to_words
 from quire.tools.train_demo.tokenizer import TURN_END, TURN_START, VOCAB_SIZE, build
 from quire.tools.train_demo.train import Recipe, Record, State, Trainer, cross_entropy, train
@@ -55,7 +54,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def rates(tokenizer: Tokenizer) -> Rates:
+def rates(tokenizer: Tokenizer) -> DrawingRates:
     return measure(Writer(tokenizer))
 
 
@@ -112,7 +111,7 @@ def test_what_the_device_reads_from_words() -> None:
 # Conversations.
 
 
-def test_only_answers_are_learned_and_whole(tokenizer: Tokenizer, rates: Rates) -> None:
+def test_only_answers_are_learned_and_whole(tokenizer: Tokenizer, rates: DrawingRates) -> None:
     chats = Conversations(Writer(tokenizer), rates, "train", random.Random(1), longest=512)
     long = 0
     for chat, words in islice(chats, 300):
@@ -132,7 +131,7 @@ def test_only_answers_are_learned_and_whole(tokenizer: Tokenizer, rates: Rates) 
     assert long > 5, "some examples must be turns of longer chats"
 
 
-def test_every_task_gets_its_share_of_the_tokens(tokenizer: Tokenizer, rates: Rates) -> None:
+def test_every_task_gets_its_share_of_the_tokens(tokenizer: Tokenizer, rates: DrawingRates) -> None:
     chats = Conversations(
         Writer(tokenizer), rates, "train", random.Random(2), longest=2048, joined=False
     )
@@ -144,7 +143,9 @@ def test_every_task_gets_its_share_of_the_tokens(tokenizer: Tokenizer, rates: Ra
         assert tokens[name] / total == pytest.approx(task.share, rel=0.5), name
 
 
-def test_a_shard_depends_on_seed_and_number_alone(tokenizer: Tokenizer, rates: Rates) -> None:
+def test_a_shard_depends_on_seed_and_number_alone(
+    tokenizer: Tokenizer, rates: DrawingRates
+) -> None:
     source, other = (Source(tokenizer, rates, PLAN, seed) for seed in (SEED, SEED + 1))
     again = Source(tokenizer, rates, PLAN, SEED)
     assert np.array_equal(source.shard(3), again.shard(3))
@@ -163,7 +164,9 @@ def test_other_processes_make_the_same_batches(tokenizer: Tokenizer) -> None:
     np.testing.assert_array_equal(first(2, first=3), alone[3:])
 
 
-def test_held_out_examples_lie_where_they_are_said_to(tokenizer: Tokenizer, rates: Rates) -> None:
+def test_held_out_examples_lie_where_they_are_said_to(
+    tokenizer: Tokenizer, rates: DrawingRates
+) -> None:
     words, places = Source(tokenizer, rates, PLAN, SEED).held_out(0)
     assert words.shape == (1, LAYOUT.tokens) and len(places) > 5
     for place in places:
@@ -350,7 +353,7 @@ def test_a_loss_that_is_no_number_ends_the_training(
 
 
 def test_the_exam_counts_whole_answers(
-    trainer: Trainer, trained: tuple[State, Record], tokenizer: Tokenizer, rates: Rates
+    trainer: Trainer, trained: tuple[State, Record], tokenizer: Tokenizer, rates: DrawingRates
 ) -> None:
     words, places = Source(tokenizer, rates, PLAN, SEED).held_out(0)
     current, _ = trained

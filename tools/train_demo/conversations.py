@@ -48,7 +48,7 @@ class Writer:
         )
 
 
-class Rates(NamedTuple):
+class DrawingRates(NamedTuple):
     """What drawing examples takes to know about tasks, by name.
 
     Attributes:
@@ -60,7 +60,7 @@ class Rates(NamedTuple):
     density: dict[str, float]
 
 
-def measure(writer: Writer) -> Rates:
+def measure(writer: Writer) -> DrawingRates:
     """Samples every task; the same on every machine."""
     tokens: Counter[str] = Counter()
     characters: Counter[str] = Counter()
@@ -72,7 +72,7 @@ def measure(writer: Writer) -> Rates:
         return length
 
     weights = example_weights(count)
-    return Rates(weights, {name: tokens[name] / characters[name] for name in weights})
+    return DrawingRates(weights, {name: tokens[name] / characters[name] for name in weights})
 
 
 def alone(example: Example) -> Chat:
@@ -93,7 +93,7 @@ class Conversations:
     def __init__(
         self,
         writer: Writer,
-        rates: Rates,
+        rates: DrawingRates,
         split: Split,
         rng: random.Random,
         *,

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..tasks.example import Split
-from .conversations import Conversations, Rates, Writer, measure
+from .conversations import Conversations, DrawingRates, Writer, measure
 from .packing import Layout, Packer, Words
 from .tokenizer import END_OF_TEXT
 
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 class Source:
     """Makes shards. Each process has its own."""
 
-    def __init__(self, tokenizer: Tokenizer, rates: Rates, plan: Plan, seed: int):
+    def __init__(self, tokenizer: Tokenizer, rates: DrawingRates, plan: Plan, seed: int):
         self._writer = Writer(tokenizer)
         self._padding = tokenizer.get_vocab()[END_OF_TEXT]
         self._rates = rates
@@ -96,7 +96,7 @@ class Source:
 _source: Source | None = None  # of a worker process
 
 
-def _start(tokenizer: str, rates: Rates, plan: Plan, seed: int) -> None:
+def _start(tokenizer: str, rates: DrawingRates, plan: Plan, seed: int) -> None:
     global _source
     _source = Source(Tokenizer.from_str(tokenizer), rates, plan, seed)
 

@@ -20,7 +20,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """Learning rates and their course.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rates:
         return max(0.0, min(1.0, (step + 1) / max(1, self.warmup), left))
 
 
-def make_optimizer(rates: Rates) -> optax.GradientTransformation:
+def make_optimizer(rates: LearningRates) -> optax.GradientTransformation:
     """For stacked parameters, at the peak rates."""
 
     def which(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:

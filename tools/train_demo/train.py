@@ -27,7 +27,7 @@ from ...serving.progress import Reporter
 from .attention import Mix
 from .batch import Batch, batch_logits, unpack
 from .data import Plan
-from .optimizer import Rates, make_optimizer, stack, unstack
+from .optimizer import LearningRates, make_optimizer, stack, unstack
 from .packing import Layout, Words
 
 LOG_EVERY = 50
@@ -41,11 +41,13 @@ class Recipe:
 
     steps: int
     plan: Plan
-    rates: Rates
+    rates: LearningRates
 
 
-SHIPPED = Recipe(18_000, Plan(Layout(((96, 512), (8, 2048)))), Rates())
-TRIAL = Recipe(300, Plan(Layout(((8, 128), (2, 512))), shard=4), Rates(matrix=0.01, warmup=30))
+SHIPPED = Recipe(18_000, Plan(Layout(((96, 512), (8, 2048)))), LearningRates())
+TRIAL = Recipe(
+    300, Plan(Layout(((8, 128), (2, 512))), shard=4), LearningRates(matrix=0.01, warmup=30)
+)
 
 
 class State(NamedTuple):
