@@ -18,7 +18,7 @@ from quire.tools.tasks.example import SYSTEM_PROMPTS, Example, Split, is_held_ou
 from quire.tools.tasks.registry import TASKS, draw, example_weights
 from quire.tools.tasks.schema import fits
 from quire.tools.tasks.table_domains import DOMAINS
-from quire.tools.tasks.tool_calls import call_text
+from quire.tools.tasks.tool_calls import call_text, says_calls
 
 NAMES = list(TASKS)
 
@@ -348,6 +348,18 @@ def test_a_call_must_be_the_one_asked_for() -> None:
             [f"<tool_call>\n{'[' * 100_000}\n</tool_call>"],
         ):
             assert not e.check("\n".join([*wrong, *rest]))
+
+
+def test_calls_are_compared_as_json() -> None:
+    a, b = call_text("a", {"n": 1, "on": True}), call_text("b", {"x": [2]})
+    expected = json.dumps(
+        [{"name": "a", "arguments": {"n": 1, "on": True}}, {"name": "b", "arguments": {"x": [2]}}]
+    )
+    for right in (f"{a}\n{b}", f"{b}\n{a}", f"{a}\n{b}".replace("1", "1.0")):
+        assert says_calls(expected, right)
+    for wrong in (a, f"{a}\n{b}\n{b}", f"{a}\n{a}", f"{a}\n{b}".replace("1", "true")):
+        assert not says_calls(expected, wrong)
+    assert not says_calls(expected, f"{a}\n{b}".replace("true", "1"))
 
 
 def test_a_story_is_of_the_grammar_and_about_whom_was_asked() -> None:

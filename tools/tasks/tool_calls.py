@@ -38,14 +38,29 @@ def call_text(name: str, arguments: dict[str, Any]) -> str:
 
 
 def says_calls(expected: str, text: str) -> bool:
-    """Whether the text is the expected calls (a JSON list of {name, arguments}) and no more."""
+    """Whether the text is the expected calls (a JSON list of {name, arguments}), in whichever
+    order, and no more."""
     if _CALL.sub("", text).strip():
         return False
     try:
-        calls = [json.loads(call) for call in _CALL.findall(text)]
+        calls = sorted(_canonical(json.loads(call, **_AS_JSON)) for call in _CALL.findall(text))
     except (ValueError, RecursionError):  # some models never close what they open
         return False
-    return bool(calls == json.loads(expected))
+    return calls == sorted(map(_canonical, json.loads(expected, **_AS_JSON)))
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+_AS_JSON: dict[str, Any] = {"parse_float": _number}
+"""JSON knows 1 and 1.0 for the same number."""
+
+
+def _canonical(value: Any) -> str:
+    """Equal for equal values; Python would take true for 1 too."""
+    return json.dumps(value, sort_keys=True)
 
 
 def tool_call(rng: random.Random) -> Example:
