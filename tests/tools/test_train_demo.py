@@ -343,6 +343,31 @@ def test_a_resumed_training_ends_with_the_same_weights(
         state.restore(tmp_path / "none", fresh, SETTINGS)
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_save_that_is_stopped_anywhere_leaves_the_last(
+    stop: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, little = tmp_path / "state", State({"m": {"a": jnp.zeros(2)}}, {})
+    renamed: list[Path] = []
+    rename = Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        renamed.append(path)
+        if len(renamed) == stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    state.save(folder, little, Record(steps=1), SETTINGS, tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            state.save(folder, little, Record(steps=2), SETTINGS, tokenizer)
+    state.mend(folder)
+    assert state.record_of(folder).steps == 1
+    state.save(folder, little, Record(steps=3), SETTINGS, tokenizer)
+    assert state.record_of(folder).steps == 3 and [*tmp_path.iterdir()] == [folder]
+
+
 def test_a_loss_that_is_no_number_ends_the_training(
     trainer: Trainer, batches: list[np.ndarray]
 ) -> None:

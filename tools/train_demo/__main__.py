@@ -45,7 +45,7 @@ def _train(args: argparse.Namespace) -> None:
     from ...errors import CheckpointError
     from ...serving.progress import Terminal
     from .data import Batches
-    from .state import RUN, TOKENIZER, record_of
+    from .state import RUN, TOKENIZER, mend, record_of
     from .tokenizer import build
     from .train import SHIPPED, TRIAL
 
@@ -54,6 +54,7 @@ def _train(args: argparse.Namespace) -> None:
     recipe = TRIAL if args.trial else SHIPPED
     if args.steps is not None:
         recipe = replace(recipe, steps=args.steps)
+    mend(args.state)
     there = (args.state / RUN).exists()
     if there and not args.resume:
         raise CheckpointError(f"{args.state}: holds a training; say --resume, or another --state")

@@ -41,7 +41,8 @@ def save(
     Args:
       settings: what a run that goes on from here must be started with.
     """
-    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    new, old = folder.with_name(f"{folder.name}.new"), _old(folder)
+    mend(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     for index, part in enumerate(_parts(_named(jax.device_get(state)))):
@@ -54,6 +55,16 @@ def save(
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def mend(folder: Path) -> None:
+    """Puts back the last save where a later one was stopped between taking it away and the end."""
+    if not folder.exists() and _old(folder).exists():
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
 
 
 def record_of(folder: Path) -> Record:
