@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..serving.progress import Reporter
 
 _HELP = "/new starts over, /quit (or the end of input) leaves"
+_COMMAND = re.compile(r"/[a-z]*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +52,16 @@ def run(args: argparse.Namespace) -> None:
             if said == "/new":
                 messages = list(opening)
                 continue
+            if _COMMAND.fullmatch(said):
+                reporter.note(f"{said}: no such command; {_HELP}")
+                continue
             messages.append({"role": "user", "content": said})
             try:
                 answer = (_think if args.thinking else _say)(llm, messages, chosen)
             except InvalidRequest as error:  # such as a conversation too long for the model
                 messages.pop()
-                reporter.note(str(error))
+                # With turns before it, the conversation is what is too long.
+                reporter.note(f"{error}; {_HELP}" if len(messages) > len(opening) else str(error))
             else:
                 messages.append({"role": "assistant", **answer})
 

@@ -361,6 +361,14 @@ def test_chat_goes_on_after_what_is_too_long(run: Run, folder: Path) -> None:
     first, second = done.out.splitlines()
     assert (done.status, first) == (0, second)
     assert "prompt: got" in done.err
+    (note,) = (line for line in done.err.splitlines() if line.startswith("prompt: got"))
+    assert "/new starts over" in note
+
+
+def test_chat_says_which_commands_there_are(run: Run, folder: Path) -> None:
+    done = run("chat", folder, *GREEDY, *SMALL, stdin="/help\nhello\n/quit\n")
+    assert done.status == 0 and len(done.out.splitlines()) == 1
+    assert "/help: no such command; /new starts over, /quit" in done.err
 
 
 def test_chat_without_a_template_says_so_at_once(run: Run, tmp_path: Path) -> None:
