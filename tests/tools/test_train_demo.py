@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from quire.model.kernels.dense_attention import fused
 from quire.serving.progress import Silent
 from quire.tools.tasks.registry import TASKS
 from quire.tools.train_demo import attention, card, plot, state
+from quire.tools.train_demo.__main__ import main
 from quire.tools.train_demo.batch import Batch, unpack
 from quire.tools.train_demo.conversations import Conversations, DrawingRates, Writer, measure
 from quire.tools.train_demo.data import Batches, Plan, Source
@@ -162,6 +165,45 @@ def test_other_processes_make_the_same_batches(tokenizer: Tokenizer) -> None:
     assert all(batch.shape == (LAYOUT.tokens,) for batch in alone)
     np.testing.assert_array_equal(first(5, workers=1), alone)
     np.testing.assert_array_equal(first(2, first=3), alone[3:])
+
+
+def test_an_interrupt_is_not_for_the_processes_that_make_data(tokenizer: Tokenizer) -> None:
+    with Batches(tokenizer, PLAN, SEED, workers=1) as others:
+        made = iter(others)
+        next(made)
+        assert others._pool is not None
+        for process in others._pool._processes.values():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)
+            process.join(1)
+            assert process.is_alive()
+        assert len(list(islice(made, 5 * PLAN.shard))) == 5 * PLAN.shard
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; --resume"),
+        (OSError(28, "disk full"), 1, "disk full"),
+    ],
+)
+def test_what_stops_a_training_is_said_in_a_line(
+    raised: BaseException,
+    status: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*args: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("quire.tools.train_demo.__main__._run", stop)
+    argv = ["train", "--trial", "--workers=0", f"--out={tmp_path}", f"--state={tmp_path / 's'}"]
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == status
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_held_out_examples_lie_where_they_are_said_to(

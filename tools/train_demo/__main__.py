@@ -35,8 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except QuireError as error:
+    except (QuireError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; --resume goes on from the last save\n")
 
 
 def _train(args: argparse.Namespace) -> None:

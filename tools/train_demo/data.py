@@ -8,6 +8,7 @@ of cores. Nothing is used twice: one core makes about half a million tokens a se
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ _source: Source | None = None  # of a worker process
 
 def _start(tokenizer: str, rates: DrawingRates, plan: Plan, seed: int) -> None:
     global _source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one
     _source = Source(Tokenizer.from_str(tokenizer), rates, plan, seed)
 
 
