@@ -15,7 +15,7 @@ from quire import LLM, SamplingParams
 from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.shipped import SHIPPED, resolve
 from quire.tools.cli import main
-from quire.tools.eval.questions import pose
+from quire.tools.eval.prompts import pose
 from quire.tools.tasks.registry import TASKS, draw
 
 pytestmark = pytest.mark.xdist_group("demo")

@@ -16,7 +16,7 @@ from quire.sched.sampling_params import SamplingParams
 from quire.serving.answer import Completion, Logprob
 from quire.serving.llm import Generation
 from quire.serving.progress import Reporter
-from quire.tools.eval.questions import Question
+from quire.tools.eval.prompts import Question
 from quire.tools.tasks.example import Example, exactly
 from quire.tools.tasks.registry import Task
 

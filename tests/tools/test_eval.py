@@ -17,7 +17,7 @@ from quire.checkpoints.folder import Checkpoint
 from quire.errors import InvalidRequest
 from quire.serving.progress import Silent
 from quire.tools.cli import main
-from quire.tools.eval import answers, compare, draft, questions, report
+from quire.tools.eval import answers, compare, draft, prompts, questions, report
 from quire.tools.eval.answers import Outcome
 from quire.tools.eval.questions import Paper
 from quire.tools.eval.report import Result
@@ -68,7 +68,7 @@ def test_unknown_tasks_are_refused_with_the_known(monkeypatch: pytest.MonkeyPatc
 def test_a_question_is_what_the_template_makes_of_it(checkpoint: Checkpoint) -> None:
     example = double(random.Random(0), tools=(fake_exam.TOOL,), thinking=True)
     asked, answer = (m["content"] for m in example.messages)
-    posed = questions.pose(checkpoint, example)
+    posed = prompts.pose(checkpoint, example)
     decode = lambda ids: checkpoint.tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731
     tools = json.dumps([fake_exam.TOOL])
     assert decode(posed.prompt) == f"{tools}<eos><user>{asked}<eos>\n<assistant><think>"

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..eval.answers import most_tokens
-from ..eval.questions import pose
+from ..eval.prompts import pose
 from ..tasks.example import Example, exactly
 from ..tasks.lookup import shared_table
 from ..tasks.registry import TASKS, Task, draw

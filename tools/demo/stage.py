@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from ..eval.answers import most_tokens
-from ..eval.questions import pose
+from ..eval.prompts import pose
 from .scenes import is_hard
 
 if TYPE_CHECKING:

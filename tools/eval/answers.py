@@ -16,7 +16,7 @@ from ...serving.progress import Reporter, Update
 
 if TYPE_CHECKING:
     from ...serving.llm import Generation
-    from .questions import Question
+    from .prompts import Question
 
 SLICE = 1 << 17
 """Prompt tokens scored in one call: their log-probabilities are Python objects until summed up."""

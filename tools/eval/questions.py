@@ -1,4 +1,4 @@
-"""What is asked: held-out examples of the chosen tasks, rendered for one model.
+"""Which questions are asked: held-out examples of the chosen tasks, and what is left out of them.
 
 Called by eval_command.py before the model loads, so that what cannot be asked is said at once. The
 same seed draws the same examples of a task, whichever other tasks are chosen, and the first of them
@@ -12,9 +12,10 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import InvalidRequest
+from .prompts import Ignored, Question, check_can_chat, pose
 
 if TYPE_CHECKING:
     from ...checkpoints.folder import Checkpoint
@@ -24,23 +25,6 @@ if TYPE_CHECKING:
 
 _DRAWS = 200
 """Draws for each example wanted, after which a task is taken to have no other ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """An example as one model sees it.
-
-    Attributes:
-      prompt: token ids up to where the answer begins.
-      right: token ids of the right answer, the end of the turn included; empty where the chat
-        template does not go on from the prompt, so that it cannot be scored.
-      room: tokens that a right answer needs.
-    """
-
-    example: Example
-    prompt: tuple[int, ...]
-    right: tuple[int, ...]
-    room: int
 
 
 @dataclass(slots=True)
@@ -122,7 +106,7 @@ def set_exam(
         every example.
     """
     check_can_chat(checkpoint)
-    papers, ignored = [], _Ignored()
+    papers, ignored = [], Ignored()
     with reporter.phase("questions") as update:
         for task in tasks:
             papers.append(_paper(task, n, seed, checkpoint, ignored))
@@ -142,7 +126,7 @@ def set_exam(
     return exam
 
 
-def _paper(task: Task, n: int, seed: int, checkpoint: Checkpoint, ignored: _Ignored) -> Paper:
+def _paper(task: Task, n: int, seed: int, checkpoint: Checkpoint, ignored: Ignored) -> Paper:
     paper = Paper(task, [])
     for example in held_out(task, n, seed):
         try:
@@ -152,76 +136,3 @@ def _paper(task: Task, n: int, seed: int, checkpoint: Checkpoint, ignored: _Igno
             paper.refused += 1
             paper.refusal = paper.refusal or str(error)
     return paper
-
-
-def check_can_chat(checkpoint: Checkpoint) -> None:
-    """Raises InvalidRequest for a checkpoint without tokenizer or chat template."""
-    from ...serving.intake import no_tokenizer
-
-    if not checkpoint.has_tokenizer:
-        raise no_tokenizer("messages")
-    checkpoint.chat_template.render([{"role": "user", "content": "?"}])
-
-
-def pose(checkpoint: Checkpoint, example: Example) -> Question:
-    """Raises InvalidRequest where the chat template refuses the example."""
-    asked = render(checkpoint, example)
-    whole = render(checkpoint, example, answered=True)
-    encode = checkpoint.tokenizer.encode
-    prompt = encode(asked, add_special_tokens=False)
-    if not whole.startswith(asked):
-        room = len(encode(str(example.messages[-1].get("content")), add_special_tokens=False)) + 1
-        return Question(example, tuple(prompt), (), room)
-    right = encode(whole[len(asked) :], add_special_tokens=False)
-    end = next((at for at, token in enumerate(right) if token in checkpoint.eos_ids), len(right))
-    right = right[: end + 1]  # what a template writes after the end of a turn, no model has to say
-    return Question(example, tuple(prompt), tuple(right), len(right))
-
-
-def render(checkpoint: Checkpoint, example: Example, *, answered: bool = False) -> str:
-    """The text of an example's prompt, or of all of it."""
-    return _render(checkpoint, example, list(example.tools), example.thinking, answered)
-
-
-def _render(
-    checkpoint: Checkpoint,
-    example: Example,
-    tools: list[dict[str, Any]],
-    thinking: bool,
-    answered: bool = False,
-) -> str:
-    return checkpoint.chat_template.render(
-        example.messages if answered else example.messages[:-1],
-        tools=tools or None,
-        add_generation_prompt=not answered,
-        enable_thinking=thinking,
-    )
-
-
-class _Ignored:
-    """Which of an example's wishes the chat template does not hear, looked up once for each task:
-    then the model is asked all the same, and must fail through no fault of its own."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], bool] = {}  # (wish, task) -> ignored
-
-    def look(self, checkpoint: Checkpoint, example: Example) -> None:
-        if example.tools and ("tools", example.task) not in self._seen:
-            without = _render(checkpoint, example, [], example.thinking)
-            self._note("tools", checkpoint, example, without)
-        if example.thinking and ("enable_thinking", example.task) not in self._seen:
-            without = _render(checkpoint, example, list(example.tools), False)
-            self._note("enable_thinking", checkpoint, example, without)
-
-    def notes(self) -> list[str]:
-        found: dict[str, list[str]] = {}
-        for (wish, task), ignored in self._seen.items():
-            if ignored:
-                found.setdefault(wish, []).append(task)
-        return [
-            f"the chat template ignores {wish}: {', '.join(tasks)} asked without"
-            for wish, tasks in found.items()
-        ]
-
-    def _note(self, wish: str, checkpoint: Checkpoint, example: Example, without: str) -> None:
-        self._seen[wish, example.task] = render(checkpoint, example) == without
