@@ -50,7 +50,7 @@ def scenes(checkpoint: Checkpoint, seed: int) -> Scenes:
     chat = [turn for example in drawn for turn in _turns(example)]
     batch = []
     for task in TASKS.values():
-        if not task.share:  # which no model is meant to be good at
+        if not task.share:  # beyond what was trained: a matter for `quire eval`
             continue
         fitting = (e for e in _draws(task, rng) if len(pose(checkpoint, e).prompt) <= _SHORT)
         batch += [example for example in [next(fitting, None)] if example is not None]
