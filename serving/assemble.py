@@ -249,7 +249,8 @@ def load(
 
 def _announce(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh, reporter: Reporter) -> None:
     device = mesh.devices[0]
-    reporter.note(f"{config.model} on {device.platform} ({device.device_kind})")
+    kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
+    reporter.note(f"{config.model} on {device.platform}{kind}")
     if not checkpoint.weights:
         reporter.note("dummy weights: random numbers made on the device; answers mean nothing")
     left_out = checkpoint.generation.not_honoured

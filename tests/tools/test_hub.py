@@ -110,7 +110,7 @@ def test_commands_take_a_hub_name(hub: FakeHub, folder: Path, capsys: Any) -> No
     wanted = capsys.readouterr().out
     assert main(["generate", "org/tiny@main", *GREEDY, *SMALL]) == 0
     said = capsys.readouterr()
-    assert said.out == wanted and "org/tiny@main on cpu" in said.err
+    assert said.out == wanted and "org/tiny@main on cpu\n" in said.err
     assert main(["inspect", "org/tiny", "--revision=main", "--json", "--offline"]) == 0
     assert json.loads(capsys.readouterr().out)["architecture"]["layers"] == 2
     assert main(["convert", "org/tiny", "made"]) == 0
