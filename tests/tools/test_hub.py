@@ -364,8 +364,8 @@ def test_what_a_name_means(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
         assert get(path) == Path(path).expanduser()  # opening it says that it is not there
     with pytest.raises(CheckpointError, match="does not exist, must be a model folder"):
         Checkpoint.open(get("./org/none"))
-    refused(r"dem: does not exist, must be a model folder, a shipped name \(demo\) or a hub name "
-            r"such as org/name; near it: demo", "dem")  # fmt: skip
+    refused(r"dem: does not exist, must be a model folder, a shipped name \(demo, demo-draft\) or "
+            r"a hub name such as org/name; near it: demo", "dem")  # fmt: skip
     refused("gpt2: does not exist, must be", "gpt2")
     refused("a/b/c: does not exist", "a/b/c")
 
