@@ -105,19 +105,23 @@ class Witness(Scheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.mid_prefill = self.decoding = self.rested = 0
+        pressure = self._planner.pressure
+        preempt, grow = pressure.preempt, pressure.grow
 
-    def _preempt(self, seq):
-        assert seq.in_flight == 0  # its results were read
-        if seq.prefilled < seq.target:
-            self.mid_prefill += 1
-        else:
-            self.decoding += 1
-        super()._preempt(seq)
+        def seen_preempt(seq):
+            assert seq.in_flight == 0  # its results were read
+            if seq.prefilled < seq.target:
+                self.mid_prefill += 1
+            else:
+                self.decoding += 1
+            preempt(seq)
 
-    def _grow(self, step, seq, positions, **how):
-        grown = super()._grow(step, seq, positions, **how)
-        self.rested += self._resting is not None
-        return grown
+        def seen_grow(seq, positions, **how):
+            grown = grow(seq, positions, **how)
+            self.rested += pressure.resting is not None
+            return grown
+
+        pressure.preempt, pressure.grow = seen_preempt, seen_grow
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix", "no-prefix"])

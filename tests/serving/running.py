@@ -24,8 +24,10 @@ from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine
 from quire.sched.request import RequestOutput
 from quire.serving.assemble import Assembled, assemble
+from quire.serving.engine_host import host
 from quire.serving.engine_host.host import EngineHost
 from quire.serving.engine_wire import OPTIONS
+from quire.serving.frontend import remote_link
 from quire.serving.frontend.remote_link import RemoteLink
 from quire.serving.frontend.server import Server
 from quire.serving.telemetry.telemetry import Telemetry
@@ -33,6 +35,10 @@ from quire.serving.telemetry.telemetry import Telemetry
 Result = TypeVar("Result")
 
 SERVICE = "quire.v1.GenerationService"
+
+# A server outlives the tests that ask it, and others in this process hold the interpreter for longer
+# than either side would wait: compiling for an absent TPU does.
+host.SILENCE = remote_link.SILENCE = 600.0
 
 
 class Running:
