@@ -36,8 +36,8 @@ Result = TypeVar("Result")
 
 SERVICE = "quire.v1.GenerationService"
 
-# A server outlives the tests that ask it, and others in this process hold the interpreter for longer
-# than either side would wait: compiling for an absent TPU does.
+# A server outlives the tests that ask it, and others in this process hold the interpreter for
+# longer than either side would wait: compiling for an absent TPU does.
 host.SILENCE = remote_link.SILENCE = 600.0
 
 
