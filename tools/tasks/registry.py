@@ -309,7 +309,8 @@ TASKS: dict[str, Task] = {
             "sort_longer",
             lists.sort_longer,
             0.0,
-            f"{lists.SORT_LONGER[0]} to {lists.SORT_LONGER[1]} numbers of up to three digits",
+            f"{lists.SORT_LONGER[0]} to {lists.SORT_LONGER[1]} numbers, where training ends at "
+            f"{max(lists.SORT_LONG_LENGTHS.values())}",
             10_000_000,
             hard=True,
         ),

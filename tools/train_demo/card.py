@@ -29,8 +29,9 @@ _LIMITS = """It knows the tasks above in the wordings it was trained on, in Engl
 else; it is no source of knowledge. Larger numbers, longer texts and tables than claimed, other
 schemas and tools than those of the data, and free wording get wrong answers, in the same confident
 tone. Of a table it tells the values in a row that is named; asked the other way round, which row
-has a value, it is mostly wrong (`table_row`), though it was trained on that too. Thoughts are
-written to a pattern that its tasks need; they are no insight into it. It was not made to refuse
+has a value, it is mostly wrong (`table_row`), though it was trained on that too. A word to spell or
+to turn round stands in quotes or after a colon, and greetings begin with a capital letter. Thoughts
+are written to a pattern that its tasks need; they are no insight into it. It was not made to refuse
 anything, and has seen nothing that one would refuse."""
 
 
