@@ -18,6 +18,7 @@ from collections import Counter
 import grpc
 
 from ...protos.v1 import generation_pb2 as pb
+from ...serving.collector import quiet_collector
 from .paced_engine import Clock
 
 
@@ -56,6 +57,7 @@ async def main(
         sampling=pb.SamplingParams(temperature=0, ignore_eos=True, max_tokens=tokens),
     ).SerializeToString()
     seen = Seen()
+    quiet_collector()
     async with grpc.aio.insecure_channel(address) as channel:
         await asyncio.gather(
             *(_read(channel, request, seen, vocab, begin, end) for _ in range(streams))
