@@ -1,16 +1,17 @@
-"""What an engine gave one request and its handler has not read yet, gathered.
+"""What an engine gave one request and its handler has not read yet, gathered; and whose turn it is.
 
 Made by an EngineLink, read by the request's handler, both on the event loop. A handler that is slow
 finds one output for each answer, however many steps it missed; what grows meanwhile is a list of
 token ids, which the answer's length bounds.
 
-A message to a caller costs a frontend the same whether it holds one token or ten. So with many
-requests open, a `Pace` lets each reader wait for more, a little.
+A message to a caller costs a frontend the same whether it holds one token or ten, and an engine's
+step brings tokens for all callers at once. So readers are woken one after the other, by a `Pace`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -18,27 +19,45 @@ from ...sched.request import RequestOutput, TokenLogprobs
 
 
 class Pace:
-    """How often the readers of one event loop are woken for tokens that end nothing.
-
-    A reader that was woken less than `interval` ago waits for the first tokens that come after
-    that, but with tokens in hand no longer than `patience`. Both are seconds, and follow the number
-    of readers: alone, none waits.
+    """When the readers of one event loop are woken for tokens that end nothing: in the order in
+    which they got them, no more in a second than a core can send messages. Whoever waits gets more
+    tokens meanwhile. All times are seconds.
     """
 
-    PER_READER = 60e-6
-    """Of `interval`: what a message costs, so that a core sends as many as it can."""
+    PER_MESSAGE = 60e-6
+    """Between two readers: more than what a message costs, so that a core keeps up."""
+
+    BURST = 2e-3
+    """Of messages that may come at once after a lull."""
 
     LONGEST = 0.05
+    """That a round over all who wait takes."""
 
-    PATIENCE = 0.8
-    """Of `interval`."""
+    TICK = 1e-3
+    """Between two looks; the timers of event loops are no finer."""
 
     def __init__(self) -> None:
-        self.interval = self.patience = 0.0
+        self._queue: deque[Pending] = deque()
+        self._due = 0.0  # when the next may be woken, loop.time()
+        self._is_set = False  # a look is due
 
-    def set(self, readers: int) -> None:
-        self.interval = min(readers * self.PER_READER, self.LONGEST)
-        self.patience = self.interval * self.PATIENCE
+    def join(self, pending: Pending) -> None:
+        """Queues one whose reader waits, and which has something for it."""
+        self._queue.append(pending)
+        if not self._is_set:
+            self._look()
+
+    def _look(self) -> None:
+        loop, queue = asyncio.get_running_loop(), self._queue
+        now = loop.time()
+        due = max(self._due, now - self.BURST)
+        while queue and due <= now:
+            due += min(self.PER_MESSAGE, self.LONGEST / len(queue))
+            queue.popleft().call()
+        self._due = due
+        self._is_set = bool(queue)
+        if queue:
+            loop.call_later(max(due - now, self.TICK), self._look)
 
 
 class Pending:
@@ -51,26 +70,26 @@ class Pending:
 
     __slots__ = (
         "_answers",
+        "_at_once",
         "_cached",
         "_error",
         "_id",
+        "_is_queued",
         "_pace",
         "_reader",
-        "_taken",
-        "_timer",
         "_tokens",
     )
 
     def __init__(self, request_id: str, pace: Pace | None = None) -> None:
         self._id = request_id
         self._pace = pace or Pace()
+        self._is_queued = False  # by the pace
         self._tokens: list[int] = []  # of choice 0, where nothing else is known of it
         self._cached = 0  # prompt tokens found in the prefix index, as last heard
         self._answers: dict[int, RequestOutput | _Sum] = {}  # by choice
         self._error: RequestOutput | None = None
-        self._reader: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._taken = 0.0  # when it was last read, loop.time()
+        self._reader: asyncio.Future[None] | None = None  # until it is woken
+        self._at_once = True  # the first tokens of all, and what ends an answer, wait for no turn
 
     def put(self, output: RequestOutput) -> None:
         """Adds what a step gave."""
@@ -78,32 +97,36 @@ class Pending:
             self._error = output
         else:
             self._gather(output)
-        if output.finish_reason is None:
-            self._wake_soon()
-        else:
-            self._wake()
+        if output.finish_reason is not None:
+            self._at_once = True
+        self._came()
 
     def put_tokens(self, tokens: Iterable[int]) -> None:
         """Adds tokens of choice 0 that came with nothing else that is new."""
-        if 0 in self._answers:
+        if self._answers and 0 in self._answers:
             self._gather(self._plain(tokens))
         else:
             self._tokens += tokens
-        self._wake_soon()
+        self._came()
+
+    def call(self) -> None:
+        """It is this one's turn."""
+        self._is_queued = False
+        if self._reader is not None and self._has_some:
+            self._wake(self._reader)
 
     async def take(self) -> list[RequestOutput]:
-        """Waits until there is something; one output for each answer that got on, and then the
-        error that ended the request, if one did."""
-        while not self._tokens and not self._answers and self._error is None:
-            self._reader = asyncio.get_running_loop().create_future()
+        """Waits until there is something, and for its turn; one output for each answer that got on,
+        and then the error that ended the request, if one did."""
+        if not (self._at_once and self._has_some):
+            self._reader = reader = asyncio.get_running_loop().create_future()
+            if self._has_some:
+                self._came()
             try:
-                await self._reader
+                await reader
             finally:
                 self._reader = None
-                if self._timer is not None:
-                    self._timer.cancel()
-                    self._timer = None
-        self._taken = asyncio.get_running_loop().time()
+        self._at_once = False
         outputs = []
         if self._tokens:
             outputs.append(self._plain(self._tokens))
@@ -117,6 +140,25 @@ class Pending:
             outputs.append(self._error)
             self._error = None
         return outputs
+
+    @property
+    def _has_some(self) -> bool:
+        return bool(self._tokens or self._answers or self._error)
+
+    def _came(self) -> None:
+        """There is something, for a reader that may wait."""
+        if self._reader is None:
+            return
+        if self._at_once:
+            self._wake(self._reader)
+        elif not self._is_queued:
+            self._is_queued = True
+            self._pace.join(self)
+
+    def _wake(self, reader: asyncio.Future[None]) -> None:
+        self._reader = None
+        if not reader.done():  # or it leaves
+            reader.set_result(None)
 
     def _gather(self, output: RequestOutput) -> None:
         self._cached = output.cached_tokens
@@ -133,20 +175,6 @@ class Pending:
 
     def _plain(self, tokens: Iterable[int]) -> RequestOutput:
         return RequestOutput(self._id, tuple(tokens), cached_tokens=self._cached)
-
-    def _wake_soon(self) -> None:
-        reader = self._reader
-        if reader is None or reader.done():
-            return
-        loop, pace = reader.get_loop(), self._pace
-        if loop.time() - self._taken >= pace.interval:
-            reader.set_result(None)
-        elif self._timer is None:
-            self._timer = loop.call_later(pace.patience, self._wake)
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 class _Sum:

@@ -103,7 +103,6 @@ class RemoteLink:
             raise Unavailable(self._why_closed)
         handle, pending = next(self._draw), Pending(request.id, self._pace)
         self._open[handle] = request.id, pending
-        self._pace.set(len(self._open))
         self._handles[request.id] = handle
         self._next.submits.append(submit_message(handle, request))
         self._news.set()
@@ -111,7 +110,6 @@ class RemoteLink:
             yield pending
         finally:
             self._open.pop(handle, None)
-            self._pace.set(len(self._open))
             self._handles.pop(request.id, None)
 
     def finish(

@@ -8,8 +8,8 @@ serving/frontend/server.py gives the service its life from bind to drain.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 import grpc
 
@@ -62,11 +62,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        following = self._answers(request, context)
-        async with self.calls.run(context, request), aclosing(following) as pieces:
+        async with (
+            self.calls.run(context, request),
+            self._asked(request, context) as (asked, pieces),
+        ):
             completions: dict[int, Completion] = {}
             scores = None
-            async for asked, piece in pieces:
+            async for piece in pieces:
                 chunk = piece.chunk
                 completions.setdefault(chunk.index, Completion(chunk.index)).add(chunk)
                 scores = scores or chunk.prompt_logprobs
@@ -89,38 +91,39 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        following = self._answers(request, context, streamed=True)
-        async with self.calls.run(context, request), aclosing(following) as pieces:
-            total, request_id = 0, None
-            async for asked, piece in pieces:
+        async with (
+            self.calls.run(context, request),
+            self._asked(request, context, streamed=True) as (asked, pieces),
+        ):
+            total, request_id = 0, request.request_id or asked.id
+            async for piece in pieces:
                 chunk = piece.chunk
                 total += len(chunk.token_ids)
-                first, request_id = request_id is None, request.request_id or asked.id
                 message = chunk_message(
                     chunk,
                     asked.sampling,
                     prompt=asked.prompt,
-                    request_id=request_id if first else "",
+                    request_id=request_id,
                     usage=_usage(asked, total, chunk) if piece.is_last else None,
-                    timing=chunk.timing,
                 )
+                request_id = ""  # said once
                 await context.write(message)
 
-    async def _answers(
+    @asynccontextmanager
+    async def _asked(
         self,
         message: pb.GenerateRequest,
         context: grpc.aio.ServicerContext,
         *,
         streamed: bool = False,
-    ) -> AsyncGenerator[tuple[Request, Piece], None]:
-        """A request, with each piece of its answers."""
+    ) -> AsyncIterator[tuple[Request, AsyncGenerator[Piece, None]]]:
+        """A request, and the pieces of its answers; leaving the block ends it."""
         link, intake, reader = self._open_backend()
         request = await reader.request(message, context, streamed=streamed)
         following = answers(link, intake.choices(request.sampling), request)
         with self.calls.named(request.tenant, message.request_id):
             async with aclosing(following) as pieces:
-                async for piece in pieces:
-                    yield request, piece
+                yield request, pieces
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext

@@ -232,7 +232,6 @@ def chunk_message(
     prompt: tuple[int, ...],
     request_id: str,
     usage: pb.Usage | None,
-    timing: Timing | None = None,
 ) -> pb.GenerateChunk:
     """One message of a stream.
 
@@ -241,20 +240,28 @@ def chunk_message(
       sampling: of the request.
       prompt: of the request.
       request_id: on the first message, else empty.
-      usage, timing: on the last message, else None.
+      usage: on the last message, else None.
     """
-    return pb.GenerateChunk(
-        request_id=request_id,
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        logprobs=_logprobs(chunk.logprobs, chunk.token_ids, sampling.logprobs),
-        finish_reason=_FINISH[chunk.finish_reason],
-        stop_reason=_stop_reason(chunk.stop_reason),
-        usage=usage,
-        index=chunk.index,
-        prompt_logprobs=_logprobs(chunk.prompt_logprobs, prompt, sampling.prompt_logprobs),
-        timing=_timing(timing),
-    )
+    # Nearly all messages are this and no more; what is absent costs as much as what is there.
+    message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids)
+    if request_id:
+        message.request_id = request_id
+    if chunk.index:
+        message.index = chunk.index
+    if chunk.logprobs is not None:
+        message.logprobs.extend(_logprobs(chunk.logprobs, chunk.token_ids, sampling.logprobs))
+    if chunk.prompt_logprobs is not None:
+        scores = _logprobs(chunk.prompt_logprobs, prompt, sampling.prompt_logprobs)
+        message.prompt_logprobs.extend(scores)
+    if chunk.finish_reason is not None:
+        message.finish_reason = _FINISH[chunk.finish_reason]
+    if chunk.stop_reason is not None:
+        message.stop_reason.CopyFrom(_stop_reason(chunk.stop_reason))
+    if usage is not None:
+        message.usage.CopyFrom(usage)
+    if chunk.timing is not None:
+        message.timing.CopyFrom(_timing(chunk.timing))
+    return message
 
 
 def response_message(
