@@ -97,6 +97,10 @@ class _ByteStream(StreamDecoder):
             return ""
         return self._utf8.decode(self._table.bytes_of(token_id))
 
+    def push(self, token_ids: Iterable[int]) -> str:
+        bytes_of, skip = self._table.bytes_of, self._skip
+        return self._utf8.decode(b"".join([bytes_of(i) for i in token_ids if i not in skip]))
+
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 

@@ -40,6 +40,11 @@ class TextAssembler:
         self._count += 1
         return "" if silent else self._add(self._decoder.step(token))
 
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """Text of several tokens, for who has no stop strings."""
+        self._count += len(tokens)
+        return self._decoder.push(tokens)
+
     def finish(self) -> str:
         """The rest, when the answer ends without a stop string."""
         text = self._add(self._decoder.flush())

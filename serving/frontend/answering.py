@@ -43,7 +43,9 @@ async def answers(
         try:
             while True:
                 outputs = await pending.take()
-                last = next((output for output in outputs if output.ended), last)
+                for output in outputs:
+                    if output.ended:
+                        last = output
                 chunks, error = pushed(choices, outputs)
                 # Of stop strings the engine does not know.
                 for reason, choice in choices.news():

@@ -96,6 +96,9 @@ async def _clients(
         "messages_per_token": messages / max(got, 1),
         "delay_ms": {f"p{p}": _percentile(delays, p / 100) for p in (50, 90, 99)},
         "cores": cores,
+        "us_per_message": {
+            name: 1e6 * value * args.seconds / max(messages, 1) for name, value in cores.items()
+        },
         "delays": dict(sorted(delays.items())),
     }
 
@@ -133,6 +136,8 @@ def _table(results: dict[str, Any]) -> Any:
         made.add_row(f"delay {name}, ms", str(value))
     for name, value in results["cores"].items():
         made.add_row(f"cores, {name}", f"{value:.2f}")
+    for name, value in results["us_per_message"].items():
+        made.add_row(f"µs a message, {name}", f"{value:.1f}")
     return made
 
 
