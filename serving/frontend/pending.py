@@ -11,6 +11,7 @@ step brings tokens for all callers at once. So readers are woken one after the o
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,8 +28,8 @@ class Pace:
     PER_MESSAGE = 60e-6
     """Between two readers: more than what a message costs, so that a core keeps up."""
 
-    BURST = 2e-3
-    """Of messages that may come at once after a lull."""
+    BURST = 10e-3
+    """Of turns that may come at once after a lull, or after a look that came late."""
 
     LONGEST = 0.05
     """That a round over all who wait takes."""
@@ -38,7 +39,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._queue: deque[Pending] = deque()
-        self._due = 0.0  # when the next may be woken, loop.time()
+        self._due = 0.0  # when the next may be woken, time.monotonic()
         self._is_set = False  # a look is due
 
     def join(self, pending: Pending) -> None:
@@ -48,8 +49,7 @@ class Pace:
             self._look()
 
     def _look(self) -> None:
-        loop, queue = asyncio.get_running_loop(), self._queue
-        now = loop.time()
+        queue, now = self._queue, time.monotonic()  # that of some event loops stands still
         due = max(self._due, now - self.BURST)
         while queue and due <= now:
             due += min(self.PER_MESSAGE, self.LONGEST / len(queue))
@@ -57,7 +57,7 @@ class Pace:
         self._due = due
         self._is_set = bool(queue)
         if queue:
-            loop.call_later(max(due - now, self.TICK), self._look)
+            asyncio.get_running_loop().call_later(max(due - now, self.TICK), self._look)
 
 
 class Pending:
