@@ -24,6 +24,8 @@ import signal
 import sys
 from typing import Any
 
+import uvloop
+
 from .stderr import queue_stderr
 
 BEAT = 1.0
@@ -107,7 +109,8 @@ class Lifeline:
 def main(module: str, parent: str, news: str) -> int:
     """A child's life; returns its exit status."""
     _come_of_age(int(parent))
-    return asyncio.run(importlib.import_module(module).serve(int(news)))
+    # grpc turns asyncio's loop once for each message that was sent; uvloop's turns cost far less.
+    return uvloop.run(importlib.import_module(module).serve(int(news)))
 
 
 if __name__ == "__main__":
