@@ -35,7 +35,11 @@ class Pace:
     """That a round over all who wait takes."""
 
     TICK = 1e-3
-    """Between two looks; the timers of event loops are no finer."""
+    """Between two looks, unless some are overdue; the timers of event loops are no finer."""
+
+    AT_ONCE = 32
+    """Readers woken by one look. A busy event loop so takes in an engine's step between them, whose
+    tokens then go with the next messages."""
 
     def __init__(self) -> None:
         self._queue: deque[Pending] = deque()
@@ -46,18 +50,22 @@ class Pace:
         """Queues one whose reader waits, and which has something for it."""
         self._queue.append(pending)
         if not self._is_set:
-            self._look()
+            self._is_set = True
+            asyncio.get_running_loop().call_soon(self._look)  # when all of a step have joined
 
     def _look(self) -> None:
         queue, now = self._queue, time.monotonic()  # that of some event loops stands still
         due = max(self._due, now - self.BURST)
-        while queue and due <= now:
+        for _ in range(min(len(queue), self.AT_ONCE)):
+            if due > now:
+                break
             due += min(self.PER_MESSAGE, self.LONGEST / len(queue))
             queue.popleft().call()
         self._due = due
         self._is_set = bool(queue)
         if queue:
-            asyncio.get_running_loop().call_later(max(due - now, self.TICK), self._look)
+            wait = 0.0 if due <= now else max(due - now, self.TICK)
+            asyncio.get_running_loop().call_later(wait, self._look)
 
 
 class Pending:

@@ -1,9 +1,9 @@
-"""What waits for a request's handler: gathered, in order, and handed over at a pace."""
+"""What waits for a request's handler: gathered, in order, and handed over when it is its turn."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import pytest
 
@@ -12,13 +12,14 @@ from quire.sched.request import FinishReason, RequestOutput, TokenLogprobs
 from quire.serving.frontend.pending import Pace, Pending
 
 
-def run(work: Callable[[Pending], Awaitable[None]], readers: int = 1) -> None:
+def run(work: Callable[[Pending], Awaitable[None]]) -> None:
     async def main() -> None:
-        pace = Pace()
-        pace.set(readers)
-        await work(Pending("r", pace))
+        await work(Pending("r"))
 
     asyncio.run(main())
+
+
+NEVER = 3600.0
 
 
 def test_plain_tokens_are_gathered_into_one_output() -> None:
@@ -66,60 +67,157 @@ def test_logprobs_are_gathered_and_those_of_the_prompt_kept() -> None:
     run(work)
 
 
-async def reading(pending: Pending) -> asyncio.Future[list[RequestOutput]]:
-    """A reader that has just been given something, and waits for more."""
-    pending.put_tokens((1,))
-    await pending.take()
-    taking = asyncio.ensure_future(pending.take())
-    await asyncio.sleep(0)
-    return taking
+class Readers:
+    """Of several requests over one pace, each of which has had its first token.
+
+    Attributes:
+      took: which of them got which tokens, in that order.
+    """
+
+    def __init__(self, count: int) -> None:
+        pace = Pace()
+        self.pendings = [Pending(str(at), pace) for at in range(count)]
+        self.took: list[tuple[int, tuple[int, ...]]] = []
+
+    async def __aenter__(self) -> Readers:
+        self._tasks = [asyncio.ensure_future(self._read(at)) for at in range(len(self.pendings))]
+        self.put(range(len(self.pendings)), 0)
+        await self.until(len(self.pendings))
+        self.took.clear()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+    def put(self, order: Iterable[int], token: int) -> None:
+        for at in order:
+            self.pendings[at].put_tokens((token,))
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(60):
+            while len(self.took) < count:
+                await asyncio.sleep(0)
+
+    async def _read(self, at: int) -> None:
+        while True:
+            for output in await self.pendings[at].take():
+                self.took.append((at, output.tokens))
 
 
 async def let_run() -> None:
-    for _ in range(5):
+    for _ in range(10):
         await asyncio.sleep(0)
 
 
-def test_alone_a_reader_is_woken_at_once() -> None:
-    async def work(pending: Pending) -> None:
-        await asyncio.sleep(2 * Pace.PER_READER)
-        taking = await reading(pending)
-        await asyncio.sleep(2 * Pace.PER_READER)
-        pending.put_tokens((2,))
-        await let_run()
-        assert taking.done()
-
-    run(work)
-
-
-@pytest.mark.parametrize("patience", [0.001, 3600.0])
-def test_one_that_was_just_woken_waits_for_more(patience: float) -> None:
-    async def work(pending: Pending) -> None:
-        pending._pace.interval, pending._pace.patience = 3600.0, patience
-        taking = await reading(pending)
-        pending.put_tokens((2,))
-        pending.put_tokens((3,))
-        await let_run()
-        if patience > 1:
-            assert not taking.done()
-            # What ends an answer waits for nothing.
-            pending.put(RequestOutput("r", (4,), finish_reason=FinishReason.LENGTH))
+def test_after_a_lull_nobody_waits() -> None:
+    async def main() -> None:
+        async with Readers(3) as readers:
+            readers.put((2, 0, 1), 1)
             await let_run()
-            assert taking.result()[0].tokens == (2, 3, 4)
-        else:
-            assert (await taking)[0].tokens == (2, 3)
+            assert readers.took == [(2, (1,)), (0, (1,)), (1, (1,))]
+
+    asyncio.run(main())
+
+
+def test_turns_go_by_the_age_of_tokens_and_bring_all_that_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Pace, "PER_MESSAGE", 1e-3)
+    monkeypatch.setattr(Pace, "BURST", 0.0)
+
+    async def main() -> None:
+        async with Readers(3) as readers:
+            readers.put((2, 0, 1), 1)
+            await readers.until(1)
+            # Who had a turn comes after those who did not.
+            readers.put((2, 1, 0), 2)
+            await readers.until(4)
+            assert readers.took == [(2, (1,)), (0, (1, 2)), (1, (1, 2)), (2, (2,))]
+
+    asyncio.run(main())
+
+
+def test_the_first_tokens_and_the_end_of_an_answer_wait_for_no_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Pace, "PER_MESSAGE", NEVER)
+    monkeypatch.setattr(Pace, "LONGEST", NEVER)
+
+    async def main() -> None:
+        async with Readers(3) as readers:  # which reads first tokens
+            readers.put((2, 0, 1), 1)
+            await let_run()
+            assert readers.took == [(2, (1,))]
+            end = RequestOutput("1", (4,), finish_reason=FinishReason.LENGTH)
+            readers.pendings[1].put(end)
+            await let_run()
+            assert readers.took[1:] == [(1, (1, 4))]
+
+    asyncio.run(main())
+
+
+def test_what_came_while_nobody_waited_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "PER_MESSAGE", NEVER)
+    monkeypatch.setattr(Pace, "LONGEST", NEVER)
+
+    async def work(pending: Pending) -> None:
+        for token in (1, 2):  # the first of all, and the one turn that there is
+            pending.put_tokens((token,))
+            assert (await pending.take())[0].tokens == (token,)
+        pending.put_tokens((3,))
+        taking = asyncio.ensure_future(pending.take())
+        await let_run()
+        assert not taking.done()
+        pending.put(RequestOutput("r", error=Unavailable("x"), finish_reason=FinishReason.ERROR))
+        assert [output.tokens for output in await taking] == [(3,), ()]
 
     run(work)
 
 
-def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
-    async def work(pending: Pending) -> None:
-        taking = asyncio.ensure_future(pending.take())
-        await asyncio.sleep(0)
-        taking.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await taking
-        pending.put_tokens((1,))
-        assert (await pending.take())[0].tokens == (1,)
+def test_a_round_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "PER_MESSAGE", NEVER)
+    monkeypatch.setattr(Pace, "LONGEST", 0.0)
 
-    run(work, 10_000)
+    async def main() -> None:
+        async with Readers(50) as readers:
+            readers.put(range(50), 1)
+            await let_run()
+            assert len(readers.took) == 50
+
+    asyncio.run(main())
+
+
+def test_between_looks_an_event_loop_takes_in_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "AT_ONCE", 2)
+
+    async def main() -> None:
+        async with Readers(5) as readers:
+            readers.put(range(5), 1)
+            await readers.until(1)
+            readers.put((4, 0), 2)
+            await readers.until(6)
+            assert readers.took == [(0, (1,)), (1, (1,)), (2, (1,)), (3, (1,)), (4, (1, 2)), (0, (2,))]
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_leaves_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "PER_MESSAGE", 5e-3)
+    monkeypatch.setattr(Pace, "BURST", 0.0)
+
+    async def work(pending: Pending) -> None:
+        pending.put_tokens((1,))
+        await pending.take()
+        for token in (2, 3):
+            taking = asyncio.ensure_future(pending.take())
+            await asyncio.sleep(0)
+            pending.put_tokens((token,))  # the second time it waits for its turn
+            taking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await taking
+        async with asyncio.timeout(60):
+            assert (await pending.take())[0].tokens == (2, 3)
+
+    run(work)

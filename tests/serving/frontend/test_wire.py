@@ -226,10 +226,11 @@ def chunk_of(chunk: Chunk, sampling: SamplingParams = SAMPLING, **more: Any) -> 
 
 
 def test_a_chunk_has_every_field() -> None:
+    scores = [None, LOGPROBS[0]]
     chunk = Chunk(
-        "text", [7, 8], LOGPROBS, "length", 8, index=1, prompt_logprobs=[None, LOGPROBS[0]]
+        "text", [7, 8], LOGPROBS, "length", 8, index=1, prompt_logprobs=scores, timing=TIMING
     )
-    message = chunk_of(chunk, request_id="r", usage=USAGE, timing=TIMING)
+    message = chunk_of(chunk, request_id="r", usage=USAGE)
     assert {f.name for f, _ in message.ListFields()} == set(
         pb.GenerateChunk.DESCRIPTOR.fields_by_name
     )
