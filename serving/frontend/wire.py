@@ -240,9 +240,9 @@ def chunk_message(
       sampling: of the request.
       prompt: of the request.
       request_id: on the first message, else empty.
-      usage: on the last message, else None.
+      usage: on the last message, which has a finish_reason, else None.
     """
-    # Nearly all messages are this and no more; what is absent costs as much as what is there.
+    # Nearly all messages are this and no more, and a field that is set to nothing costs as much.
     message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids)
     if request_id:
         message.request_id = request_id
@@ -254,13 +254,13 @@ def chunk_message(
         scores = _logprobs(chunk.prompt_logprobs, prompt, sampling.prompt_logprobs)
         message.prompt_logprobs.extend(scores)
     if chunk.finish_reason is not None:
-        message.finish_reason = _FINISH[chunk.finish_reason]
-    if chunk.stop_reason is not None:
-        message.stop_reason.CopyFrom(_stop_reason(chunk.stop_reason))
-    if usage is not None:
-        message.usage.CopyFrom(usage)
-    if chunk.timing is not None:
-        message.timing.CopyFrom(_timing(chunk.timing))
+        end = pb.GenerateChunk(
+            finish_reason=_FINISH[chunk.finish_reason],
+            stop_reason=_stop_reason(chunk.stop_reason),
+            usage=usage,
+            timing=_timing(chunk.timing),
+        )
+        message.MergeFrom(end)
     return message
 
 

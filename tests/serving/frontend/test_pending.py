@@ -198,7 +198,14 @@ def test_between_looks_an_event_loop_takes_in_more(monkeypatch: pytest.MonkeyPat
             await readers.until(1)
             readers.put((4, 0), 2)
             await readers.until(6)
-            assert readers.took == [(0, (1,)), (1, (1,)), (2, (1,)), (3, (1,)), (4, (1, 2)), (0, (2,))]
+            assert readers.took == [
+                (0, (1,)),
+                (1, (1,)),
+                (2, (1,)),
+                (3, (1,)),
+                (4, (1, 2)),
+                (0, (2,)),
+            ]
 
     asyncio.run(main())
 
