@@ -172,7 +172,7 @@ class RemoteLink:
             for step in message.steps:
                 self._take(step)
             if message.awaited:
-                # Goes out when those who were woken have run: the writer's turn is after theirs.
+                # Goes out when it is the writer's turn: a loop that is behind gets several in one.
                 self._next.taken = True
                 self._news.set()
 

@@ -1,8 +1,9 @@
 """`quire bench frontend`: what frontend processes cost and add, with an engine without a device.
 
 A whole server runs (serving/supervisor), whose engine process gives every stream a token each 10 ms
-(paced_engine.py); processes of clients read them. Token ids say when they were made, so a delay is
-from the engine's step to the client's hands. Cores are CPU seconds per second of the frontends.
+(paced_engine.py); processes of clients read them (frontend_client.py). Token ids say when they were
+made, so a delay is from the engine's step to the client's socket. Cores are CPU seconds per second,
+of all processes of a kind together; what a message costs them is that by the messages.
 """
 
 from __future__ import annotations

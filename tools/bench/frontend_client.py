@@ -19,6 +19,8 @@ import sys
 import time
 from collections import Counter
 
+import uvloop
+
 from ...protos.v1 import generation_pb2 as pb
 from ...serving.collector import quiet_collector
 from .paced_engine import Clock
@@ -174,4 +176,4 @@ async def main(
 if __name__ == "__main__":
     where, *numbers = sys.argv[1:]
     first, second, third = map(int, numbers[:3])
-    asyncio.run(main(where, first, second, third, *map(float, numbers[3:])))
+    uvloop.run(main(where, first, second, third, *map(float, numbers[3:])))
