@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 from collections import Counter
+from typing import cast
 
 import uvloop
 
@@ -73,8 +74,7 @@ class Connection(asyncio.Protocol):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         transport.write(_PREFACE)
         self._send(_SETTINGS, struct.pack(">HI", _INITIAL_WINDOW_SIZE, _WINDOW))
         self._send(_WINDOW_UPDATE, struct.pack(">I", _WINDOW - 65_535))
