@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        transport.write(_PREFACE)
+        self._transport.write(_PREFACE)
         self._send(_SETTINGS, struct.pack(">HI", _INITIAL_WINDOW_SIZE, _WINDOW))
         self._send(_WINDOW_UPDATE, struct.pack(">I", _WINDOW - 65_535))
         message = _MESSAGE.pack(0, len(self._request)) + self._request
