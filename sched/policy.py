@@ -22,6 +22,13 @@ MAX_RECOMPUTE_RATIO = 0.1
 LONG_ANSWER = 1024
 """Tokens that an answer is taken to have at most where nobody knows."""
 
+MIN_LEAD = 1 / 8
+"""Part of what may be kept unused (fairness.py) that a tenant must have had more than another to
+lose a place to it while that runs its share. Who asks for a part `r` of its share falls behind one
+that floods by (1 - r) / (1 - r / 2) of that and less: more, and the first minutes of a flood would
+delay who asks for most of its share; nothing, and tenants at their shares would take each other's
+places because of who came when."""
+
 MAX_FAIR_RECOMPUTE_RATIO = 0.05
 """Recomputed per useful token above which nobody gives way to a newcomer of another tenant."""
 
@@ -109,8 +116,8 @@ def gives_place(running: Ranked[Sequence], queue: FairQueue) -> Sequence | None:
 
     - The newcomer's tenant runs fewer answers than its weight's share of them, and another far more
       than its own: twice as many, or half of what others should have besides.
-    - The newcomer's tenant has had much less than another lately, though it may run its share: by
-      half of what may be kept unused (fairness.py), and what it is about to get.
+    - The newcomer's tenant has had less than another lately, though it may run its share: by
+      MIN_LEAD, and what it is about to get.
 
     The tenant in question loses its youngest, unless that is its last or has a better priority.
     """
@@ -124,7 +131,7 @@ def gives_place(running: Ranked[Sequence], queue: FairQueue) -> Sequence | None:
     if extra > 0 or loser.running - 1 < min(2 * share, (share + total) / 2):
         loser = max((t for t in tenants if t.running), key=lambda t: t.time)
         cost = max(extra, 1) * min(newcomer.max_tokens, LONG_ANSWER) * OUTPUT_COST / tenant.weight
-        if loser.running == 1 or loser.time - tenant.time < queue.credit / 2 + cost:
+        if loser.running == 1 or loser.time - tenant.time < queue.credit * MIN_LEAD + cost:
             return None
     seq = next(seq for seq in reversed(running) if seq.group.tenant is loser)
     return None if seq.rank[0] < newcomer.rank[0] else seq
