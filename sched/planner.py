@@ -25,6 +25,7 @@ from ..model.plan import RunnerSpec
 from . import policy
 from .plan_builder import Flight, StepBuilder
 from .pressure import Pressure
+from .prompt_room import PromptRoom, most_of_who_is_ahead
 from .roster import Roster
 from .sequence import Sequence
 from .stats import Meters
@@ -62,6 +63,7 @@ class Planner:
         self._max_tokens = min(max_batched_tokens, spec.ladder.max_tokens)
         self._max_rows = min(self._max_tokens, spec.ladder.max_rows)
         self._prefill_chunk = prefill_chunk
+        self._most_ahead = most_of_who_is_ahead(self._max_tokens, spec.num_slots)
         self.pressure = Pressure(roster, cache, meters)
 
     def plan(self) -> Flight | None:
@@ -82,22 +84,21 @@ class Planner:
             self._cache,
         )
 
-    def _go_on(self, step: StepBuilder) -> int:
-        """Rows for those who run already; returns the tokens left for newcomers.
+    def _go_on(self, step: StepBuilder) -> PromptRoom:
+        """Rows for those who run already; returns what is left for newcomers.
 
         One pass in order of service.
         """
         running, prefilling = self._roster.running, self._roster.prefilling
         pressure, k, rows_left = self.pressure, step.k, self._max_rows
-        prompt_room = self._max_tokens - (len(running) - len(prefilling))
+        decoding = len(running) - len(prefilling)
+        room = PromptRoom(self._max_tokens - decoding, self._most_ahead - decoding, self._roster)
         for seq in tuple(running):
             if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to
                 continue
             if seq.prefilled < seq.target:
-                if prompt_room > 0 and rows_left:
-                    taken = self._prompt(step, seq, prompt_room)
-                    prompt_room -= taken
-                    rows_left -= taken > 0
+                if rows_left and self._prompt(step, seq, room):
+                    rows_left -= 1
                 continue
             start = len(seq.tokens) - 1 + seq.unread
             limit = seq.limit
@@ -108,14 +109,16 @@ class Planner:
             if end <= seq.kv.capacity or self._grow(step, seq, end):
                 step.decode(seq, start)
                 rows_left -= 1
-        return prompt_room
+        return room
 
-    def _admit(self, step: StepBuilder, room: int) -> None:
+    def _admit(self, step: StepBuilder, room: PromptRoom) -> None:
         """Slots, pages and first chunks for those who wait, strictly in order of service."""
         roster, cache, recompute = self._roster, self._cache, self._meters.recompute
         self.pressure.is_short = False
-        while room > 0 and roster.waiting and roster.slot_free and step.rows < self._max_rows:
+        while roster.waiting and roster.slot_free and step.rows < self._max_rows:
             seq = roster.waiting.first
+            if not room.of(seq):
+                return
             # A prompt token that is found instead of computed has no log-probability.
             most = len(seq.group.scores) if seq.unscored else sys.maxsize
             hit = cache.match(seq.chain, seq.tokens, most)
@@ -131,15 +134,20 @@ class Planner:
             step.pages(seq.slot, 0, seq.kv.pages)
             self._count_entry(seq, hit)
             # Not from those who came in this very step: the step tells the device of them.
-            room -= self._prompt(step, seq, room, may_take=not roster.waiting.contended)
+            self._prompt(step, seq, room, may_take=not roster.waiting.contended)
 
-    def _prompt(self, step: StepBuilder, seq: Sequence, room: int, *, may_take: bool = True) -> int:
-        """The next chunk of a prompt, if there are pages for it, taken from others where it may;
-        returns the tokens taken."""
+    def _prompt(
+        self, step: StepBuilder, seq: Sequence, room: PromptRoom, *, may_take: bool = True
+    ) -> bool:
+        """The next chunk of a prompt, if there is room for it, and pages, taken from others where
+        it may; whether there is one."""
         start = seq.prefilled
-        end = min(start + self._prefill_chunk, start + room, seq.target)
+        end = min(start + self._prefill_chunk, start + room.of(seq), seq.target)
+        if end == start:
+            return False
         if end > seq.kv.capacity and not self._grow(step, seq, end, may_take=may_take):
-            return 0
+            return False
+        room.take(end - start)
         step.prompt(seq, start, end)
         seq.prefilled = end
         if end == seq.target:
@@ -154,7 +162,7 @@ class Planner:
         if self._roster.waiting.contended:
             seq.group.tenant.charge(end - start - again)
         self._meters.recompute.count(end - start - again, again)
-        return end - start
+        return True
 
     def _grow(
         self, step: StepBuilder, seq: Sequence, positions: int, *, may_take: bool = True

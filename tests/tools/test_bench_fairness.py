@@ -31,6 +31,7 @@ def test_figures_are_of_those_who_came_after_queues_had_filled() -> None:
     assert found["ttft_ms"]["p50"] == pytest.approx(500, rel=0.02)
     assert found["ttft_ms"]["p95"] == pytest.approx(950, rel=0.02)
     assert found["tok_s"] == (102 * 4 + 3) / 20 and found["flood"] == {**flood, "tok_s": 4.0}
+    assert found["all_tok_s"] == found["tok_s"] + 4.0
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,9 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert runs[1]["flood"]["sent"] > runs[0]["flood"]["sent"] > 0
     assert runs[1]["flood"]["failed"] == 0 and runs[1]["flood"]["tokens"] > 0
     assert found["share_req_s"] == pytest.approx(0.9 * found["capacity_req_s"] / 3)
+    asked = found["share_req_s"] * 3 * 8
+    assert found["load_of_given"] == pytest.approx(asked / runs[1]["all_tok_s"])
+    assert all(set(run["cores"]) == {"engine", "frontend", "callers"} for run in runs)
     before, after = (run["ttft_ms"]["p95"] for run in runs)
     assert found["p95_growth"] == after / before - 1
     assert "4 x its share" in said.err and plot.stat().st_size

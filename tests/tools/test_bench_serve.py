@@ -18,7 +18,7 @@ import pytest
 
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
-from quire.tools.bench.load import Served, poisson
+from quire.tools.bench.load import Served, poisson, scattered
 from quire.tools.bench.openai_target import OpenAITarget
 from quire.tools.bench.serve import figures_of
 from quire.tools.cli import main
@@ -211,3 +211,10 @@ def test_arrivals_are_poisson() -> None:
     assert due[0] == 0 and abs(gaps.mean() - 1 / 50) < 0.001
     assert abs(gaps.std() - gaps.mean()) < 0.001  # as of an exponential
     assert poisson(3, math.inf, np.random.default_rng(1)) == [0.0] * 3
+
+
+def test_arrivals_of_a_given_number_come_at_random_within_their_time() -> None:
+    due = scattered(20_000, 50.0, np.random.default_rng(1))
+    assert len(due) == 20_000 and due == sorted(due) and 0 <= due[0] < due[-1] < 50
+    in_seconds = np.bincount(np.array(due, int), minlength=50)
+    assert in_seconds.std() == pytest.approx(np.sqrt(400), rel=0.3)  # Poisson's

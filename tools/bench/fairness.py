@@ -1,9 +1,13 @@
 """`quire bench fairness`: what tenants see of one that floods, over gRPC, with API keys.
 
 Starts a whole server (own_server.py) and finds out how many requests a second its slots can serve.
-Tenants then ask at random times (Poisson), whatever the server does, all for answers of one length,
-each for its share of that capacity; but one of them, in a second run of the same arrivals, for many
-times its share. The figure is the others' time to first token.
+Tenants then ask at random times, whatever the server does, all for answers of one length, each for
+its share of that capacity, exactly so much in the time of a run; but one of them, in a second run
+of the same arrivals, for many times its share. The figure is the others' time to first token.
+
+What the server gives in the second run, when there is always more to do, is its true capacity: a
+machine that others use has less than while it was measured. The load is given by that, too: above
+1, the others ask for more than their share, and their queue grows in both runs.
 
 With --paced the engine process computes nothing and takes 10 ms a step (paced_engine.py): all else
 is real, and what else the machine does changes little.
@@ -15,6 +19,7 @@ import argparse
 import asyncio
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -25,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ...config import EngineConfig, ServerConfig
 from ...errors import Overloaded, QuireError, Unavailable
 from ..flags import MODEL_HELP, from_zero, positive
-from .own_server import PACED, own_server
+from .own_server import PACED, cpu_seconds, own_server
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
@@ -62,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.9,
         metavar="X",
-        help="of the capacity, asked for by all at their share (default: 0.9)",
+        help="of the capacity as measured first, asked for by all at their share (default: 0.9)",
     )
     group.add_argument("--seed", type=from_zero, default=0, help="of ids and times (default: 0)")
     add_output(parser)
@@ -87,15 +92,22 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
         server = ServerConfig(port=0, api_keys=str(file), drain_timeout=0, log_level="warning")
         async with AsyncExitStack() as stack:
             module = PACED if args.paced else None
-            address, _ = await stack.enter_async_context(own_server(engine, server, module))
+            address, owner = await stack.enter_async_context(own_server(engine, server, module))
             callers = {
                 name: await stack.enter_async_context(_target(address, key))
                 for name, key in keys.items()
             }
-            return await _runs(args, callers)
+            pids = {
+                "engine": [owner.engine.pid],
+                "frontend": [role.pid for role in owner.frontends],
+                "callers": [os.getpid()],
+            }
+            return await _runs(args, callers, pids)
 
 
-async def _runs(args: argparse.Namespace, callers: dict[str, GrpcTarget]) -> dict[str, Any]:
+async def _runs(
+    args: argparse.Namespace, callers: dict[str, GrpcTarget], pids: dict[str, list[int]]
+) -> dict[str, Any]:
     from ...serving.progress import Terminal
 
     reporter = Terminal()
@@ -105,9 +117,12 @@ async def _runs(args: argparse.Namespace, callers: dict[str, GrpcTarget]) -> dic
     runs = []
     for times in (1, args.times):
         with reporter.phase(f"flood at {times} times its share") as update:
+            before = {name: cpu_seconds(of) for name, of in pids.items()}
             seen = await _flooded(args, callers, share, times, update)
-        runs.append({"times": times, **seen.figures(2 * took)})
-    before, after = (each["ttft_ms"]["p95"] for each in runs)
+            took_cpu = {name: cpu_seconds(of) - before[name] for name, of in pids.items()}
+        cores = {name: used / seen.seconds for name, used in took_cpu.items()}
+        runs.append({"times": times, **seen.figures(2 * took), "cores": cores})
+    first, last = (each["ttft_ms"]["p95"] for each in runs)
     return {
         "model": args.model,
         "paced": args.paced,
@@ -120,8 +135,9 @@ async def _runs(args: argparse.Namespace, callers: dict[str, GrpcTarget]) -> dic
         "seed": args.seed,
         "capacity_req_s": args.slots / took,
         "share_req_s": share,
+        "load_of_given": share * args.tenants * args.output / runs[-1]["all_tok_s"],
         "runs": runs,
-        "p95_growth": after / before - 1,
+        "p95_growth": last / first - 1,
     }
 
 
@@ -165,12 +181,14 @@ class Seen:
             why = counted[0].error if counted else "raise --seconds"
             raise Unavailable(f"no request of a well-behaved tenant was served: {why}")
         found = np.percentile(first, _PERCENTILES)
+        tokens = sum(request.tokens for request in self.served)
         return {
             "requests": len(counted),
             "failed": sum(not request.whole for request in self.served),
             "ttft_ms": {f"p{p}": float(v) for p, v in zip(_PERCENTILES, found, strict=True)},
             "all_ttft_ms": first,
-            "tok_s": sum(request.tokens for request in self.served) / self.seconds,
+            "tok_s": tokens / self.seconds,
+            "all_tok_s": (tokens + self.flood["tokens"]) / self.seconds,
             "flood": {**self.flood, "tok_s": self.flood["tokens"] / self.seconds},
         }
 
@@ -186,7 +204,7 @@ async def _flooded(
     prompts in each run, or the second would find those of the first."""
     import numpy as np
 
-    from .load import poisson, run_load
+    from .load import run_load, scattered
 
     clock = asyncio.get_running_loop().time
     begin, count = clock(), math.ceil(args.seconds * share)
@@ -204,7 +222,7 @@ async def _flooded(
             progress(done, count * (args.tenants - 1))
 
         for at, name in enumerate(name for name in callers if name != FLOOD):
-            due = poisson(count, share, np.random.default_rng([args.seed, at]))
+            due = scattered(count, args.seconds, np.random.default_rng([args.seed, at]))
             draw = np.random.default_rng([args.seed, at, times])
             prompts = [_prompt(args, draw) for _ in range(count)]
             loads.append(run_load(callers[name], prompts, [args.output] * count, due, one_more))
@@ -223,6 +241,8 @@ async def _flood(
     draw: np.random.Generator,
 ) -> None:
     """Asks until cancelled."""
+    from .load import scattered
+
     clock = asyncio.get_running_loop().time
 
     async def ask(prompt: tuple[int, ...]) -> None:
@@ -237,12 +257,12 @@ async def _flood(
         except QuireError:
             seen["failed"] += 1
 
-    due = clock()
+    begin, count = clock(), math.ceil(args.seconds * rate)
     async with asyncio.TaskGroup() as group:
-        while True:
-            due += float(draw.exponential(1 / rate))
-            await asyncio.sleep(due - clock())
-            group.create_task(ask(_prompt(args, draw)))
+        for again in itertools.count():
+            for at in scattered(count, args.seconds, draw):
+                await asyncio.sleep(begin + again * args.seconds + at - clock())
+                group.create_task(ask(_prompt(args, draw)))
 
 
 def _prompt(args: argparse.Namespace, draw: np.random.Generator) -> tuple[int, ...]:
@@ -292,6 +312,10 @@ def _table(results: dict[str, Any]) -> Any:
     row("it: requests", *(run["flood"]["sent"] for run in runs))
     row("  refused", *(run["flood"]["refused"] for run in runs))
     row("  output tok/s", *(run["flood"]["tok_s"] for run in runs))
+    row("all: output tok/s", *(run["all_tok_s"] for run in runs))
+    for name in runs[0]["cores"]:
+        row(f"cores, {name}", *(run["cores"][name] for run in runs), form="{:.2f}")
+    made.add_row("load, by what all got", "", f"{results['load_of_given']:.2f}")
     made.add_row("growth of the others' p95", "", f"{100 * results['p95_growth']:+.0f} %")
     return made
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from ...config import EngineConfig, ServerConfig
 from ..flags import positive
-from .own_server import PACED, own_server
+from .own_server import PACED, cpu_seconds, own_server
 from .report import add_output, check_output, finish, table
 
 _SETTLE = 2.0
@@ -79,10 +77,10 @@ async def _clients(
         "clients": [process.pid for process in processes],
     }
     await asyncio.sleep(max(0.0, begin - time.monotonic()))
-    before, since = {name: _cpu(p) for name, p in pids.items()}, time.monotonic()
+    before, since = {name: cpu_seconds(p) for name, p in pids.items()}, time.monotonic()
     await asyncio.sleep(max(0.0, end - time.monotonic() - 0.05))
     took = time.monotonic() - since
-    cores = {name: (_cpu(p) - before[name]) / took for name, p in pids.items()}
+    cores = {name: (cpu_seconds(p) - before[name]) / took for name, p in pids.items()}
     said = [json.loads((await process.communicate())[0]) for process in processes]
     delays: Counter[int] = Counter()
     for one in said:
@@ -109,15 +107,6 @@ def _vocab() -> int:
     from ...checkpoints.shipped import resolve
 
     return Checkpoint.open(resolve("demo"), weights=False).config.vocab_size
-
-
-def _cpu(pids: list[int]) -> float:
-    """CPU seconds that processes have taken."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _percentile(counts: Counter[int], share: float) -> int:

@@ -72,6 +72,12 @@ def poisson(count: int, rate: float, draw: np.random.Generator) -> list[float]:
     return [float(at) for at in np.cumsum(gaps)]
 
 
+def scattered(count: int, seconds: float, draw: np.random.Generator) -> list[float]:
+    """When `count` requests are due at random within so many seconds: Poisson arrivals whose number
+    is given, so that chance says when they come, and not how many."""
+    return np.sort(draw.uniform(0.0, seconds, count)).tolist()
+
+
 async def run_load(
     target: Target,
     prompts: Sequence[Sequence[int]],

@@ -4,8 +4,10 @@ fairness.py; soak.py starts `quire serve` itself, as an operator would."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...config import EngineConfig, ServerConfig
@@ -48,3 +50,12 @@ async def own_server(
     finally:
         stop.set()
         await running
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """CPU time that processes have taken, in seconds."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
