@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from quire.errors import Unavailable
+from quire.errors import InvalidConfig, Unavailable
 from quire.serving.auth.key_file import TENANT_LIMITS, read_keys
-from quire.tools.bench.fairness import FLOOD, Seen, _write_keys
+from quire.tools.bench.fairness import FLOOD, Seen, _write_keys, check_seconds
 from quire.tools.bench.load import Served
 from quire.tools.cli import main
 
@@ -41,6 +41,12 @@ def test_figures_are_of_those_who_came_after_queues_had_filled() -> None:
 def test_nothing_to_count_is_said(requests: list[Served], why: str) -> None:
     with pytest.raises(Unavailable, match=why):
         Seen(20.0, requests, {"tokens": 0}).figures(10.0)
+
+
+def test_a_run_that_ends_before_queues_fill_is_refused_at_once() -> None:
+    check_seconds(40, 10.0)
+    with pytest.raises(InvalidConfig, match=r"^seconds: got 39, must be at least 40: .* 10\.0 s"):
+        check_seconds(39, 10.0)
 
 
 def test_each_tenant_has_a_key_of_its_own_and_no_limits(tmp_path: Path) -> None:

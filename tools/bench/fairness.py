@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig, ServerConfig
-from ...errors import Overloaded, QuireError, Unavailable
+from ...errors import InvalidConfig, Overloaded, QuireError, Unavailable
 from ..flags import MODEL_HELP, from_zero, positive
 from .own_server import PACED, cpu_seconds, own_server
 from .report import add_output, check_output, finish, table
@@ -113,6 +113,7 @@ async def _runs(
     reporter = Terminal()
     with reporter.phase("capacity"):
         took = await _seconds_of_all_slots(args, callers[FLOOD])
+    check_seconds(args.seconds, took)
     share = args.load * args.slots / took / args.tenants
     runs = []
     for times in (1, args.times):
@@ -139,6 +140,15 @@ async def _runs(
         "runs": runs,
         "p95_growth": last / first - 1,
     }
+
+
+def check_seconds(seconds: int, took: float) -> None:
+    """Raises InvalidConfig where a run ends before its queues have filled."""
+    if seconds < 4 * took:
+        raise InvalidConfig(
+            f"seconds: got {seconds}, must be at least {math.ceil(4 * took)}: an answer takes "
+            f"{took:.1f} s here, and requests count from twice that on"
+        )
 
 
 async def _seconds_of_all_slots(args: argparse.Namespace, caller: GrpcTarget) -> float:
@@ -178,7 +188,7 @@ class Seen:
         counted = [request for request in self.served if request.due >= settled]
         first = [1e3 * request.first for request in counted if request.messages]
         if not first:
-            why = counted[0].error if counted else "raise --seconds"
+            why = counted[0].error if counted else "none came; raise --seconds"
             raise Unavailable(f"no request of a well-behaved tenant was served: {why}")
         found = np.percentile(first, _PERCENTILES)
         tokens = sum(request.tokens for request in self.served)
