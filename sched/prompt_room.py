@@ -9,7 +9,8 @@ else make every step as long as it can be, and leave no room for a newcomer's pr
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import accumulate, chain
+from itertools import chain
+from operator import itemgetter
 
 from .fairness import OUTPUT_COST
 from .roster import Roster
@@ -69,6 +70,8 @@ class PromptRoom:
             tenant, priority = seq.group.tenant, seq.rank[0]
             if tenant.time < by_priority.setdefault(priority, tenant).time:
                 by_priority[priority] = tenant
-        self._priorities = sorted(by_priority)
-        tenants = (by_priority[priority] for priority in self._priorities)
-        self._least = list(accumulate(tenants, lambda a, b: b if b.time < a.time else a))
+        for priority, tenant in sorted(by_priority.items(), key=itemgetter(0)):
+            if self._least and self._least[-1].time <= tenant.time:
+                tenant = self._least[-1]
+            self._priorities.append(priority)
+            self._least.append(tenant)

@@ -97,9 +97,10 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 name: await stack.enter_async_context(_target(address, key))
                 for name, key in keys.items()
             }
+            engine_pid = owner.engine.pid if owner.engine else None
             pids = {
-                "engine": [owner.engine.pid],
-                "frontend": [role.pid for role in owner.frontends],
+                "engine": [engine_pid] if engine_pid else [],
+                "frontend": [role.pid for role in owner.frontends if role.pid],
                 "callers": [os.getpid()],
             }
             return await _runs(args, callers, pids)
