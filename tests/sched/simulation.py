@@ -41,9 +41,11 @@ class Load:
         return heapq.merge(*(self._of(name) for name in self.rates))
 
     def _of(self, name: str) -> Iterator[tuple[float, str]]:
+        """As many as the rate says, so that chance does not make somebody ask for more."""
         draw = random.Random(f"{name} {self.seed}")
-        at = self.starts.get(name, 0.0)
-        while (at := at + draw.expovariate(self.rates[name])) < self.seconds:
+        start = self.starts.get(name, 0.0)
+        count = round(self.rates[name] * (self.seconds - start))
+        for at in sorted(draw.uniform(start, self.seconds) for _ in range(count)):
             yield at, name
 
 
