@@ -25,7 +25,7 @@ from ..model.plan import RunnerSpec
 from . import policy
 from .plan_builder import Flight, StepBuilder
 from .pressure import Pressure
-from .prompt_room import PromptRoom, most_of_who_is_ahead
+from .prompt_room import PromptRoom
 from .roster import Roster
 from .sequence import Sequence
 from .stats import Meters
@@ -63,7 +63,6 @@ class Planner:
         self._max_tokens = min(max_batched_tokens, spec.ladder.max_tokens)
         self._max_rows = min(self._max_tokens, spec.ladder.max_rows)
         self._prefill_chunk = prefill_chunk
-        self._most_ahead = most_of_who_is_ahead(self._max_tokens, spec.num_slots)
         self.pressure = Pressure(roster, cache, meters)
 
     def plan(self) -> Flight | None:
@@ -92,7 +91,7 @@ class Planner:
         running, prefilling = self._roster.running, self._roster.prefilling
         pressure, k, rows_left = self.pressure, step.k, self._max_rows
         decoding = len(running) - len(prefilling)
-        room = PromptRoom(self._max_tokens - decoding, self._most_ahead - decoding, self._roster)
+        room = PromptRoom(self._max_tokens, self._spec.num_slots, decoding, self._roster)
         for seq in tuple(running):
             if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to
                 continue

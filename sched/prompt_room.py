@@ -18,49 +18,49 @@ from .sequence import Sequence
 from .tenant import Tenant
 
 LEAST_PART = 1 / 4
-"""Of the longest step, for whoever is ahead, however few slots there are."""
-
-
-def most_of_who_is_ahead(max_tokens: int, num_slots: int) -> int:
-    """Tokens of a step, decode rows included, up to which prompts of tenants that are ahead may
-    fill it: what a step costs in which all slots decode, so that it takes about twice as long."""
-    return min(max_tokens, max(int(OUTPUT_COST * num_slots), int(LEAST_PART * max_tokens)))
+"""Of the longest step; what the prompts of two tenants that weigh the same get however few slots
+there are."""
 
 
 class PromptRoom:
     """Of one step.
 
     Args:
-      tokens: left by decode rows.
-      ahead: of those, up to where prompts of tenants may go that are ahead of another.
+      max_tokens: of a step.
+      num_slots: of the device.
+      decoding: tokens of this step that are not of prompts.
       roster: who runs, and who is next.
     """
 
-    def __init__(self, tokens: int, ahead: int, roster: Roster):
-        self._left, self._ahead = tokens, ahead
+    def __init__(self, max_tokens: int, num_slots: int, decoding: int, roster: Roster):
+        self._max_tokens = max_tokens
+        # A step of so many tokens takes about twice as long as one in which all slots decode.
+        self._doubled = max(OUTPUT_COST * num_slots, LEAST_PART * max_tokens)
+        self._filled = decoding
         self._roster = roster
-        self._limits = roster.waiting.contended and ahead < tokens
         self._priorities: list[int] = []
         self._least: list[Tenant] = []  # who has had least of all that have these or better ones
 
     def of(self, seq: Sequence) -> int:
         """Tokens left for its prompt."""
-        return max(0, self._ahead if self._limits and self._is_ahead(seq) else self._left)
+        most, queue = self._max_tokens, self._roster.waiting
+        least = self._least_served(seq) if queue.contended else None
+        if least is not None and seq.group.tenant.time > least.time:
+            # A step as long as a decode step would take on the other's share of the device alone.
+            most = min(most, int(self._doubled / 2 * queue.active_weight / least.weight))
+        return max(0, most - self._filled)
 
     def take(self, tokens: int) -> None:
         """So many of them are in the step."""
-        self._left -= tokens
-        self._ahead -= tokens
+        self._filled += tokens
 
-    def _is_ahead(self, seq: Sequence) -> bool:
-        """Of a tenant that is served with the same priority or a better one."""
+    def _least_served(self, seq: Sequence) -> Tenant | None:
+        """Of the tenants that are served with its priority or a better one, who has had least; None
+        if that is its own, or nobody."""
         if not self._priorities:
             self._look()
         at = bisect_right(self._priorities, seq.rank[0]) - 1
-        if at < 0:
-            return False
-        tenant, least = seq.group.tenant, self._least[at]
-        return tenant is not least and tenant.time > least.time
+        return None if at < 0 or self._least[at] is seq.group.tenant else self._least[at]
 
     def _look(self) -> None:
         roster = self._roster

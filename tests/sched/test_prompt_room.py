@@ -7,7 +7,6 @@ from driver import Driver
 from fake_runner import make_request, make_spec
 
 from quire.model.plan import StepPlan
-from quire.sched.prompt_room import most_of_who_is_ahead
 
 MOST = 16
 """Tokens of a step for a tenant that is ahead: four slots."""
@@ -86,10 +85,23 @@ def test_a_newcomers_prompt_has_room_beside_a_long_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "slots", "most"),
-    [(256, 16, 64), (2048, 256, 1024), (2048, 8, 512), (64, 32, 64)],
+    ("weights", "most"),
+    [({"other": 4.0}, 10), ({"flood": 3.0}, 32), ({"flood": 7.0}, 64)],
 )
-def test_it_is_what_a_full_decode_step_costs_and_a_quarter_at_least(
-    max_tokens: int, slots: int, most: int
-) -> None:
-    assert most_of_who_is_ahead(max_tokens, slots) == most
+def test_the_part_goes_by_weight(weights: dict[str, float], most: int) -> None:
+    d = served()
+    d.scheduler.set_weights(weights)
+    d.submit(make_request("f1", prompt_of(3, 150), 5, tenant="flood"))
+    assert tokens_of(d, d.step())["f1"] == most - 2
+
+
+def test_few_slots_do_not_make_prompts_slow() -> None:
+    d = Driver(
+        make_spec(slots=2, pages=200, max_model_len=200, tokens=64, vocab=200),
+        max_batched_tokens=64,
+        prefill_chunk=64,
+    )
+    d.submit(make_request("o0", (2, 2), 100, tenant="other"))
+    d.submit(make_request("f0", prompt_of(3, 150), 5, tenant="flood"))
+    d.scheduler._roster.waiting.tenants["flood"].charge(10_000)
+    assert tokens_of(d, d.step()) == {"o0": 2, "f0": 64 // 4 - 2}
