@@ -3,7 +3,8 @@
 Used by the scheduler, once a step:
 
     make_place          (pressure.py) who waits too long takes another's place
-    decode rows, and the next chunks of prompts of those who run already
+    decode rows, and the next chunks of prompts of those who run already, in the room there is for
+                        whose they are (prompt_room.py)
     newcomers           slots, pages and first chunks, in order of service, in the tokens left
     build               (plan_builder.py) -> Flight
 
