@@ -78,7 +78,7 @@ class KVCache:
         self._pages = PageAllocator(num_pages, self._evict)
 
     def clear(self) -> None:
-        """Forgets everything: the device lost its KV. Every holding must have been released."""
+        """Forgets everything, holdings too: the device lost its KV."""
         self._index.clear()
         self._pages = PageAllocator(self._num_pages, self._evict)
 

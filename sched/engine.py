@@ -9,9 +9,10 @@ While the device runs step N, the host takes in step N-1 and plans N+1. The thre
 scheduler and the runner; other threads touch the inbox, under one lock, and nothing else.
 
 Every accepted request ends with exactly one output that says `ended`, also when the engine stops or
-dies. A request that the scheduler cannot take on ends alone, and leaves nothing behind. A device
-step that fails costs the device's state: running requests start over once. Any other fault of the
-scheduler cannot be repaired; then all requests end with Internal.
+dies. A request that the scheduler cannot take on, plan for, or take results in for ends alone. A
+step that fails, on the device or in the scheduler, costs the device's state: running requests start
+over once. What fails again before a step could be planned cannot be repaired: then all requests end
+with Internal.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..model.plan import Runner, StepHandle, StepOutputs, StepPlan
 from .limits import check_reason
 from .quota import Limits, Quotas
 from .request import Ended, FinishReason, Request, RequestOutput, Timing
+from .roster import our_fault
 from .scheduler import Scheduler
 from .stats import EngineStats, StepTimes
 
@@ -106,6 +108,7 @@ class Engine:
         self._flights: deque[tuple[StepPlan, StepHandle, float]] = deque()  # and when launched
         self._collected = 0.0  # when the last step was
         self._step_times = StepTimes()
+        self._planless = False  # a step failed, and none could be planned since
         self.runner_call: tuple[float, StepPlan] | None = None
         self._thread: threading.Thread | None = None
 
@@ -204,21 +207,26 @@ class Engine:
     def step(self) -> None:
         """One round of the loop. Never raises: what cannot be repaired closes the engine."""
         try:
-            untaken = self._take_inbox()
-            plan = self._scheduler.schedule()
-            if plan is None and not self._flights and self._scheduler.unfinished:
-                raise RuntimeError("the scheduler made no progress")
+            outputs = self._take_inbox()
             try:
+                plan = self._schedule()
                 self._launch(plan)
                 results = self._collect(ahead=self._ahead if plan is not None else 0)
+                if results:
+                    outputs += self._scheduler.update(*results)
             except Exception as fault:
                 self._recover(fault)
-                results = None
-            outputs = self._scheduler.update(*results) if results else None
-            outputs = self._scheduler.take_outputs() if outputs is None else outputs
-            self._deliver(untaken + outputs if untaken else outputs)
+            outputs += self._scheduler.take_outputs()
+            self._deliver(outputs)
         except Exception as fault:
             self._die(fault)
+
+    def _schedule(self) -> StepPlan | None:
+        plan = self._scheduler.schedule()
+        if plan is None and not self._flights and self._scheduler.unfinished:
+            raise RuntimeError("the scheduler made no progress")
+        self._planless = False
+        return plan
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
@@ -241,7 +249,10 @@ class Engine:
         return plan, outputs
 
     def _recover(self, fault: Exception) -> None:
-        log.exception("a device step failed; running requests start over", exc_info=fault)
+        if self._planless:
+            raise fault
+        self._planless = True
+        log.error("a step failed; running requests start over", exc_info=fault)
         self._flights.clear()
         self.runner_call = None
         self._runner.reset()
@@ -297,8 +308,7 @@ class Engine:
         """The end of a request that the scheduler refused to know; the fault is ours."""
         request = arrival.request
         log.error("request %r could not be taken on and ends", request.id, exc_info=fault)
-        error = Internal(f"request {request.id!r}: a fault in Quire; the engine's log says more")
-        error.__cause__ = fault
+        error = our_fault(request.id, fault)
         now = self._scheduler.now()
         return RequestOutput(
             request.id,

@@ -158,6 +158,26 @@ class FairQueue(Collection[Sequence]):
         anew."""
         tenant = seq.group.tenant
         tenant.waiting.discard(seq)
+        self._count_anew()
+        if tenant.name in self.tenants and not tenant.active:
+            self._part(tenant)
+
+    def restart(self, waiting: Iterable[Sequence]) -> None:
+        """These are all there are, and none of them runs; what was known of who waits and runs may
+        be wrong. Tenants keep their virtual times."""
+        for tenant in self.tenants.values():
+            tenant.waiting.clear()
+            tenant.running = 0
+        for seq in waiting:
+            tenant = seq.group.tenant
+            self.tenants[tenant.name] = tenant
+            tenant.waiting.add(seq)
+        self._count_anew()
+        for tenant in [each for each in self.tenants.values() if not each.active]:
+            if tenant.name in self.tenants:  # else nobody is left, and all are forgotten
+                self._part(tenant)
+
+    def _count_anew(self) -> None:
         self._count = self.new = self._active = 0
         self.active_weight = 0.0
         for each in self.tenants.values():
@@ -170,8 +190,6 @@ class FairQueue(Collection[Sequence]):
                 self.active_weight += each.weight
         self._heap = [each.entry for each in self.tenants.values() if each.entry is not None]
         heapq.heapify(self._heap)
-        if tenant.name in self.tenants and not tenant.active:
-            self._part(tenant)
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Proves that counts, order and memory are what they should be."""

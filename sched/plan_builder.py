@@ -26,7 +26,10 @@ class Flight:
 
 
 class StepBuilder:
-    """Gathers the rows of one step, and notes in their sequences what it may bring."""
+    """Gathers the rows of one step, and notes in their sequences what it may bring.
+
+    What may fail is done before anything is added, so that a fault leaves no half of a row.
+    """
 
     def __init__(self, k: int):
         self.k = k
@@ -65,18 +68,20 @@ class StepBuilder:
         tokens that follow the row's are scored.
         """
         last = end == seq.target
+        tokens, targets = seq.tokens[start:end], None
+        if seq.unscored and start + 1 < seq.prompt_len:
+            targets = seq.tokens[start + 1 : min(end + 1, seq.prompt_len)]
         self._prompts.append(seq)
         self._prompt_starts.append(start)
         self._counts.append(end - start)
         result = Emit.POOLED if seq.pooled else Emit.TOKEN
         self._emits.append(result if last else Emit.NONE)
-        self._tokens += seq.tokens[start:end]
+        self._tokens += tokens
         if last and seq.sampler > self.sampler:
             self.sampler = seq.sampler
         seq.unread += last
         seq.in_flight += 1
-        if seq.unscored and start + 1 < seq.prompt_len:
-            targets = seq.tokens[start + 1 : min(end + 1, seq.prompt_len)]
+        if targets is not None:
             self._scored.append((len(self._prompts) - 1, targets))
             self.sampler = Sampler.FULL
 
@@ -91,26 +96,25 @@ class StepBuilder:
         done = seq.outputs
         assert sampling.seed is not None  # limits.py refuses requests without one
         controls = controls_of(seq)
+        init = SlotInit(
+            slot=seq.slot,
+            position=seq.prefilled,
+            remaining=seq.max_tokens - done,
+            min_remaining=max(0, sampling.min_tokens - done),
+            sample_index=done,
+            seed=sampling.seed,
+            choice=seq.choice,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            stop_ids=tuple(sorted(seq.stop_ids)),
+            adapter=seq.request.adapter,
+            controlled=controls is not None,
+        )
+        self._inits.append(init)
         if controls is not None:
             self._controls.append(controls)
-        self._inits.append(
-            SlotInit(
-                slot=seq.slot,
-                position=seq.prefilled,
-                remaining=seq.max_tokens - done,
-                min_remaining=max(0, sampling.min_tokens - done),
-                sample_index=done,
-                seed=sampling.seed,
-                choice=seq.choice,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                stop_ids=tuple(sorted(seq.stop_ids)),
-                adapter=seq.request.adapter,
-                controlled=controls is not None,
-            )
-        )
 
     def build(self, ladder: Ladder) -> Flight:
         """The plan, on the cheapest step program that holds it."""

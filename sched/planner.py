@@ -14,6 +14,10 @@ granted by it.
 
 Progress is certain: `plan` goes through the running sequences in order of service and takes pages
 from others than the first, so that one runs, or waits for results that are on their way.
+
+A fault that comes up while one sequence is planned for ends the plan there. What was planned before
+it is sound and is launched, be it a row of that very sequence: whoever was to come after it goes on
+in the next step, when the scheduler has ended its request.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ from .stats import Meters
 
 class Planner:
     """Plans the steps of one scheduler.
+
+    Attributes:
+      failed: for whom the last plan found a fault, and the fault; None: for nobody.
 
     Args:
       spec: the runner's sizes.
@@ -65,13 +72,17 @@ class Planner:
         self._max_rows = min(self._max_tokens, spec.ladder.max_rows)
         self._prefill_chunk = prefill_chunk
         self.pressure = Pressure(roster, cache, meters)
+        self.failed: tuple[Sequence, Exception] | None = None
 
     def plan(self) -> Flight | None:
-        """The next step, or None when nothing can run before results arrive."""
+        """The next step, or None when nothing can run before results arrive, or nothing because of
+        who `failed`. Raises for faults that are nobody's."""
+        self.failed = None
         self.pressure.make_place()
         step = StepBuilder(self._decode_tokens())
         room = self._go_on(step)
-        self._admit(step, room)
+        if self.failed is None:
+            self._admit(step, room)
         return step.build(self._spec.ladder) if step.rows else None
 
     def _decode_tokens(self) -> int:
@@ -94,21 +105,25 @@ class Planner:
         decoding = len(running) - len(prefilling)
         room = PromptRoom(self._max_tokens, self._spec.num_slots, decoding, self._roster)
         for seq in tuple(running):
-            if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to
-                continue
-            if seq.prefilled < seq.target:
-                if rows_left and self._prompt(step, seq, room):
+            try:
+                if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to
+                    continue
+                if seq.prefilled < seq.target:
+                    if rows_left and self._prompt(step, seq, room):
+                        rows_left -= 1
+                    continue
+                start = len(seq.tokens) - 1 + seq.unread
+                limit = seq.limit
+                # At the limit, its last token is on the way; should fewer arrive, it runs again.
+                if start >= limit or not rows_left:
+                    continue
+                end = start + k if start + k < limit else limit
+                if end <= seq.kv.capacity or self._grow(step, seq, end):
+                    step.decode(seq, start)
                     rows_left -= 1
-                continue
-            start = len(seq.tokens) - 1 + seq.unread
-            limit = seq.limit
-            # At the limit, its last token is on the way; should fewer arrive, it runs again.
-            if start >= limit or not rows_left:
-                continue
-            end = start + k if start + k < limit else limit
-            if end <= seq.kv.capacity or self._grow(step, seq, end):
-                step.decode(seq, start)
-                rows_left -= 1
+            except Exception as fault:
+                self.failed = seq, fault
+                break
         return room
 
     def _admit(self, step: StepBuilder, room: PromptRoom) -> None:
@@ -117,24 +132,28 @@ class Planner:
         self.pressure.is_short = False
         while roster.waiting and roster.slot_free and step.rows < self._max_rows:
             seq = roster.waiting.first
-            if not room.of(seq):
-                return
-            # A prompt token that is found instead of computed has no log-probability.
-            most = len(seq.group.scores) if seq.unscored else sys.maxsize
-            hit = cache.match(seq.chain, seq.tokens, most)
             worst = recompute.ratio > policy.MAX_RECOMPUTE_RATIO
             reserved = policy.reserved_pages(
                 roster.running, roster.prefilling, cache, worst_case=worst
             )
-            if not policy.may_enter(seq, hit, reserved, cache, worst_case=worst):
-                self.pressure.is_short = True
+            try:
+                if not room.of(seq):
+                    return
+                # A prompt token that is found instead of computed has no log-probability.
+                most = len(seq.group.scores) if seq.unscored else sys.maxsize
+                hit = cache.match(seq.chain, seq.tokens, most)
+                if not policy.may_enter(seq, hit, reserved, cache, worst_case=worst):
+                    self.pressure.is_short = True
+                    return
+                roster.enter(seq, hit)
+                step.init(seq)
+                step.pages(seq.slot, 0, seq.kv.pages)
+                self._count_entry(seq, hit)
+                # Not from those who came in this very step: the step tells the device of them.
+                self._prompt(step, seq, room, may_take=not roster.waiting.contended)
+            except Exception as fault:
+                self.failed = seq, fault
                 return
-            roster.enter(seq, hit)
-            step.init(seq)
-            step.pages(seq.slot, 0, seq.kv.pages)
-            self._count_entry(seq, hit)
-            # Not from those who came in this very step: the step tells the device of them.
-            self._prompt(step, seq, room, may_take=not roster.waiting.contended)
 
     def _prompt(
         self, step: StepBuilder, seq: Sequence, room: PromptRoom, *, may_take: bool = True

@@ -52,6 +52,9 @@ class Ranked(Collection[Item], Generic[Item]):
             raise RuntimeError(f"request {item.id!r} is not in this list")
         del self._items[at]
 
+    def clear(self) -> None:
+        self._items.clear()
+
     def discard(self, item: Item) -> None:
         """Removes it if it is there, without asking for its key, which may be what is wrong."""
         self._items = [each for each in self._items if each is not item]

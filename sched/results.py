@@ -44,10 +44,13 @@ class Results:
         bad = set(outputs.not_finite.nonzero()[0].tolist())
         for scored, arrays in zip(plan.scored, outputs.scored, strict=True):
             seq = flight.rows[scored.row]
-            if not seq.ended and seq.generation == generations[scored.row]:
-                start = int(plan.starts[scored.row])
-                if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
-                    bad.add(scored.row)
+            try:
+                if not seq.ended and seq.generation == generations[scored.row]:
+                    start = int(plan.starts[scored.row])
+                    if not gather_scores(seq.group, start, scored.targets.tolist(), arrays):
+                        bad.add(scored.row)
+            except Exception as fault:
+                self._end(seq, fault)
         if plan.num_decode < len(flight.rows):
             self._note_first_tokens(flight.rows[plan.num_decode :], counts[plan.num_decode :])
         pooled, append, lone = pooled_rows(plan, outputs, bad), self._roster.outbox.append, 0
@@ -55,25 +58,29 @@ class Results:
         # and no more, is looked for first, and costs no call.
         rows = zip(flight.rows, generations, flight.promised, counts, first, strict=True)
         for row, (seq, generation, promised, count, token) in enumerate(rows):
-            if bad and row in bad:
-                self._fail(seq, "its logits held an inf or NaN")
-            elif seq.generation == generation and not seq.ended:
-                seq.in_flight -= 1
-                seq.unread -= promised
-                tokens = seq.tokens
-                known = len(tokens)
-                if count == 1 and known < seq.limit and seq.plain and token not in seq.stop_ids:
-                    tokens.append(token)
-                    if known >= seq.kv.index_at:
-                        self._cache.register(seq.kv, tokens, known)
-                    append(RequestOutput(seq.id, (token,), seq.cached_tokens, seq.choice))
-                    lone += 1
-                elif count:
-                    self._receive(seq, outputs.tokens[row, :count].tolist(), row, outputs.logprobs)
-                elif row in pooled:
-                    self._roster.end(seq, FinishReason.STOP, embedding_of(seq, pooled[row]))
-                elif promised and row >= plan.num_decode:
-                    self._fail(seq, "its prompt gave no token")
+            try:
+                if bad and row in bad:
+                    self._fail(seq, "its logits held an inf or NaN")
+                elif seq.generation == generation and not seq.ended:
+                    seq.in_flight -= 1
+                    seq.unread -= promised
+                    tokens = seq.tokens
+                    known = len(tokens)
+                    if count == 1 and known < seq.limit and seq.plain and token not in seq.stop_ids:
+                        tokens.append(token)
+                        if known >= seq.kv.index_at:
+                            self._cache.register(seq.kv, tokens, known)
+                        append(RequestOutput(seq.id, (token,), seq.cached_tokens, seq.choice))
+                        lone += 1
+                    elif count:
+                        new = outputs.tokens[row, :count].tolist()
+                        self._receive(seq, new, row, outputs.logprobs)
+                    elif row in pooled:
+                        self._roster.end(seq, FinishReason.STOP, embedding_of(seq, pooled[row]))
+                    elif promised and row >= plan.num_decode:
+                        self._fail(seq, "its prompt gave no token")
+            except Exception as fault:
+                self._end(seq, fault)
         if self._roster.waiting.contended:
             self._roster.waiting.charge_rows(flight.rows, counts)
         self._meters.counters.output_tokens += lone
@@ -104,6 +111,11 @@ class Results:
             self._roster.outbox.append(output)
         else:
             self._roster.end(seq, reason, output)
+
+    def _end(self, seq: Sequence, fault: Exception) -> None:
+        """Ends one request whose results could not be taken in; raises if that was not all."""
+        self._roster.fail(seq.group, "given its results", fault)
+        self._roster.check_integrity()
 
     def _fail(self, seq: Sequence, why: str) -> None:
         """Ends one request whose results are bad, and lets nobody find its KV.

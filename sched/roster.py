@@ -11,14 +11,24 @@ are given back in `_vacate`, each exactly once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
-from ..errors import QuireError, invalid
+from ..errors import Internal, QuireError, invalid
 from ..kv.cache import KVCache, PrefixHit
 from .fairness import FairQueue
 from .ranked import Ranked
 from .request import FinishReason, RequestOutput
 from .sequence import Group, Sequence
+
+log = logging.getLogger(__name__)
+
+
+def our_fault(request_id: str, fault: Exception) -> Internal:
+    """What callers, who may be anybody, hear of a fault; the log says what it was."""
+    error = Internal(f"request {request_id!r}: a fault in Quire; the engine's log says more")
+    error.__cause__ = fault
+    return error
 
 
 def by_rank(seq: Sequence) -> tuple[int, int]:
@@ -91,13 +101,13 @@ class Roster:
 
     def enter(self, seq: Sequence, hit: PrefixHit) -> None:
         """A waiting sequence gets a slot, and the pages of its known prefix."""
+        seq.kv = self._cache.open(seq.chain, hit)  # first: what may fail, while nothing has changed
         self.waiting.enter(seq)
         self.running.add(seq)
         self.prefilling.add(seq)
         seq.slot = self._free_slots.pop()
         self._generations[seq.slot] += 1
         seq.generation = self._generations[seq.slot]
-        seq.kv = self._cache.open(seq.chain, hit)
         seq.target = len(seq.tokens)
         seq.prefilled = hit.tokens
 
@@ -106,6 +116,25 @@ class Roster:
         tenant's."""
         self._vacate(seq)
         self.waiting.add(seq)
+
+    def restart(self, fault: Exception) -> None:
+        """All that have begun wait, without slots and pages.
+
+        Goes by what requests know of themselves: a fault may have left half of a move behind. One
+        that was about to end ends because of it.
+        """
+        groups = tuple(self._by_id.values())
+        begun = [seq for group in groups for seq in group.sequences if not seq.ended]
+        for seq in begun:
+            seq.leave_slot()
+        self.running.clear()
+        self.prefilling.clear()
+        self._free_slots = list(range(self._num_slots - 1, -1, -1))
+        self.waiting.restart(begun)
+        self._cache.clear()
+        for group in groups:
+            if any(seq.ended and seq.choice in group.open for seq in group.sequences):
+                self.fail(group, "ended", fault)
 
     def end(self, seq: Sequence, reason: FinishReason, output: RequestOutput | None = None) -> None:
         """Ends one choice, with the last it is to give."""
@@ -129,8 +158,6 @@ class Roster:
             if not seq.ended:
                 self._leave(seq)
         for choice in unfinished[:1] if error else unfinished:
-            if error:
-                group.open.clear()
             output = RequestOutput(
                 group.id,
                 finish_reason=reason,
@@ -138,7 +165,12 @@ class Roster:
                 cached_tokens=max(0, group.cached_tokens),
                 choice=choice,
             )
-            self._tell(group, output)
+            self._tell(group, output, is_last=error is not None)
+
+    def fail(self, group: Group, what: str, fault: Exception) -> None:
+        """Ends a request because of a fault of ours; `what` was being done for it."""
+        log.error("request %r could not be %s and ends", group.id, what, exc_info=fault)
+        self.end_request(group, FinishReason.ERROR, our_fault(group.id, fault))
 
     def overdue(self, now: float) -> list[Group]:
         """Those whose deadline has passed."""
@@ -158,8 +190,9 @@ class Roster:
         begun = sum(not seq.ended for group in self._by_id.values() for seq in group.sequences)
         if len(self.waiting) + len(holders) != begun:
             raise RuntimeError("a choice that has begun neither waits nor runs")
-        if any(not group.open for group in self._by_id.values()):
-            raise RuntimeError("a request outlived its choices")
+        for group in self._by_id.values():
+            if not group.open or any(s.ended == (s.choice in group.open) for s in group.sequences):
+                raise RuntimeError(f"request {group.id!r} outlived its choices, or they it")
         if self.prefilling != {seq for seq in holders if seq.prefilling}:
             raise RuntimeError("the set of prefilling sequences is wrong")
         for seq in holders:
@@ -171,20 +204,23 @@ class Roster:
         self._cache.check_integrity(seq.kv for seq in holders)
 
     def _leave(self, seq: Sequence) -> None:
+        seq.ended = True
         if seq.slot >= 0:
             self._vacate(seq)
         else:
             self.waiting.remove(seq)
-        seq.ended = True
 
-    def _tell(self, group: Group, output: RequestOutput) -> None:
-        """The last output of a choice, and perhaps of its request."""
-        group.open.discard(output.choice)
-        self.outbox.append(output)
-        if group.open:
+    def _tell(self, group: Group, output: RequestOutput, *, is_last: bool = False) -> None:
+        """The last output of a choice, and perhaps of its request: of all that are open, or where
+        it `is_last` all the same."""
+        if not (is_last or group.open == {output.choice}):
+            group.open.remove(output.choice)
+            self.outbox.append(output)
             return
         now = self._clock()
         output.ended, output.timing, output.account = True, group.timing(now), group.account(now)
+        group.open.clear()
+        self.outbox.append(output)
         del self._by_id[group.id]
         if group.request.deadline is not None:
             self._deadlines.remove(group)
@@ -200,5 +236,4 @@ class Roster:
         self.prefilling.discard(seq)
         self._cache.release(seq.kv)
         self._free_slots.append(seq.slot)
-        seq.slot = -1
-        seq.target = seq.prefilled = seq.unread = seq.in_flight = 0
+        seq.leave_slot()

@@ -136,15 +136,31 @@ class Scheduler:
     # ---- steps
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None when nothing can run before results arrive."""
+        """The next step, or None when nothing can run before results arrive.
+
+        A request that cannot be planned for ends alone. Where a fault is nobody's, or left pages or
+        slots uncertain, it is raised: `requeue_all` is what helps then, as for `update`.
+        """
         self._expire()
-        flight = self._planner.plan()
+        flight = self._plan()
         self._meters.look_at_pages(self._roster, self._cache)
         if flight is None:
             return None
         self._flights.append(flight)
         self._meters.depart(flight.plan)
         return flight.plan
+
+    def _plan(self) -> Flight | None:
+        while True:
+            flight = self._planner.plan()
+            if self._planner.failed is None:
+                return flight
+            seq, fault = self._planner.failed
+            # Not while the step was planned: a row of it may be part, and names its slot.
+            self._roster.fail(seq.group, "planned for", fault)
+            self.check_integrity()
+            if flight is not None:
+                return flight
 
     def update(self, plan: StepPlan, outputs: StepOutputs) -> list[RequestOutput]:
         """Takes in what the oldest launched step gave; returns all outputs since the last call."""
@@ -157,24 +173,24 @@ class Scheduler:
         return self.take_outputs()
 
     def requeue_all(self, fault: Exception) -> None:
-        """The device lost its state: who ran starts over once; the second time it ends."""
+        """A step failed and the device lost its state: who ran starts over once; the second time it
+        ends."""
         self._meters.counters.failed_steps += 1
         self._flights.clear()
-        for seq in tuple(self._roster.running):
-            if seq.ended:  # with another choice of its request
-                continue
-            if seq.requeues:
-                why = "a device step failed for the second time; the engine's log says why"
+        ran = tuple(self._roster.running)
+        for seq in ran:
+            seq.requeues += 1
+            # What was counted as computed: of decode rows, those whose tokens came.
+            counted = min(seq.scheduled, max(seq.prefilled, len(seq.tokens) - 1))
+            seq.recompute_until = max(seq.recompute_until, counted)
+        self._roster.restart(fault)
+        for seq in ran:
+            if seq.requeues > 1 and not seq.ended:  # not with another choice of its request
+                why = "a step failed for the second time; the engine's log says why"
                 error = Internal(f"request {seq.id!r}: {why}")
                 error.__cause__ = fault
                 self._roster.end_request(seq.group, FinishReason.ERROR, error)
-            else:
-                seq.requeues += 1
-                # What was counted as computed: of decode rows, those whose tokens came.
-                counted = min(seq.scheduled, max(seq.prefilled, len(seq.tokens) - 1))
-                seq.recompute_until = max(seq.recompute_until, counted)
-                self._roster.suspend(seq)
-        self._cache.clear()
+        self.check_integrity()
 
     def _expire(self) -> None:
         now = self._clock()

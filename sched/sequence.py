@@ -86,6 +86,11 @@ class Sequence:
         """Output tokens known."""
         return len(self.tokens) - self.prompt_len
 
+    def leave_slot(self) -> None:
+        """It does not run any more."""
+        self.slot = -1
+        self.target = self.prefilled = self.unread = self.in_flight = 0
+
     @property
     def unscored(self) -> bool:
         """Its rows must still bring log-probabilities of the prompt."""

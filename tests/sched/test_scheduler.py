@@ -495,7 +495,7 @@ def test_who_ran_starts_over_once_and_then_ends() -> None:
     d.hear(d.scheduler.take_outputs())
     error = d.ends["a"].error
     assert isinstance(error, Internal) and "device gone" in str(error.__cause__)
-    assert str(error).startswith("request 'a': a device step failed for the second time; the")
+    assert str(error).startswith("request 'a': a step failed for the second time; the")
     assert d.tokens["a"] == d.answer(a)[: len(d.tokens["a"])]
     d.run()
     assert d.tokens["c"] == d.answer(c)

@@ -8,53 +8,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 from driver import Driver
 from fake_runner import FakeRunner, make_request, make_spec
+from injection import Injected, Injector
 
-import quire.sched
 from quire.errors import Internal
 from quire.sched.engine import Engine
 from quire.sched.fairness import FairQueue
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.sched.scheduler import Scheduler
 
-FOLDER = str(Path(quire.sched.__file__).parent)
-
-
-class Injected(Exception):
-    pass
-
 
 def failing_at(line: int, work: Callable[[], object]) -> bool:
-    """Does work, and stops it before its so-manieth line of Quire's; whether it came that far.
-
-    Lines run before a fault, those that clear up after it are left alone.
-    """
-    left = line
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(FOLDER):
-            return None
-        if event == "line":
-            left -= 1
-            if left == -1:
-                raise Injected
-        return trace
-
-    before = sys.gettrace()  # a debugger's, or that of who counts coverage
-    sys.settrace(trace)
+    """Does work, and stops it before its so-manieth line; whether it came that far."""
     try:
-        work()
+        Injector(line)(work)
     except Injected:
         return True
-    finally:
-        sys.settrace(before)
     return False
 
 

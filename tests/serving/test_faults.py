@@ -15,6 +15,7 @@ from engines import at_rest, eventually, held
 from grpc import StatusCode
 from running import Running
 
+from quire.kv.cache import KVCache
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.request import Request, SamplingParams
 from quire.serving.engine_host.host import EngineHost
@@ -90,6 +91,31 @@ def test_a_step_that_fails_is_survived(
         assert answers(served, PROMPTS) == expected
     assert served.engine.stats().failed_steps == failed + 1
     at_rest(served.engine)
+
+
+def test_a_request_that_cannot_be_planned_for_fails_alone(
+    served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = answers(served, PROMPTS)
+    sound = KVCache.grow
+
+    def failing(self: KVCache, holding: Any, positions: int) -> Any:
+        bad = [s.kv for s in served.engine._scheduler._roster.running if s.tokens[1] == 101]
+        if any(holding is each for each in bad) and positions > 32:  # in the midst of its answer
+            raise KeyError("a bug")
+        return sound(self, holding, positions)
+
+    failed = served.engine.stats().failed_steps
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "grow", failing)
+        first, (code, details, got), third = answers(served, PROMPTS)
+    assert code == StatusCode.INTERNAL and got == expected[1][: len(got)] and got
+    assert details.endswith("a fault in Quire; the engine's log says more")
+    assert (first, third) == (expected[0], expected[2])
+    assert served.engine.stats().failed_steps == failed and served.engine.healthy
+    assert "could not be planned for and ends" in caplog.text and "a bug" in caplog.text
+    at_rest(served.engine)
+    assert answers(served, PROMPTS) == expected
 
 
 def test_a_device_that_fails_twice_costs_who_was_running(
