@@ -23,6 +23,7 @@ from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.engine import Engine
 from ...sched.request import RequestOutput
 from ..auth.follow import follow_keys
+from ..auth.key_file import KeyTable
 from ..engine_wire import OPTIONS
 from ..intake import Served
 from ..lifeline import Lifeline
@@ -68,6 +69,8 @@ async def serve(news: int, build: Build | None = None) -> int:
     config, settings = EngineConfig(**given["engine"]), ServerConfig(**given["server"])
     set_up_logs(settings.log_format, settings.log_level)
     try:
+        # Before the model is read, which may take minutes.
+        tenants = None if settings.api_keys is None else _Tenants(settings.api_keys)
         telemetry = open_telemetry(settings, config.model)
     except QuireError as error:
         line.say(error=str(error))
@@ -94,9 +97,8 @@ async def serve(news: int, build: Build | None = None) -> int:
         if not building.done():
             os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
         built = building.result()
-        if settings.api_keys is not None:
-            limit = built.engine.limit_tenants
-            _followed = follow_keys(settings.api_keys, lambda table: limit(table.tenants))
+        if tenants is not None:
+            tenants.limit(built.engine)
         host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)
         watch(built.engine, settings.step_timeout)
         telemetry.watch(_source(config.model, built, host, line), built.text_of)
@@ -112,6 +114,26 @@ async def serve(news: int, build: Build | None = None) -> int:
         await host.close(LAST_WORDS)
         await server.stop(LAST_WORDS)
         await asyncio.to_thread(telemetry.close)
+
+
+class _Tenants:
+    """What the file of API keys says of tenants from the start on, for the engine once there is
+    one. Raises InvalidConfig for a file that cannot be read."""
+
+    def __init__(self, path: str) -> None:
+        self._table = KeyTable()
+        self._engine: Engine | None = None
+        self._followed = follow_keys(path, self._use)
+
+    def limit(self, engine: Engine) -> None:
+        """Holds tenants to their limits, from now on."""
+        self._engine = engine
+        self._use(self._table)
+
+    def _use(self, table: KeyTable) -> None:
+        self._table = table
+        if self._engine is not None:
+            self._engine.limit_tenants(table.tenants)
 
 
 async def _failed(engine: Engine) -> None:

@@ -9,31 +9,14 @@ TLS versions and ciphers are grpc's own: 1.2 at least.
 from __future__ import annotations
 
 import logging
-import ssl
-from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from ...errors import InvalidConfig
+from ..tls_files import TlsFiles
 from ..watched_file import Stamp, stamp
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """In PEM form, each a path.
-
-    Attributes:
-      cert: the server's certificate, and after it those that lead to a root.
-      key: its private key, without a password.
-      client_ca: whose certificates callers must show; None asks them for none.
-    """
-
-    cert: str
-    key: str
-    client_ca: str | None = None
 
 
 class _Reader:
@@ -78,38 +61,5 @@ def tls_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
 
 def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
-    cert, key = _bytes("tls_cert", files.cert), _bytes("tls_key", files.key)
-    client_ca = None if files.client_ca is None else _bytes("tls_client_ca", files.client_ca)
-    _check(files)
+    cert, key, client_ca = files.read()
     return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
-
-
-def _bytes(name: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidConfig(f"{name}: {path} cannot be read: {error.strerror}") from error
-
-
-def _check(files: TlsFiles) -> None:
-    """grpc takes any bytes and then fails each handshake; Python's own TLS says what is wrong."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_verify_locations(files.cert)
-    except ssl.SSLError as error:
-        raise InvalidConfig(f"tls_cert: {files.cert} holds no PEM certificate ({error})") from error
-    try:
-        # A password is asked for on the terminal unless one is given.
-        context.load_cert_chain(files.cert, files.key, password="")
-    except (ssl.SSLError, ValueError) as error:
-        raise InvalidConfig(
-            f"tls_key: {files.key} holds no PEM key without a password that fits {files.cert} "
-            f"({error})"
-        ) from error
-    if files.client_ca is not None:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(files.client_ca)
-        except ssl.SSLError as error:
-            raise InvalidConfig(
-                f"tls_client_ca: {files.client_ca} holds no PEM certificate ({error})"
-            ) from error

@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 
 from ...config import ServerConfig
-from .tls import TlsFiles, tls_credentials
+from ..tls_files import TlsFiles
+from .tls import tls_credentials
 
 ANSWER_WITHIN = 20.0
 """Seconds that a caller has to answer when its silent connection is looked at."""
@@ -52,9 +53,9 @@ def add_port(server: grpc.aio.Server, address: str, settings: ServerConfig) -> i
       InvalidConfig: a TLS file is wrong.
       RuntimeError: the address cannot be bound.
     """
-    if settings.tls_cert is None or settings.tls_key is None:
+    files = TlsFiles.of(settings)
+    if files is None:
         return server.add_insecure_port(address)
-    files = TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     return server.add_secure_port(address, tls_credentials(files))
 
 

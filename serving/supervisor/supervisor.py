@@ -21,6 +21,7 @@ from ...config import EngineConfig, ServerConfig
 from ...errors import Internal, QuireError
 from ..telemetry.logs import fields
 from .child import Child, how
+from .first_look import check_files
 from .folder import private_folder
 from .port import hold
 
@@ -82,8 +83,9 @@ class Supervisor:
           second: ends it at once.
 
         Raises:
-          QuireError: the port is taken, or a process cannot be started.
+          QuireError: a file is wrong, the port is taken, or a process cannot be started.
         """
+        check_files(self._config)
         with hold(self._config.host, self._config.port) as port, private_folder() as folder:
             self.engine_address = f"unix:{folder / 'engine'}"
             shared = {

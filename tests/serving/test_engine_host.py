@@ -1,14 +1,19 @@
-"""How the engine process sends to a frontend that takes its time."""
+"""The engine process: how it starts, and sends to a frontend that takes its time."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from quire.protos.v1 import engine_pb2 as pb
-from quire.serving.engine_host import host
+from quire.sched.quota import Limits
+from quire.serving import watched_file
+from quire.serving.auth.key_file import KeyTable, write_keys
+from quire.serving.engine_host import host, main
 
 
 class Context:
@@ -80,3 +85,53 @@ def test_signs_of_life_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         writing.cancel()
 
     asyncio.run(work())
+
+
+def test_a_broken_key_file_is_found_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, said, built = tmp_path / "keys", dict[str, Any](), []
+    keys.write_text("keys: [nonsense")
+    server = {"api_keys": str(keys), "log_level": "error"}
+    given = {"engine": {"model": "demo"}, "server": server, "engine_address": "unix:nowhere"}
+    line = SimpleNamespace(say=lambda **news: said.update(news))
+
+    async def opened(news: int) -> Any:
+        return line, given
+
+    def build(*_: Any) -> Any:
+        built.append(1)
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(main.Lifeline, "open", opened)
+    monkeypatch.setattr(main, "set_up_logs", lambda *_: None)
+    assert asyncio.run(main.serve(0, build)) == 1
+    assert str(keys) in said["error"] and not built
+
+
+def test_tenants_are_limited_by_what_the_key_file_said_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it changed while the model was read, and where it broke after it had."""
+    keys, limited = tmp_path / "keys", list[set[str]]()
+    monkeypatch.setattr(watched_file, "LOOK_EVERY", 0.01)
+    engine: Any = SimpleNamespace(limit_tenants=lambda table: limited.append(set(table)))
+
+    async def work() -> None:
+        write_keys(keys, KeyTable({"first": Limits()}))
+        tenants = main._Tenants(str(keys))
+        write_keys(keys, KeyTable({"first": Limits(), "second": Limits()}))
+        while "second" not in tenants._table.tenants:
+            await asyncio.sleep(0.01)
+        keys.write_text("keys: [nonsense")
+        await asyncio.sleep(0.05)
+        assert not limited
+        tenants.limit(engine)
+        assert limited == [{"first", "second"}]
+        write_keys(keys, KeyTable({"third": Limits()}))
+        while len(limited) < 2:
+            await asyncio.sleep(0.01)
+        assert limited[1] == {"third"}
+        tenants._followed.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), 20))

@@ -28,7 +28,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.config import EngineConfig, ServerConfig
-from quire.errors import QuireError, Unavailable
+from quire.errors import InvalidConfig, QuireError, Unavailable
 from quire.protos.v1 import engine_pb2 as engine_pb
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
@@ -393,6 +393,22 @@ def test_a_file_that_is_broken_for_a_while_ends_no_server(folder: Path, tmp_path
         write_keys(keys, KeyTable())
         service.heard(r"(ready again on .*)")
         assert failed(service.stream(5)) == StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("api_keys", "broken: not YAML"), ("tls_cert", "tls_cert: .*broken holds no PEM certificate")],
+)
+def test_a_broken_file_is_found_before_a_process_is_started(
+    folder: Path, tmp_path: Path, setting: str, says: str
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("keys: [nonsense")
+    files = {setting: str(broken), **({"tls_key": str(broken)} if setting == "tls_cert" else {})}
+    with Service(folder, **files) as service:
+        service.ended()
+    assert isinstance(service.error, InvalidConfig) and re.search(says, str(service.error))
+    assert service.supervisor.engine is None and not service.said
 
 
 def test_the_port_is_ours_alone_and_free_again_at_once(folder: Path) -> None:
