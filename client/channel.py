@@ -23,6 +23,17 @@ SERVICE: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 MAX_ATTEMPTS = 5
 """What grpc allows at most."""
 
+LOOK_AFTER = 15.0
+"""Seconds of silence during a call after which the server is looked at. Quire's own allows a look
+every 10 s (serving/frontend/transport.py); who looks more often than a server allows is sent away.
+"""
+
+ANSWER_WITHIN = 10.0
+"""Seconds that the server then has; a call to one that vanished is UNAVAILABLE after both."""
+
+CONNECT_WITHIN = 5.0
+"""Seconds that a new connection may take."""
+
 _MAX_MESSAGE_BYTES = 256 << 20
 """Of an answer; log-probabilities of a long one take more than grpc's 4 MB."""
 
@@ -128,8 +139,15 @@ class Connection:
             ("grpc.service_config", json.dumps(config if again else {})),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             # Notices a server that vanished without a word while a call runs.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", int(LOOK_AFTER * 1000)),
+            # The second is what counts in newer versions of grpc, whatever its documentation says.
+            ("grpc.keepalive_timeout_ms", int(ANSWER_WITHIN * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(ANSWER_WITHIN * 1000)),
+            # Otherwise the third look would not come before the client itself sends something,
+            # which one that reads an answer never does.
+            ("grpc.http2.max_pings_without_data", 0),
+            # What a new connection may take; grpc's own is 20 s, for each second attempt of a call.
+            ("grpc.min_reconnect_backoff_ms", int(CONNECT_WITHIN * 1000)),
         ]
 
     def how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from frontends import Frontend
 
+from quire.client import channel
 from quire.serving.frontend import transport
 
 PING, GOAWAY, SETTINGS = 6, 7, 4
@@ -97,3 +98,4 @@ def test_callers_may_look_as_often_as_is_set(
 
 def test_as_often_as_clients_do() -> None:
     assert transport.LOOKS_ALLOWED <= 10 and transport.ANSWER_WITHIN == 20
+    assert channel.LOOK_AFTER > 1.2 * transport.LOOKS_ALLOWED
