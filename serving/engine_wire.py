@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 import numpy as np
 
@@ -33,9 +32,8 @@ from ..sched.request import (
     Timing,
     TokenLogprobs,
 )
-from ..sched.stats import EngineStats
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of engine.proto: raised whenever its meaning changes."""
 
 HEARTBEAT = 1.0
@@ -263,15 +261,3 @@ def spec_of(message: pb.Limits) -> RunnerSpec:
     own = {f.name: getattr(message, f.name) for f in fields(RunnerSpec) if f.name != "ladder"}
     rungs = [Bucket(r.tokens, r.rows, Sampler(r.sampler), r.k) for r in message.ladder]
     return RunnerSpec(ladder=Ladder(rungs), **own)
-
-
-def stats_values(stats: EngineStats) -> dict[str, float]:
-    return asdict(stats)
-
-
-def stats_of(message: pb.FromEngine) -> EngineStats:
-    values: dict[str, Any] = {
-        f.name: int(message.stats[f.name]) if f.type == "int" else message.stats[f.name]
-        for f in fields(EngineStats)
-    }
-    return EngineStats(**values)

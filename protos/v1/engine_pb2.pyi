@@ -7,20 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ToEngine(_message.Message):
-    __slots__ = ("hello", "submits", "finishes", "stats", "refused", "taken")
+    __slots__ = ("hello", "submits", "finishes", "refused", "taken")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     FINISHES_FIELD_NUMBER: _ClassVar[int]
-    STATS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     finishes: _containers.RepeatedCompositeFieldContainer[Finish]
-    stats: bool
     refused: _containers.RepeatedCompositeFieldContainer[Refused]
     taken: bool
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., stats: bool = ..., refused: _Optional[_Iterable[_Union[Refused, _Mapping]]] = ..., taken: bool = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., refused: _Optional[_Iterable[_Union[Refused, _Mapping]]] = ..., taken: bool = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("request_id", "tenant", "error")
@@ -132,23 +130,14 @@ class Finish(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class FromEngine(_message.Message):
-    __slots__ = ("welcome", "steps", "stats", "awaited")
-    class StatsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: float
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    __slots__ = ("welcome", "steps", "awaited")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
-    STATS_FIELD_NUMBER: _ClassVar[int]
     AWAITED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     steps: _containers.RepeatedCompositeFieldContainer[Step]
-    stats: _containers.ScalarMap[str, float]
     awaited: bool
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., stats: _Optional[_Mapping[str, float]] = ..., awaited: bool = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., awaited: bool = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol", "folder", "ignore_config_fields", "limits", "name", "dtype")

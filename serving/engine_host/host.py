@@ -33,7 +33,6 @@ from ..engine_wire import (
     limits_message,
     output_message,
     request_of,
-    stats_values,
 )
 from ..intake import Served
 from ..telemetry.logs import fields
@@ -184,8 +183,6 @@ class EngineHost(pb_grpc.EngineServiceServicer):
                 self._refused(error_of(refused.error), refused.request_id, refused.tenant)
             if message.taken:
                 frontend.taken()
-            if message.stats:
-                frontend.send_stats(stats_values(engine.stats()))
 
     def _submit(self, engine: Engine, frontend: _Frontend, message: pb.Submit) -> None:
         route = _Route(frontend, message.handle)
@@ -246,10 +243,6 @@ class _Frontend:
 
     def send(self, step: pb.Step) -> None:
         self._next.steps.append(step)
-        self._news()
-
-    def send_stats(self, values: dict[str, float]) -> None:
-        self._next.stats.update(values)
         self._news()
 
     def taken(self) -> None:

@@ -74,7 +74,7 @@ _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("quire_preemptions", "Times an answer gave way for want of pages.", lambda s: s.preemptions),
     (
         "quire_failed_steps",
-        "Device steps that failed; running requests start over.",
+        "Steps that failed, on the device or while planned; running requests start over.",
         lambda s: s.failed_steps,
     ),
 )

@@ -30,7 +30,6 @@ from quire.sched.request import (
     Timing,
     TokenLogprobs,
 )
-from quire.sched.stats import EngineStats
 from quire.serving import engine_wire as wire
 
 SAMPLING: dict[str, Any] = {
@@ -204,10 +203,3 @@ def test_limits_arrive_whole() -> None:
         if f.name != "ladder":
             assert getattr(arrived, f.name) == getattr(spec, f.name)
     assert arrived.ladder.buckets == spec.ladder.buckets
-
-
-def test_counters_arrive_whole() -> None:
-    values = {f.name: at if f.type == "int" else at / 8 for at, f in enumerate(fields(EngineStats))}
-    stats = EngineStats(**values)  # type: ignore[arg-type]
-    arrived = wire.stats_of(pb.FromEngine(stats=wire.stats_values(stats)))
-    assert arrived == stats and type(arrived.running) is int

@@ -20,26 +20,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 from engines import eventually
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from quire.config import EngineConfig, ServerConfig
 from quire.errors import InvalidConfig, QuireError, Unavailable
-from quire.protos.v1 import engine_pb2 as engine_pb
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
-from quire.protos.v1.engine_pb2_grpc import EngineServiceStub
-from quire.sched.stats import EngineStats
 from quire.serving.auth.key_file import KeyTable, write_keys
-from quire.serving.engine_wire import PROTOCOL, stats_of
 from quire.serving.supervisor import child
 from quire.serving.supervisor.port import hold
 from quire.serving.supervisor.supervisor import Supervisor
 
+FINISHED = "quire_requests_finished_total"
 PACED = "quire.tools.bench.paced_engine"
 
 
@@ -122,20 +121,12 @@ class Service:
             return error.code().name
         return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
 
-    def stats(self) -> EngineStats:
-        """Of the engine process, asked as a frontend asks."""
-        answered = threading.Event()
-
-        def asking() -> Iterator[engine_pb.ToEngine]:
-            yield engine_pb.ToEngine(hello=engine_pb.Hello(protocol=PROTOCOL))
-            yield engine_pb.ToEngine(stats=True)
-            answered.wait(20)
-
-        with grpc.insecure_channel(self.supervisor.engine_address) as channel:
-            answers = EngineServiceStub(channel).Attach(asking(), timeout=20, wait_for_ready=True)
-            stats = next(stats_of(answer) for answer in answers if answer.stats)
-            answered.set()
-        return stats
+    def metric(self, name: str) -> float:
+        """Of the engine process that runs now, all its labels taken together; needs a
+        metrics_port."""
+        with urlopen(self.heard(r"metrics on (.*)"), timeout=20) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        return sum(s.value for family in families for s in family.samples if s.name == name)
 
     def frontend_pids(self) -> list[int]:
         return [pid for role in self.supervisor.frontends if (pid := role.pid)]
@@ -189,7 +180,7 @@ def gone(pid: int) -> bool:
 
 
 def test_an_engine_that_is_killed_comes_back(folder: Path) -> None:
-    with running(folder) as service:
+    with running(folder, metrics_port=0) as service:
         before, frontends = service.engine_pid(), service.frontend_pids()
         streams = [service.stream(3000) for _ in range(4)]
         for stream in streams:
@@ -203,11 +194,11 @@ def test_an_engine_that_is_killed_comes_back(folder: Path) -> None:
         assert service.health() == "SERVING"
         assert tokens_of(service.stream(5)) == 5
         assert service.engine_pid() != before and service.frontend_pids() == frontends
-        assert service.stats().finished == 1
+        eventually(lambda: service.metric(FINISHED) == 1)
 
 
 def test_a_frontend_that_is_killed_loses_its_streams_and_nothing_else(folder: Path) -> None:
-    with running(folder, frontends=2) as service:
+    with running(folder, frontends=2, metrics_port=0) as service:
         victim, other = service.frontend_pids()
         streams = [service.stream(4000) for _ in range(16)]
         for stream in streams:
@@ -224,13 +215,14 @@ def test_a_frontend_that_is_killed_loses_its_streams_and_nothing_else(folder: Pa
                 codes.append(error.code())
         assert set(codes) == {None, StatusCode.UNAVAILABLE}
         # Well before they would have ended by themselves:
-        eventually(lambda: service.stats().running == 0)
+        eventually(lambda: service.metric("quire_requests_running") == 0)
         service.heard(r"(frontend 1: was ended by SIGKILL; started again in 0\.1 s)")
         service.heard(r"(ready again on .*)")
         assert tokens_of(service.stream(5)) == 5
         assert service.frontend_pids()[1] == other
-        stats = service.stats()
-        assert (stats.waiting, stats.pages_used, stats.finished) == (0, 0, 17)
+        eventually(lambda: service.metric(FINISHED) == 17)
+        for held in ("quire_requests_waiting", "quire_kv_pages_used"):
+            assert service.metric(held) == 0
 
 
 def test_children_die_with_their_parent(folder: Path) -> None:
@@ -253,13 +245,14 @@ def test_children_die_with_their_parent(folder: Path) -> None:
 def test_a_frontend_that_hangs_is_detached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine gives it up when it says nothing; the parent would, later."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    with running(folder, module="impatient_engine", frontends=2) as service:
+    settings: dict[str, Any] = {"frontends": 2, "metrics_port": 0}
+    with running(folder, module="impatient_engine", **settings) as service:
         victim = service.frontend_pids()[0]
         streams = [service.stream(3000) for _ in range(8)]
         for stream in streams:
             next(stream)
         os.kill(victim, signal.SIGSTOP)
-        eventually(lambda: 0 < service.stats().finished < 8)
+        eventually(lambda: 0 < service.metric(FINISHED) < 8)
         os.kill(victim, signal.SIGKILL)
 
 
