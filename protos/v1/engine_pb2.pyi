@@ -31,10 +31,14 @@ class Refused(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol",)
+    __slots__ = ("protocol", "name", "pid")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     protocol: int
-    def __init__(self, protocol: _Optional[int] = ...) -> None: ...
+    name: str
+    pid: int
+    def __init__(self, protocol: _Optional[int] = ..., name: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "id", "prompt", "sampling", "eos_ids", "priority", "tenant", "seconds_left", "adapter", "cache_salt", "traceparent", "pooled")
@@ -140,20 +144,22 @@ class FromEngine(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., awaited: bool = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "folder", "ignore_config_fields", "limits", "name", "dtype")
+    __slots__ = ("protocol", "folder", "ignore_config_fields", "limits", "name", "dtype", "pid")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     IGNORE_CONFIG_FIELDS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     folder: str
     ignore_config_fields: _containers.RepeatedScalarFieldContainer[str]
     limits: Limits
     name: str
     dtype: str
-    def __init__(self, protocol: _Optional[int] = ..., folder: _Optional[str] = ..., ignore_config_fields: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., name: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+    pid: int
+    def __init__(self, protocol: _Optional[int] = ..., folder: _Optional[str] = ..., ignore_config_fields: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., name: _Optional[str] = ..., dtype: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("num_slots", "num_pages", "page_size", "max_pages_per_seq", "max_model_len", "vocab_size", "max_k", "ladder")

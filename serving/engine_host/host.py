@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -89,6 +90,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             limits=limits_message(spec),
             name=served.name,
             dtype=served.dtype,
+            pid=os.getpid(),
         )
         self._opened.set()
 
@@ -144,22 +146,27 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         await self._opened.wait()
         if self._closed.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is closed")
-        frontend = _Frontend()
+        frontend = _Frontend(hello.hello.name, hello.hello.pid)
         self._frontends.add(frontend)
         tasks = [
             asyncio.ensure_future(self._read(frontend, context)),
             asyncio.ensure_future(frontend.write(self._welcome, context)),
             asyncio.ensure_future(self._closed.wait()),
         ]
+        silent = False
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         except TimeoutError:
-            log.error("a frontend said nothing for %g s; its requests end", SILENCE)
-        finally:
+            silent = True
+        finally:  # also where grpc cancels this, because the process is gone
             for task in tasks:
                 task.cancel()
+            if silent:
+                frontend.log(logging.ERROR, f"has said nothing for {SILENCE:g} s and is detached")
+            elif not self._closed.is_set():
+                frontend.log(logging.WARNING if frontend.live else logging.DEBUG, "has left")
             self._detach(frontend)
 
     async def _read(self, frontend: _Frontend, context: grpc.aio.ServicerContext) -> None:
@@ -229,17 +236,27 @@ class EngineHost(pb_grpc.EngineServiceServicer):
 class _Frontend:
     """One that is attached.
 
+    Args:
+      name: for people.
+      pid: of its process.
+
     Attributes:
       live: its unfinished requests: handle to id.
       behind: there is something that it has not been sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "", pid: int = 0) -> None:
+        self._name, self._pid = name, pid
         self.live: dict[int, str] = {}
         self.behind = False
         self._next = pb.FromEngine()
         self._awaited = False  # the last message has not been dealt with
         self._go = asyncio.Event()  # there is something to send, and it may be sent
+
+    def log(self, level: int, what: str) -> None:
+        """Says what became of it, which costs it its requests."""
+        said = fields(process=self._name, pid=self._pid)
+        log.log(level, "%s %s; %d requests of it end", self._name, what, len(self.live), extra=said)
 
     def send(self, step: pb.Step) -> None:
         self._next.steps.append(step)

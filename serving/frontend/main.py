@@ -8,6 +8,8 @@ Tells its parent `listening` (the address) once the port is bound, `ready` when 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from ...checkpoints.folder import Checkpoint
 from ...config import ServerConfig
@@ -41,7 +43,7 @@ async def serve(news: int) -> int:
             _followed = follow_keys(str(settings.api_keys), checks.use)
         await server.bind()
         line.say(listening=server.address)
-        serving = asyncio.ensure_future(_serve_engines(server, given["engine_address"], line))
+        serving = asyncio.ensure_future(_serve_engines(server, given, line))
         ordered = asyncio.ensure_future(line.order())
         done, _ = await asyncio.wait({serving, ordered}, return_when=asyncio.FIRST_COMPLETED)
         if serving in done:
@@ -60,12 +62,12 @@ async def serve(news: int) -> int:
     return 0
 
 
-async def _serve_engines(server: Server, address: str, line: Lifeline) -> None:
+async def _serve_engines(server: Server, given: Mapping[str, Any], line: Lifeline) -> None:
     """Serves one engine after the other."""
     intakes = _Intakes()
     while True:
         try:
-            link = await RemoteLink.attach(address)
+            link = await RemoteLink.attach(given["engine_address"], given["name"])
         except Unavailable:
             await asyncio.sleep(ATTACH_EVERY)
             continue

@@ -7,15 +7,17 @@ all that is open ends with Unavailable, and whoever owns it (main.py) attaches a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from ...errors import QuireError, Unavailable
+from ...errors import Internal, QuireError, Unavailable
 from ...protos.v1 import engine_pb2 as pb
 from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.request import FinishReason, Request, RequestOutput
@@ -30,6 +32,7 @@ from ..engine_wire import (
     submit_message,
 )
 from ..intake import Served
+from ..telemetry.logs import fields
 from .pending import Pace, Pending
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
@@ -68,26 +71,34 @@ class RemoteLink:
         self._ended = asyncio.ensure_future(self._watch())
 
     @classmethod
-    async def attach(cls, address: str) -> RemoteLink:
+    async def attach(cls, address: str, name: str = "a frontend") -> RemoteLink:
         """Attaches to the engine, and returns once that serves.
 
         Args:
           address: of the engine process, such as unix:/path.
+          name: of this frontend, for people.
 
         Raises:
-          Unavailable: there is none, or it went away, or is of another build.
+          Unavailable: there is none, or it went away.
+          Internal: it is of another build, and stays that until it is started again.
         """
         channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         try:
             stub = pb_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Attach()
-            await call.write(pb.ToEngine(hello=pb.Hello(protocol=PROTOCOL)))
+            hello = pb.Hello(protocol=PROTOCOL, name=name, pid=os.getpid())
+            await call.write(pb.ToEngine(hello=hello))
             message = await call.read()
-            if message is EOF or message.welcome.protocol != PROTOCOL:
-                raise Unavailable("the engine process went away, or is of another build")
+            if message is EOF:
+                raise Unavailable("the engine process went away")
+            if message.welcome.protocol != PROTOCOL:
+                raise _other_build(f"protocol {message.welcome.protocol}")
             return cls(channel, call, message.welcome)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             await channel.close(None)
+            code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+            if code is grpc.StatusCode.FAILED_PRECONDITION:
+                raise _other_build(_in_short(error)) from error
             raise Unavailable(f"the engine cannot be reached: {_in_short(error)}") from error
         except BaseException:
             await channel.close(None)
@@ -146,12 +157,30 @@ class RemoteLink:
     async def _watch(self) -> None:
         """Ends the link when either of its tasks does."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        calls = len(self._open)
         self._end(GONE)
+        why = await self._how_it_ended(done)
         for task in self._tasks:
             task.cancel()
+        # The parent knows more of an engine that died, and says it.
+        log.warning(
+            "the engine is lost (%s); %d requests to it end with UNAVAILABLE",
+            why,
+            calls,
+            extra=fields(process="the engine", pid=self.welcome.pid),
+        )
+
+    async def _how_it_ended(self, done: Iterable[asyncio.Task[None]]) -> str:
         for task in done:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.warning("the engine is lost: %s", _in_short(error))
+            error = None if task.cancelled() else task.exception()
+            if error and not isinstance(error, (grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+                return _in_short(error)
+        # Either task may be the first to hear of it, each in its own words; the call knows best.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEARTBEAT):
+                if details := await self._call.details():
+                    return f"its stream broke: {details}"
+        return "it hung up"
 
     def _end(self, why: str) -> None:
         if self._why_closed is not None:
@@ -165,8 +194,11 @@ class RemoteLink:
 
     async def _read(self) -> None:
         while True:
-            async with asyncio.timeout(SILENCE):
-                message: pb.FromEngine = await self._call.read()
+            try:
+                async with asyncio.timeout(SILENCE):
+                    message: pb.FromEngine = await self._call.read()
+            except TimeoutError:
+                raise Unavailable(f"it has said nothing for {SILENCE:g} s") from None
             if message is EOF:
                 return
             for step in message.steps:
@@ -203,6 +235,13 @@ class RemoteLink:
             self._news.clear()
             message, self._next = self._next, pb.ToEngine()
             await self._call.write(message)
+
+
+def _other_build(how: str) -> Internal:
+    return Internal(
+        f"the engine process is of another build of Quire ({how}; ours is protocol {PROTOCOL}); "
+        "start the server again"
+    )
 
 
 def _in_short(error: BaseException) -> str:

@@ -123,7 +123,7 @@ class Supervisor:
         self, kind: str, name: str, module: str, settings: dict[str, Any], begun: str
     ) -> Role:
         def make() -> Child:
-            told = {**settings, "restarts": self.restarts}
+            told = {**settings, "name": name, "restarts": self.restarts}
             return Child(module, told, begun, self._changed.set)
 
         def lost() -> None:

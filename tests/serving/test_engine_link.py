@@ -1,0 +1,203 @@
+"""The stream between a frontend and the engine process: what either end says, to those who wait and
+in the log, when it loses the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from quire.errors import Internal
+from quire.protos.v1 import engine_pb2 as pb
+from quire.protos.v1 import engine_pb2_grpc as pb_grpc
+from quire.sched.request import Request, SamplingParams
+from quire.serving.engine_host import host
+from quire.serving.engine_wire import OPTIONS, PROTOCOL, limits_message
+from quire.serving.frontend import remote_link
+from quire.serving.frontend.remote_link import RemoteLink
+from quire.serving.intake import Served
+from quire.tools.bench.null_runner import null_spec
+
+SPEC = null_spec(4, page_size=16, max_model_len=64, pages=20)
+REQUEST = Request(id="mine", prompt=(1, 2), sampling=SamplingParams(seed=1))
+PATIENCE = 20.0
+
+
+class Busy:
+    """An engine that never answers."""
+
+    def __init__(self) -> None:
+        self.submitted: list[str] = []
+        self.ended: list[str] = []
+
+    def submit(self, request: Request) -> None:
+        self.submitted.append(request.id)
+
+    def finish(self, request_id: str, *_: Any) -> None:
+        self.ended.append(request_id)
+
+
+class Scripted(pb_grpc.EngineServiceServicer):
+    """Welcomes a frontend, and then does what a test wants."""
+
+    def __init__(self, then: Callable[[Any], Awaitable[None]], protocol: int = PROTOCOL) -> None:
+        self._then, self._protocol = then, protocol
+
+    async def Attach(self, requests: Any, context: Any) -> None:
+        await context.read()
+        limits = limits_message(SPEC)
+        welcome = pb.Welcome(protocol=self._protocol, limits=limits, pid=77)
+        await context.write(pb.FromEngine(welcome=welcome))
+        await self._then(context)
+
+
+async def listen(servicer: pb_grpc.EngineServiceServicer, folder: Path) -> tuple[Any, str]:
+    """A server with this service, and its address."""
+    server = grpc.aio.server(options=OPTIONS)
+    pb_grpc.add_EngineServiceServicer_to_server(servicer, server)
+    address = f"unix:{folder / 'engine'}"
+    server.add_insecure_port(address)
+    await server.start()
+    return server, address
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+def records(caplog: pytest.LogCaptureFixture, name: str) -> list[logging.LogRecord]:
+    return [r for r in caplog.records if r.name == f"quire.serving.{name}"]
+
+
+def engine_loses(
+    folder: Path, lose: Callable[[RemoteLink], Awaitable[None]]
+) -> tuple[Busy, host.EngineHost]:
+    """An engine process with one request of a frontend, which it then loses."""
+    engine = Busy()
+
+    async def work() -> host.EngineHost:
+        served = host.EngineHost(asyncio.get_running_loop())
+        server, address = await listen(served, folder)
+        served.open(engine, SPEC, str(folder), (), Served("model", "float32"))  # type: ignore
+        link = await RemoteLink.attach(address, "frontend 3")
+        with link.open(REQUEST):
+            await until(lambda: bool(engine.submitted))
+            await lose(link)
+            await until(lambda: bool(engine.ended))
+        await link.close("the test is over")
+        await server.stop(None)
+        return served
+
+    return engine, asyncio.run(work())
+
+
+def test_the_engine_says_which_frontend_was_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "SILENCE", 0.2)
+    monkeypatch.setattr(remote_link, "HEARTBEAT", 3600.0)
+
+    async def hang(link: RemoteLink) -> None:
+        pass  # and say nothing more
+
+    engine, served = engine_loses(tmp_path, hang)
+    assert engine.ended == ["mine"] and not served._routes and not served.attached
+    (record,) = records(caplog, "engine_host.host")
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() == (
+        "frontend 3 has said nothing for 0.2 s and is detached; 1 requests of it end"
+    )
+    assert record.fields == {"process": "frontend 3", "pid": os.getpid()}  # type: ignore
+
+
+def test_the_engine_says_which_frontend_has_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def die(link: RemoteLink) -> None:
+        link._call.cancel()
+
+    engine, served = engine_loses(tmp_path, die)
+    assert engine.ended == ["mine"] and not served._routes and not served.attached
+    (record,) = records(caplog, "engine_host.host")
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == "frontend 3 has left; 1 requests of it end"
+
+
+def frontend_loses(folder: Path, then: Callable[[Any], Awaitable[None]]) -> str:
+    """A frontend with one open request, whose engine then does something; how that ended."""
+
+    async def work() -> str:
+        server, address = await listen(Scripted(then), folder)
+        link = await RemoteLink.attach(address)
+        with link.open(REQUEST) as pending:
+            async with asyncio.timeout(PATIENCE):
+                (output,) = await pending.take()
+                await link.lost()
+        await link.close("the test is over")
+        await server.stop(None)
+        return str(output.error)
+
+    return asyncio.run(work())
+
+
+async def say_nothing(context: Any) -> None:
+    await asyncio.sleep(PATIENCE)
+
+
+async def hang_up(context: Any) -> None:
+    await context.read()
+
+
+async def fail(context: Any) -> None:
+    await context.abort(grpc.StatusCode.INTERNAL, "broken")
+
+
+@pytest.mark.parametrize(
+    ("then", "why"),
+    [
+        (say_nothing, "it has said nothing for 0.2 s"),
+        (hang_up, "it hung up"),
+        (fail, "its stream broke: (broken|Internal error from Core)"),  # the latter is grpc's word
+    ],
+)
+def test_a_frontend_says_how_it_lost_the_engine(
+    then: Callable[[Any], Awaitable[None]],
+    why: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote_link, "SILENCE", 0.2)
+    assert frontend_loses(tmp_path, then).startswith("request 'mine': the engine is gone")
+    (record,) = records(caplog, "frontend.remote_link")
+    assert record.levelno == logging.WARNING
+    said = rf"the engine is lost \({why}\); 1 requests to it end with UNAVAILABLE"
+    assert re.fullmatch(said, record.getMessage())
+    assert record.fields == {"process": "the engine", "pid": 77}  # type: ignore
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["it refuses", "it is refused"])
+def test_an_engine_of_another_build_is_no_engine_to_wait_for(refuses: bool, tmp_path: Path) -> None:
+    async def work() -> None:
+        if refuses:
+            servicer: Any = host.EngineHost(asyncio.get_running_loop())
+        else:
+            servicer = Scripted(say_nothing, PROTOCOL + 1)
+        server, address = await listen(servicer, tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            if refuses:
+                patch.setattr(host, "PROTOCOL", PROTOCOL + 1)
+            with pytest.raises(Internal, match=rf"another build.*{PROTOCOL + 1}.*ours is"):
+                await RemoteLink.attach(address)
+        await server.stop(None)
+
+    asyncio.run(work())
