@@ -30,7 +30,8 @@ NAMED_TOKENS = (
 )
 
 _LONG = 4096
-"""Characters from which on a text is encoded as a batch of one."""
+"""Characters or tokens from which on a text is encoded or decoded as a batch of one: alone it would
+hold the interpreter, for as much as a second a megabyte; a batch lets others go on."""
 
 _LONG_TOKEN = 12
 """Characters that a text's tokens hardly ever have on average."""
@@ -79,7 +80,6 @@ class Tokenizer:
         try:
             if len(text) < _LONG:
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-            # Alone it holds the interpreter for a second a megabyte; a batch lets others go on.
             batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(batch[0].ids)
         except (UnicodeEncodeError, TypeError) as error:
@@ -109,7 +109,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids without a token give nothing."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(token_ids) < _LONG:
+            text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:
+            batch = [list(token_ids)]
+            (text,) = self._backend.decode_batch(batch, skip_special_tokens=skip_special_tokens)
         if "\N{REPLACEMENT CHARACTER}" in text and not self._table.is_byte_level:
             # For broken bytes streams go their own way (detokenize.py); both must agree.
             stream = self.stream_decoder(skip_special_tokens)

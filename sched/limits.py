@@ -9,6 +9,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
+import numpy as np
+
 from ..errors import InvalidRequest, invalid
 from ..model.plan import MAX_STOP_IDS, RunnerSpec
 from .request import POOLED_SAMPLING, FinishReason, Request
@@ -105,8 +107,9 @@ def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:
     if not prompt:
         raise InvalidRequest("prompt: got 0 tokens, must be at least 1")
     try:
-        array("q", prompt)  # refuses what is not a whole number, at the speed of C
-        wrong = min(prompt) < 0 or max(prompt) >= spec.vocab_size
+        # Refuses what is not a whole number, and looks at a long prompt on the event loop's time.
+        ids = np.frombuffer(array("q", prompt), np.int64)
+        wrong = ids.min() < 0 or ids.max() >= spec.vocab_size
     except (TypeError, OverflowError):
         wrong = True
     if wrong:

@@ -7,6 +7,7 @@ and nowhere else; tests/serving/test_engine_wire.py finds one that was forgotten
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
@@ -97,7 +98,7 @@ def submit_message(handle: int, request: Request) -> pb.Submit:
     return pb.Submit(
         handle=handle,
         id=request.id,
-        prompt=request.prompt,
+        prompt=array("i", request.prompt).tobytes(),
         sampling=_sampling_message(request.sampling),
         eos_ids=request.eos_ids,
         priority=request.priority,
@@ -115,7 +116,7 @@ def request_of(message: pb.Submit) -> Request:
     has_deadline = message.HasField("seconds_left")
     return Request(
         id=message.id,
-        prompt=tuple(message.prompt),
+        prompt=tuple(memoryview(message.prompt).cast("i")),
         sampling=_sampling_of(message.sampling),
         eos_ids=tuple(message.eos_ids),
         priority=message.priority,

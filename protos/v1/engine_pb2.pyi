@@ -56,7 +56,7 @@ class Submit(_message.Message):
     POOLED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     id: str
-    prompt: _containers.RepeatedScalarFieldContainer[int]
+    prompt: bytes
     sampling: Sampling
     eos_ids: _containers.RepeatedScalarFieldContainer[int]
     priority: int
@@ -66,7 +66,7 @@ class Submit(_message.Message):
     cache_salt: str
     traceparent: str
     pooled: bool
-    def __init__(self, handle: _Optional[int] = ..., id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., eos_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., seconds_left: _Optional[float] = ..., adapter: _Optional[int] = ..., cache_salt: _Optional[str] = ..., traceparent: _Optional[str] = ..., pooled: bool = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., eos_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., seconds_left: _Optional[float] = ..., adapter: _Optional[int] = ..., cache_salt: _Optional[str] = ..., traceparent: _Optional[str] = ..., pooled: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "seed", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "n", "best_of")

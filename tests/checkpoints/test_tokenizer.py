@@ -134,6 +134,18 @@ def test_a_long_text_gives_the_ids_that_the_library_gives(write_tokenizer: Any) 
             assert len(text) > 4096 and ids == backend.encode(text, add_special_tokens=special).ids
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_ids_give_the_text_that_the_library_gives(kind: str, write_tokenizer: Any) -> None:
+    """They go another way, too."""
+    folder = write_tokenizer(kind)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    single = backend.encode("<s> h\u00e9llo w\u00f6rld \U0001f600, ").ids
+    ids = single * (1 + 4096 // len(single))
+    for skip in (True, False):
+        text = load_tokenizer(folder).decode(ids, skip)
+        assert BROKEN not in text and text == backend.decode(ids, skip_special_tokens=skip)
+
+
 class Counting:
     """A library's tokenizer that counts the characters it is given."""
 
