@@ -88,7 +88,8 @@ class Engine:
 
     Attributes:
       runner_call: when (time.monotonic() seconds) the runner was called that has not come back, and
-        with which step; None while it computes nothing for the engine's thread.
+        with which step; with None to make its state anew. None while it does nothing for the
+        engine's thread.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Engine:
         self._collected = 0.0  # when the last step was
         self._step_times = StepTimes()
         self._planless = False  # a step failed, and none could be planned since
-        self.runner_call: tuple[float, StepPlan] | None = None
+        self.runner_call: tuple[float, StepPlan | None] | None = None
         self._thread: threading.Thread | None = None
 
         self._wake = threading.Condition()  # guards what follows
@@ -254,8 +255,9 @@ class Engine:
         self._planless = True
         log.error("a step failed; running requests start over", exc_info=fault)
         self._flights.clear()
-        self.runner_call = None
+        self.runner_call = time.monotonic(), None
         self._runner.reset()
+        self.runner_call = None
         self._scheduler.requeue_all(fault)
 
     def _run(self) -> None:

@@ -107,7 +107,7 @@ def _check_prompt(prompt: tuple[int, ...], spec: RunnerSpec) -> None:
     if not prompt:
         raise InvalidRequest("prompt: got 0 tokens, must be at least 1")
     try:
-        # Refuses what is not a whole number, and looks at a long prompt on the event loop's time.
+        # Refuses what is not a whole number, and all at the speed of C: an event loop waits.
         ids = np.frombuffer(array("q", prompt), np.int64)
         wrong = ids.min() < 0 or ids.max() >= spec.vocab_size
     except (TypeError, OverflowError):

@@ -110,11 +110,20 @@ class EngineHost(pb_grpc.EngineServiceServicer):
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._sort, outputs)
+            self._loop.call_soon_threadsafe(self._take, outputs)
         except RuntimeError:
             # The loop was closed under a running engine; then nobody is left to tell.
             if not self._loop.is_closed():
                 raise
+
+    def _take(self, outputs: list[RequestOutput]) -> None:
+        try:
+            self._sort(outputs)
+        except Exception:
+            # Of whom outputs are lost is not known; whoever waits for them must not wait for ever.
+            log.exception("a step's outputs are lost; all frontends are detached")
+            for frontend in self._frontends:
+                frontend.lost.set()
 
     def _sort(self, outputs: list[RequestOutput]) -> None:
         """One Step for each frontend that has a request among the outputs."""
@@ -152,6 +161,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             asyncio.ensure_future(self._read(frontend, context)),
             asyncio.ensure_future(frontend.write(self._welcome, context)),
             asyncio.ensure_future(self._closed.wait()),
+            asyncio.ensure_future(frontend.lost.wait()),
         ]
         silent = False
         try:
@@ -243,12 +253,14 @@ class _Frontend:
     Attributes:
       live: its unfinished requests: handle to id.
       behind: there is something that it has not been sent.
+      lost: there is something that it will never be sent.
     """
 
     def __init__(self, name: str = "", pid: int = 0) -> None:
         self._name, self._pid = name, pid
         self.live: dict[int, str] = {}
         self.behind = False
+        self.lost = asyncio.Event()
         self._next = pb.FromEngine()
         self._awaited = False  # the last message has not been dealt with
         self._go = asyncio.Event()  # there is something to send, and it may be sent

@@ -24,7 +24,8 @@ _LOOKS = 20
 
 
 def watch(engine: Engine, seconds: float) -> None:
-    """Ends the process once a call of the engine's runner has taken so many seconds.
+    """Ends the process once a call of the engine's runner has taken so many seconds, be it for a
+    step or after one that failed.
 
     A thread of its own: the event loop may be what waits.
     """
@@ -35,9 +36,10 @@ def watch(engine: Engine, seconds: float) -> None:
             call = engine.runner_call
             if call is not None and time.monotonic() - call[0] > seconds:
                 log.critical(
-                    "a device step has not come back in %g s: %s; the engine process ends",
+                    "%s has not come back in %g s%s; the engine process ends",
+                    "a device step" if call[1] else "making the device's state anew",
                     seconds,
-                    _shape(call[1]),
+                    f": {_shape(call[1])}" if call[1] else "",
                 )
                 drain_stderr()
                 os._exit(STALLED)

@@ -113,9 +113,9 @@ class RemoteLink:
         if self._why_closed is not None:
             raise Unavailable(self._why_closed)
         handle, pending = next(self._draw), Pending(request.id, self._pace)
+        self._next.submits.append(submit_message(handle, request))  # first, because it may raise
         self._open[handle] = request.id, pending
         self._handles[request.id] = handle
-        self._next.submits.append(submit_message(handle, request))
         self._news.set()
         try:
             yield pending

@@ -143,12 +143,19 @@ class Telemetry:
                 heard.set()
                 continue
             for found in heard:
-                report = found if isinstance(found, Report) else report_of(found)
-                for account in self._accounts:
-                    try:
-                        account.ended(report)
-                    except Exception:
-                        log.exception("request %r is not accounted for", report.request_id)
+                self._account_for(found)
+
+    def _account_for(self, found: RequestOutput | Report) -> None:
+        try:
+            report = found if isinstance(found, Report) else report_of(found)
+        except Exception:
+            log.exception("request %r is not accounted for", found.request_id)
+            return
+        for account in self._accounts:
+            try:
+                account.ended(report)
+            except Exception:
+                log.exception("request %r is not accounted for", report.request_id)
 
 
 def open_telemetry(settings: ServerConfig, model: str) -> Telemetry:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,17 @@ from typing import Any
 import pytest
 
 from quire.protos.v1 import engine_pb2 as pb
+from quire.sched.engine import Engine
 from quire.sched.quota import Limits
+from quire.sched.request import Request, SamplingParams
+from quire.sched.scheduler import Scheduler
 from quire.serving import watched_file
 from quire.serving.auth.key_file import KeyTable, write_keys
-from quire.serving.engine_host import host, main
+from quire.serving.engine_host import host, main, watchdog
+from quire.tools.bench.null_runner import NullRunner as Runner
+from quire.tools.bench.null_runner import null_spec
+
+SPEC = null_spec(4, page_size=16, max_model_len=64, pages=20)
 
 
 class Context:
@@ -107,6 +116,38 @@ def test_a_broken_key_file_is_found_before_the_model_is_read(
     monkeypatch.setattr(main, "set_up_logs", lambda *_: None)
     assert asyncio.run(main.serve(0, build)) == 1
     assert str(keys) in said["error"] and not built
+
+
+def test_a_device_that_is_not_made_anew_in_time_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one call of the runner besides steps: a fault may have left the device hanging."""
+    ended, seen = threading.Event(), list[Any]()
+
+    class Hangs(Runner):
+        def launch(self, plan: Any) -> Any:
+            raise RuntimeError("broken")
+
+        def reset(self) -> None:
+            seen.append(engine.runner_call)
+
+    def exit_(status: int) -> None:
+        assert status == watchdog.STALLED
+        stalled.runner_call = None
+        ended.set()
+
+    scheduler = Scheduler(SPEC, max_batched_tokens=SPEC.ladder.max_tokens, prefill_chunk=8)
+    engine = Engine(Hangs(SPEC), scheduler, overlap=False, on_outputs=lambda _: None)
+    engine.submit(Request(id="a", prompt=(1,), sampling=SamplingParams(seed=1)))
+    engine.step()
+    ((since, plan),) = seen
+    assert plan is None and since <= time.monotonic() and engine.runner_call is None
+    monkeypatch.setattr(watchdog.os, "_exit", exit_)
+    monkeypatch.setattr(watchdog, "drain_stderr", lambda: None)
+    stalled: Any = SimpleNamespace(runner_call=(time.monotonic() - 9, None))
+    watchdog.watch(stalled, 2.0)
+    assert ended.wait(20)
+    assert "making the device's state anew has not come back in 2 s; the engine" in caplog.text
 
 
 def test_tenants_are_limited_by_what_the_key_file_said_last(

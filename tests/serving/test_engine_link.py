@@ -8,16 +8,17 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from quire.errors import Internal
+from quire.errors import Internal, Unavailable
 from quire.protos.v1 import engine_pb2 as pb
 from quire.protos.v1 import engine_pb2_grpc as pb_grpc
-from quire.sched.request import Request, SamplingParams
+from quire.sched.request import FinishReason, Request, RequestOutput, SamplingParams
 from quire.serving.engine_host import host
 from quire.serving.engine_wire import OPTIONS, PROTOCOL, limits_message
 from quire.serving.frontend import remote_link
@@ -130,6 +131,52 @@ def test_the_engine_says_which_frontend_has_left(
     (record,) = records(caplog, "engine_host.host")
     assert record.levelno == logging.WARNING
     assert record.getMessage() == "frontend 3 has left; 1 requests of it end"
+
+
+def test_outputs_that_cannot_be_sent_leave_nobody_waiting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the frontend may come again."""
+    engine, sound = Busy(), host.output_message
+
+    async def work() -> None:
+        served = host.EngineHost(asyncio.get_running_loop())
+        server, address = await listen(served, tmp_path)
+        served.open(engine, SPEC, str(tmp_path), (), Served("model", "float32"))  # type: ignore
+        last = RequestOutput("mine", finish_reason=FinishReason.LENGTH, ended=True)
+        for output_message, error in ((broken, Unavailable), (sound, type(None))):
+            monkeypatch.setattr(host, "output_message", output_message)
+            link = await RemoteLink.attach(address)
+            with link.open(REQUEST) as pending:
+                await until(lambda: "mine" in served._routes)
+                served.deliver([last])
+                async with asyncio.timeout(PATIENCE):
+                    (output,) = await pending.take()
+                assert isinstance(output.error, error)
+                await until(lambda: not served._routes)
+            await link.close("that was it")
+        await server.stop(None)
+
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    asyncio.run(work())
+    assert engine.submitted == ["mine", "mine"] and engine.ended == ["mine"]
+    assert "a step's outputs are lost" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def work() -> None:
+        server, address = await listen(Scripted(say_nothing), tmp_path)
+        link = await RemoteLink.attach(address)
+        bad = replace(REQUEST, prompt=(1 << 40,))
+        with pytest.raises(OverflowError), link.open(bad):
+            pass
+        assert not link._open and not link._handles and not link._next.submits
+        await link.close("the test is over")
+        await server.stop(None)
+
+    asyncio.run(work())
 
 
 def frontend_loses(folder: Path, then: Callable[[Any], Awaitable[None]]) -> str:
