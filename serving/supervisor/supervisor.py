@@ -140,10 +140,13 @@ class Supervisor:
         address = self.frontends[0].news("listening")
         self._say(f"listening on {address}")
         again, metrics = "", None
+        has_metrics = self._config.metrics_port is not None
         while True:
-            if self._config.metrics_port is not None:
+            if has_metrics:  # while the engine starts, which takes its time
                 metrics = await self._say_metrics(metrics)
             await self._until(lambda: self._ready)
+            if has_metrics:  # what was found above may have been the last words of one that died
+                metrics = await self._say_metrics(metrics)
             self._say(f"ready {again}on {address}")
             await self._until(lambda: not self._ready)
             again = "again "
