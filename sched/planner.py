@@ -132,13 +132,13 @@ class Planner:
         self.pressure.is_short = False
         while roster.waiting and roster.slot_free and step.rows < self._max_rows:
             seq = roster.waiting.first
+            if not room.of(seq):
+                return
             worst = recompute.ratio > policy.MAX_RECOMPUTE_RATIO
             reserved = policy.reserved_pages(
                 roster.running, roster.prefilling, cache, worst_case=worst
             )
             try:
-                if not room.of(seq):
-                    return
                 # A prompt token that is found instead of computed has no log-probability.
                 most = len(seq.group.scores) if seq.unscored else sys.maxsize
                 hit = cache.match(seq.chain, seq.tokens, most)
