@@ -208,8 +208,9 @@ class Engine:
     def step(self) -> None:
         """One round of the loop. Never raises: what cannot be repaired closes the engine."""
         try:
-            outputs = self._take_inbox()
+            outputs: list[RequestOutput] = []
             try:
+                self._take_inbox(outputs)
                 plan = self._schedule()
                 self._launch(plan)
                 results = self._collect(ahead=self._ahead if plan is not None else 0)
@@ -285,11 +286,13 @@ class Engine:
                     checked = True
             return self._state is not State.CLOSED
 
-    def _take_inbox(self) -> list[RequestOutput]:
-        """Returns the ends of requests that could not be taken on; all others go on."""
+    def _take_inbox(self, outputs: list[RequestOutput]) -> None:
+        """Adds the ends of requests that could not be taken on; all others go on. Raises, with the
+        inbox empty, what came up for one that was to end and was not its fault alone."""
         untaken: list[tuple[_Arrival, Exception]] = []
+        uncertain: Exception | None = None
         if not self._inbox:
-            return []
+            return
         with self._wake:
             for message in self._inbox:
                 match message:
@@ -299,12 +302,17 @@ class Engine:
                         except Exception as fault:
                             untaken.append((message, fault))
                     case _Finish(request_id, reason, choice):
-                        self._scheduler.finish(request_id, reason, choice)
+                        try:
+                            self._scheduler.finish(request_id, reason, choice)
+                        except Exception as fault:
+                            uncertain = fault
                     case _Weights(of):
                         self._scheduler.set_weights(of)
             self._inbox.clear()
             self._pending.clear()
-        return [self._not_taken(arrival, fault) for arrival, fault in untaken]
+        outputs += [self._not_taken(arrival, fault) for arrival, fault in untaken]
+        if uncertain is not None:
+            raise uncertain
 
     def _not_taken(self, arrival: _Arrival, fault: Exception) -> RequestOutput:
         """The end of a request that the scheduler refused to know; the fault is ours."""

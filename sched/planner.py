@@ -166,7 +166,7 @@ class Planner:
             return False
         if end > seq.kv.capacity and not self._grow(step, seq, end, may_take=may_take):
             return False
-        room.take(end - start)
+        room.take(seq, end - start)
         step.prompt(seq, start, end)
         seq.prefilled = end
         if end == seq.target:

@@ -39,8 +39,9 @@ class Pressure:
         asked, self._asked = self._asked, None
         roster = self._roster
         running, queue = roster.running, roster.waiting
-        is_valid = asked is not None and asked.slot >= 0 and asked is not running.first
-        self.resting = asked if is_valid else None
+        # One that a fault kept from ending in order has its slot still, and runs no more.
+        is_valid = asked is not None and asked.slot >= 0 and not asked.ended
+        self.resting = asked if is_valid and asked is not running.first else None
         if not queue.contended or not queue or (roster.slot_free and not self.is_short):
             return
         if self._meters.recompute.ratio > policy.MAX_FAIR_RECOMPUTE_RATIO:

@@ -37,22 +37,35 @@ class PromptRoom:
         # A step of so many tokens takes about twice as long as one in which all slots decode.
         self._doubled = max(OUTPUT_COST * num_slots, LEAST_PART * max_tokens)
         self._filled = decoding
+        self._taken: dict[Tenant, tuple[float, int]] = {}  # virtual time before, tokens
         self._roster = roster
         self._priorities: list[int] = []
         self._least: list[Tenant] = []  # who has had least of all that have these or better ones
 
     def of(self, seq: Sequence) -> int:
         """Tokens left for its prompt."""
-        most, queue = self._max_tokens, self._roster.waiting
+        left, queue = self._max_tokens - self._filled, self._roster.waiting
         least = self._least_served(seq) if queue.contended else None
         if least is not None and seq.group.tenant.time > least.time:
             # A step as long as a decode step would take on the other's share of the device alone.
-            most = min(most, int(self._doubled / 2 * queue.active_weight / least.weight))
-        return max(0, most - self._filled)
+            part = int(self._doubled / 2 * queue.active_weight / least.weight)
+            spare = part - self._filled
+            if spare < len(seq.tokens):  # else it needs no more
+                spare += self._beyond(seq.group.tenant)
+            left = min(left, spare)
+        return max(0, left)
 
-    def take(self, tokens: int) -> None:
-        """So many of them are in the step."""
+    def take(self, seq: Sequence, tokens: int) -> None:
+        """So many of them are in the step; its tenant is charged after this."""
         self._filled += tokens
+        tenant = seq.group.tenant
+        time, before = self._taken.get(tenant, (tenant.time, 0))
+        self._taken[tenant] = time, before + tokens
+
+    def _beyond(self, tenant: Tenant) -> int:
+        """Tokens of this step for those who have had more than this one: they leave it its part."""
+        time = self._taken[tenant][0] if tenant in self._taken else tenant.time
+        return sum(tokens for other, tokens in self._taken.values() if other > time)
 
     def _least_served(self, seq: Sequence) -> Tenant | None:
         """Of the tenants that are served with its priority or a better one, who has had least; None

@@ -127,6 +127,10 @@ class Roster:
         begun = [seq for group in groups for seq in group.sequences if not seq.ended]
         for seq in begun:
             seq.leave_slot()
+        self._deadlines.clear()
+        for group in groups:
+            if group.request.deadline is not None:
+                self._deadlines.add(group)
         self.running.clear()
         self.prefilling.clear()
         self._free_slots = list(range(self._num_slots - 1, -1, -1))
@@ -193,6 +197,9 @@ class Roster:
         for group in self._by_id.values():
             if not group.open or any(s.ended == (s.choice in group.open) for s in group.sequences):
                 raise RuntimeError(f"request {group.id!r} outlived its choices, or they it")
+        dated = {group for group in self._by_id.values() if group.request.deadline is not None}
+        if len(self._deadlines) != len(dated) or set(self._deadlines) != dated:
+            raise RuntimeError("the list of deadlines is wrong")
         if self.prefilling != {seq for seq in holders if seq.prefilling}:
             raise RuntimeError("the set of prefilling sequences is wrong")
         for seq in holders:

@@ -117,16 +117,20 @@ class Scheduler:
     ) -> None:
         """Ends a request early, or one of its choices: the caller left, or found a stop string.
 
-        Idempotent.
+        Idempotent. Raises as `update` does.
         """
         check_reason(reason)
         group = self._roster.get(request_id)
         if group is None:
             return
-        if choice is None:
-            self._roster.end_request(group, reason)
-        elif choice in group.open and choice < len(group.sequences):
-            self._roster.end(group.sequences[choice], reason)
+        try:
+            if choice is None:
+                self._roster.end_request(group, reason)
+            elif choice in group.open and choice < len(group.sequences):
+                self._roster.end(group.sequences[choice], reason)
+        except Exception as fault:
+            self._roster.fail(group, "ended", fault)
+            self.check_integrity()
 
     def take_outputs(self) -> list[RequestOutput]:
         """What became of requests since this was last called, in order."""
@@ -195,12 +199,16 @@ class Scheduler:
     def _expire(self) -> None:
         now = self._clock()
         for group in self._roster.overdue(now):
-            most = group.max_tokens * group.request.sampling.choices
-            why = (
-                f"deadline: passed {now - by_deadline(group)[0]:.3f} s ago, after "
-                f"{group.outputs} of at most {most} output tokens"
-            )
-            self._roster.end_request(group, FinishReason.ERROR, DeadlineExceeded(why))
+            try:
+                most = group.max_tokens * group.request.sampling.choices
+                why = (
+                    f"deadline: passed {now - by_deadline(group)[0]:.3f} s ago, after "
+                    f"{group.outputs} of at most {most} output tokens"
+                )
+                self._roster.end_request(group, FinishReason.ERROR, DeadlineExceeded(why))
+            except Exception as fault:
+                self._roster.fail(group, "ended", fault)
+                self.check_integrity()
 
     # ---- what is known about it all
 

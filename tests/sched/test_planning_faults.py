@@ -10,10 +10,12 @@ from fake_runner import FakeRunner, expected_answer, make_request, make_spec
 from injection import Injector
 
 import quire.sched.plan_builder
+import quire.sched.scheduler
 from quire.errors import Internal
 from quire.kv.cache import KVCache
 from quire.sched.engine import Engine
 from quire.sched.pressure import Pressure
+from quire.sched.ranked import Ranked
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.sched.results import Results
 from quire.sched.roster import Roster
@@ -254,3 +256,64 @@ def test_a_move_that_a_fault_left_half_done_is_done_with(monkeypatch: pytest.Mon
     )
     errors = served.run().errors()
     assert served.engine.healthy and set(errors) <= {"bad", "half"} and "half" in errors
+
+
+def test_a_fault_while_a_caller_leaves_costs_no_more_than_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sound, calls = KVCache.release, iter(range(100))
+
+    def failing(self: KVCache, holding: Any) -> None:
+        if next(calls) == 0:
+            raise KeyError("a bug")
+        sound(self, holding)
+
+    s = Served(*several())
+    for _ in range(3):
+        s.engine.step()
+    monkeypatch.setattr(KVCache, "release", failing)
+    s.engine.finish("0", FinishReason.ABORT)
+    s.engine.step()
+    assert s.engine.healthy
+    assert set(s.run().errors()) <= {"0"}
+
+
+def test_who_was_to_give_way_and_ended_half_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = Served(make_request("0", (1, 2, 3), 12, tenant="a"), make_request("1", max_tokens=3))
+    pressure = s.scheduler._planner.pressure
+    sound = KVCache.release
+
+    roster = s.scheduler._roster
+
+    def failing(self: KVCache, holding: Any) -> None:
+        monkeypatch.setattr(KVCache, "release", sound)
+        pressure._asked = half  # as Pressure may have, where pages are short
+        raise KeyError("a bug")
+
+    s.engine.step()
+    half = roster.get("1").sequences[0]  # type: ignore[union-attr]
+    monkeypatch.setattr(KVCache, "release", failing)
+    assert set(s.run().errors()) <= {"1"}
+    assert s.engine.healthy
+
+
+def test_a_deadline_that_a_fault_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Ranked.remove
+
+    def failing(self: Ranked, item: Any) -> None:
+        if self is s.scheduler._roster._deadlines:
+            monkeypatch.setattr(Ranked, "remove", sound)
+            raise KeyError("a bug")
+        sound(self, item)
+
+    s = Served(make_request("0", max_tokens=3, deadline=1e12), make_request("1", max_tokens=12))
+    monkeypatch.setattr(Ranked, "remove", failing)
+    s.run()
+    assert not len(s.scheduler._roster._deadlines)
+
+
+def test_a_fault_at_a_deadline_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quire.sched.scheduler, "DeadlineExceeded", lambda why: 1 / 0)
+    s = Served(make_request("bad", max_tokens=12, deadline=1.0), make_request("1"))
+    assert list(s.run().errors()) == ["bad"]
+    assert s.engine.healthy and s.runner.resets == 0

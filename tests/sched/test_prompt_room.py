@@ -105,3 +105,28 @@ def test_few_slots_do_not_make_prompts_slow() -> None:
     d.submit(make_request("f0", prompt_of(3, 150), 5, tenant="flood"))
     d.scheduler._roster.waiting.tenants["flood"].charge(10_000)
     assert tokens_of(d, d.step()) == {"o0": 2, "f0": 64 // 4 - 2}
+
+
+def test_who_is_ahead_of_the_least_served_alone_does_not_queue_behind_a_flood() -> None:
+    d = served()
+    d.submit(make_request("f1", prompt_of(3, 150), 5, tenant="flood"))
+    assert tokens_of(d, d.step()) == {"f0": 1, "o0": 1, "f1": MOST - 2}
+    d.submit(make_request("x", (9, 9, 9), 5, tenant="between"))
+    between = d.scheduler._roster.get("x")
+    assert between is not None
+    between.tenant.time = d.scheduler._roster.waiting.tenants["other"].time + 100
+    assert tokens_of(d, d.step())["x"] == 3
+
+
+def test_who_waits_for_a_slot_in_vain_makes_no_step_shorter() -> None:
+    d = Driver(
+        make_spec(slots=2, pages=200, max_model_len=200, tokens=64, vocab=200),
+        max_batched_tokens=64,
+        prefill_chunk=64,
+    )
+    d.submit(make_request("f0", (1, 1), 100, tenant="flood"))
+    d.submit(make_request("f1", prompt_of(3, 150), 5, tenant="flood"))
+    d.step()
+    d.submit(make_request("new", (9, 9, 9), 100, tenant="new"))
+    d.scheduler._roster.waiting.tenants["flood"].charge(200)  # too little to lose a place
+    assert tokens_of(d, d.step()) == {"f0": 1, "f1": 63}
