@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from . import checks
-from .channel import AS_USUAL, Connection, Retry
+from .channel import AS_USUAL, LOOK_AFTER, Connection, Retry
 from .checks import Metadata
 from .failures import translated
 from .health import LOOK_EVERY, QUESTION, Wait, serves
@@ -41,9 +41,10 @@ class AsyncClient:
         tls: TLS | bool = False,
         timeout: float | None = None,
         retry: Retry = AS_USUAL,
+        look_after: float | None = LOOK_AFTER,
     ):
         asyncio.get_running_loop()  # raises here where there is none, not obscurely later
-        self._to = Connection(address, api_key, tls, timeout, retry)
+        self._to = Connection(address, api_key, tls, timeout, retry, look_after)
         self.address = address
         credentials, options = self._to.credentials, self._to.options
         self._channel = (

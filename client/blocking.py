@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from . import checks
-from .channel import AS_USUAL, Connection, Retry
+from .channel import AS_USUAL, LOOK_AFTER, Connection, Retry
 from .checks import Metadata
 from .failures import translated
 from .health import LOOK_EVERY, QUESTION, Wait, serves
@@ -38,6 +38,9 @@ class Client:
       tls: how to talk TLS; True trusts whom the system trusts, False is plain text.
       timeout: seconds that a call may take where it does not say itself; None is any time.
       retry: what to do when the server is UNAVAILABLE.
+      look_after: seconds of silence during a call after which the server is looked at; one that
+        does not answer within 10 s is UNAVAILABLE. None never looks: for servers and proxies, other
+        than Quire's, that send away who does.
     """
 
     def __init__(
@@ -48,8 +51,9 @@ class Client:
         tls: TLS | bool = False,
         timeout: float | None = None,
         retry: Retry = AS_USUAL,
+        look_after: float | None = LOOK_AFTER,
     ):
-        self._to = Connection(address, api_key, tls, timeout, retry)
+        self._to = Connection(address, api_key, tls, timeout, retry, look_after)
         self.address = address
         credentials, options = self._to.credentials, self._to.options
         self._channel = (

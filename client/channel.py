@@ -24,9 +24,13 @@ MAX_ATTEMPTS = 5
 """What grpc allows at most."""
 
 LOOK_AFTER = 15.0
-"""Seconds of silence during a call after which the server is looked at. Quire's own allows a look
-every 10 s (serving/frontend/transport.py); who looks more often than a server allows is sent away.
+"""Seconds of silence during a call after which the server is looked at, by default. Quire's own
+allows a look every 10 s (serving/frontend/transport.py). Who looks more often than allowed is sent
+away, and what ran is done again; grpc's own servers, which a proxy may be built on, by default
+allow one in five minutes.
 """
+
+_LOOKS_AT_LEAST = 1.0
 
 ANSWER_WITHIN = 10.0
 """Seconds that the server then has; a call to one that vanished is UNAVAILABLE after both."""
@@ -100,6 +104,7 @@ class Connection:
     tls: TLS | bool
     timeout: float | None
     retry: Retry
+    look_after: float | None
 
     def __post_init__(self) -> None:
         if not _is_address(self.address):
@@ -111,6 +116,7 @@ class Connection:
             raise InvalidConfig(f"retry: got {self.retry!r}, must be quire.client.Retry")
         try:
             checks.timeout("timeout", self.timeout)
+            checks.timeout("look_after", self.look_after, least=_LOOKS_AT_LEAST)
             if self.api_key is not None:
                 checks.key("api_key", self.api_key)
         except InvalidRequest as error:
@@ -138,17 +144,25 @@ class Connection:
             ("grpc.enable_retries", int(again)),
             ("grpc.service_config", json.dumps(config if again else {})),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            # Notices a server that vanished without a word while a call runs.
-            ("grpc.keepalive_time_ms", int(LOOK_AFTER * 1000)),
+            # What a new connection may take; grpc's own is 20 s, for each second attempt of a call.
+            ("grpc.min_reconnect_backoff_ms", int(CONNECT_WITHIN * 1000)),
+            *self._looks,
+        ]
+
+    @property
+    def _looks(self) -> Sequence[tuple[str, Any]]:
+        """Notices a server that vanished without a word while a call runs."""
+        if self.look_after is None:
+            return ()
+        return (
+            ("grpc.keepalive_time_ms", int(self.look_after * 1000)),
             # The second is what counts in newer versions of grpc, whatever its documentation says.
             ("grpc.keepalive_timeout_ms", int(ANSWER_WITHIN * 1000)),
             ("grpc.http2.ping_timeout_ms", int(ANSWER_WITHIN * 1000)),
             # Otherwise the third look would not come before the client itself sends something,
             # which one that reads an answer never does.
             ("grpc.http2.max_pings_without_data", 0),
-            # What a new connection may take; grpc's own is 20 s, for each second attempt of a call.
-            ("grpc.min_reconnect_backoff_ms", int(CONNECT_WITHIN * 1000)),
-        ]
+        )
 
     def how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
         """Arguments of a call beside its request; raises InvalidRequest.

@@ -36,12 +36,13 @@ _WHOLE = {
 _NUMBERS = (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
 
 
-def timeout(field: str, value: Any) -> float | None:
-    """Seconds, or None for any time."""
-    if value is None or (is_number(value) and 0 < value <= LONGEST):
+def timeout(field: str, value: Any, *, least: float = 0.0) -> float | None:
+    """Seconds above 0 and at least so many, or None for any time."""
+    if value is None or (is_number(value) and 0 < value <= LONGEST and value >= least):
         return value
+    low = f"from {least:g}" if least else "above 0"
     raise invalid(
-        field, value, f"a number of seconds above 0, at most {LONGEST:.0f}, or None for any time"
+        field, value, f"a number of seconds {low}, at most {LONGEST:.0f}, or None for any time"
     )
 
 

@@ -59,12 +59,12 @@ def _check(files: TlsFiles) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_verify_locations(files.cert)
-    except ssl.SSLError as error:
+    except OSError as error:  # of TLS, or the file went away since it was read
         raise InvalidConfig(f"tls_cert: {files.cert} holds no PEM certificate ({error})") from error
     try:
         # A password is asked for on the terminal unless one is given.
         context.load_cert_chain(files.cert, files.key, password="")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidConfig(
             f"tls_key: {files.key} holds no PEM key without a password that fits {files.cert} "
             f"({error})"
@@ -72,7 +72,7 @@ def _check(files: TlsFiles) -> None:
     if files.client_ca is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(files.client_ca)
-        except ssl.SSLError as error:
+        except OSError as error:
             raise InvalidConfig(
                 f"tls_client_ca: {files.client_ca} holds no PEM certificate ({error})"
             ) from error

@@ -80,11 +80,21 @@ def read_keys(path: str | Path) -> KeyTable:
     except (OSError, UnicodeError) as error:
         raise InvalidConfig(f"{path}: cannot be read: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InvalidConfig(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise InvalidConfig(f"{path}: not YAML: {_where(error)}") from error
     try:
         return _table({} if content is None else content)
     except InvalidConfig as error:
         raise InvalidConfig(f"{path}: {error}") from error
+
+
+def _where(error: Exception) -> str:
+    """What is wrong, and where, without the line: whoever pasted a key there must not find it in a
+    log."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    what = getattr(error, "problem", None) or "unreadable"
+    return f"{what}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def edit_keys(path: str | Path, change: Callable[[KeyTable], KeyTable]) -> None:

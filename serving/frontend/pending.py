@@ -42,13 +42,13 @@ class Pace:
     tokens then go with the next messages."""
 
     def __init__(self) -> None:
-        self._queue: deque[Pending] = deque()
+        self._queue: deque[tuple[Pending, float]] = deque()  # and when its turn comes at the latest
         self._due = 0.0  # when the next may be woken, time.monotonic()
         self._is_set = False  # a look is due
 
     def join(self, pending: Pending) -> None:
         """Queues one whose reader waits, and which has something for it."""
-        self._queue.append(pending)
+        self._queue.append((pending, time.monotonic() + self.LONGEST))
         if not self._is_set:
             self._is_set = True
             asyncio.get_running_loop().call_soon(self._look)  # when all of a step have joined
@@ -57,14 +57,16 @@ class Pace:
         queue, now = self._queue, time.monotonic()  # that of some event loops stands still
         due = max(self._due, now - self.BURST)
         for _ in range(min(len(queue), self.AT_ONCE)):
-            if due > now:
+            if min(due, queue[0][1]) > now:
                 break
-            due += min(self.PER_MESSAGE, self.LONGEST / len(queue))
-            queue.popleft().call()
+            if due <= now:  # evenly, so that the last one's is not late
+                due += min(self.PER_MESSAGE, max(0.0, queue[-1][1] - due) / len(queue))
+            queue.popleft()[0].call()
         self._due = due
         self._is_set = bool(queue)
         if queue:
-            wait = 0.0 if due <= now else max(due - now, self.TICK)
+            wait = min(due, queue[0][1]) - now
+            wait = 0.0 if wait <= 0 else max(wait, self.TICK)
             asyncio.get_running_loop().call_later(wait, self._look)
 
 

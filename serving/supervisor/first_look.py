@@ -6,13 +6,20 @@ The processes read the files again when they start, and say so themselves if the
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ...config import ServerConfig
+from ...errors import InvalidConfig
 from ..auth.key_file import read_keys
 from ..tls_files import TlsFiles
 
 
 def check_files(settings: ServerConfig) -> None:
     """Raises InvalidConfig for a file of API keys or a TLS file that cannot be used."""
+    for name in ("api_keys", "tls_cert", "tls_key", "tls_client_ca"):
+        path = getattr(settings, name)
+        if path is not None and Path(path).is_fifo():  # each process reads it, and again
+            raise InvalidConfig(f"{name}: {path} is a pipe, must be a file")
     if settings.api_keys is not None:
         read_keys(settings.api_keys)
     if files := TlsFiles.of(settings):

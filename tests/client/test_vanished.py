@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from quire.client import AsyncClient, Client, Retry, channel
-from quire.errors import Unavailable
+from quire.client.channel import AS_USUAL, Connection
+from quire.errors import InvalidConfig, Unavailable
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 
@@ -98,7 +99,7 @@ def silent() -> Iterator[Silent]:
 @pytest.fixture
 def way(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
     """To a server that allows as many looks as the clients then take."""
-    for name in ("LOOK_AFTER", "ANSWER_WITHIN", "CONNECT_WITHIN"):
+    for name in ("ANSWER_WITHIN", "CONNECT_WITHIN", "_LOOKS_AT_LEAST"):
         monkeypatch.setattr(channel, name, LOOKS)
     server = grpc.server(
         ThreadPoolExecutor(4), options=[("grpc.http2.min_ping_interval_without_data_ms", 1)]
@@ -114,7 +115,10 @@ def way(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
 
 def test_a_stream_that_was_silent_for_long_is_given_up(way: Way) -> None:
     """After more looks than grpc itself takes where the client sends nothing."""
-    with Client(way.address) as client, client.stream("hi", timeout=PATIENCE) as stream:
+    with (
+        Client(way.address, look_after=LOOKS) as client,
+        client.stream("hi", timeout=PATIENCE) as stream,
+    ):
         assert next(stream).text == "one"
         for _ in range(6):
             assert way.answered.acquire(timeout=PATIENCE), "it is looked at no more"
@@ -126,7 +130,7 @@ def test_a_stream_that_was_silent_for_long_is_given_up(way: Way) -> None:
 def test_a_call_is_given_up_once_it_was_tried_again(way: Way, silent: Silent) -> None:
     retry = Retry(attempts=2, first=0.01, longest=0.01)
     with (
-        Client(way.address, retry=retry) as client,
+        Client(way.address, retry=retry, look_after=LOOKS) as client,
         ThreadPoolExecutor(1) as pool,
     ):
         # Less than what grpc by itself lets a new connection take.
@@ -139,7 +143,7 @@ def test_a_call_is_given_up_once_it_was_tried_again(way: Way, silent: Silent) ->
 
 def test_of_the_asynchronous_client_too(way: Way) -> None:
     async def work() -> None:
-        async with AsyncClient(way.address) as client:
+        async with AsyncClient(way.address, look_after=LOOKS) as client:
             stream = client.stream("hi", timeout=PATIENCE)
             assert (await anext(stream)).text == "one"
             way.cut()
@@ -151,3 +155,16 @@ def test_of_the_asynchronous_client_too(way: Way) -> None:
 
 def test_within_half_a_minute() -> None:
     assert channel.LOOK_AFTER + channel.ANSWER_WITHIN <= 30
+
+
+@pytest.mark.parametrize("look_after", [0.5, 0, "soon", float("inf")])
+def test_looks_that_are_refused(look_after: Any) -> None:
+    with pytest.raises(
+        InvalidConfig, match="look_after: got .*, must be a number of seconds from 1"
+    ):
+        Client("127.0.0.1:1", look_after=look_after)
+
+
+def test_who_does_not_want_to_look_does_not() -> None:
+    names = {name for name, _ in Connection("h:1", None, False, None, AS_USUAL, None).options}
+    assert not any("keepalive" in name or "ping" in name for name in names)

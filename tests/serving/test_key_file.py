@@ -219,3 +219,13 @@ def test_a_tenant_may_not_go_before_others_unless_the_file_says_so(tmp_path: Pat
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="none: cannot be read"):
         read_keys(tmp_path / "none")
+
+
+@pytest.mark.parametrize("line", ['- hash: "qk_SECRET', "- hash: [qk_SECRET", "qk_SECRET: : x"])
+def test_a_key_in_a_file_that_is_not_yaml_is_not_repeated(tmp_path: Path, line: str) -> None:
+    """The message goes to logs."""
+    file = tmp_path / "keys"
+    file.write_text(f"keys:\n  {line}\n   x")
+    with pytest.raises(InvalidConfig, match=r"keys: not YAML: .*line \d+, column \d+") as caught:
+        read_keys(file)
+    assert "SECRET" not in str(caught.value)

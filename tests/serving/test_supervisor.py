@@ -35,6 +35,7 @@ from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.serving.auth.key_file import KeyTable, write_keys
 from quire.serving.supervisor import child
+from quire.serving.supervisor.first_look import check_files
 from quire.serving.supervisor.port import hold
 from quire.serving.supervisor.supervisor import Supervisor
 
@@ -451,3 +452,10 @@ def test_what_a_process_does_not_import(module: str, never: tuple[str, ...]) -> 
     program = f"import sys, {module}; print(sorted(set({never!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_pipe_is_no_key_file(tmp_path: Path) -> None:
+    """The parent would wait for its writer, and be deaf meanwhile."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(InvalidConfig, match=r"api_keys: .*pipe is a pipe, must be a file"):
+        check_files(ServerConfig(api_keys=str(pipe)))

@@ -69,7 +69,7 @@ async def _clients(
             *map(str, (share + (at < more), tokens, vocab, begin, end)),
             stdout=asyncio.subprocess.PIPE,
         )
-        for at in range(args.clients)
+        for at in range(min(args.clients, args.streams))  # each has one at least
     ]
     pids = {
         "frontends": [role.pid for role in supervisor.frontends],

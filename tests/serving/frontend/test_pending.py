@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from quire.errors import Unavailable
 from quire.sched.request import FinishReason, RequestOutput, TokenLogprobs
+from quire.serving.frontend import pending
 from quire.serving.frontend.pending import Pace, Pending
 
 
@@ -228,3 +232,29 @@ def test_a_reader_that_leaves_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
             assert (await pending.take())[0].tokens == (2, 3)
 
     run(work)
+
+
+@pytest.mark.parametrize("readers", [10, 1_000, 5_000])
+def test_a_round_is_spread_evenly_and_ends_in_time(
+    readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that stands still but for the waits that the pace asks for."""
+    now, looks, woken = [100.0], deque[tuple[float, Any]](), list[float]()
+    loop = SimpleNamespace(
+        call_soon=lambda look: looks.append((0.0, look)),
+        call_later=lambda wait, look: looks.append((wait, look)),
+    )
+    monkeypatch.setattr(pending, "asyncio", SimpleNamespace(get_running_loop=lambda: loop))
+    monkeypatch.setattr(pending, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pace, reader = Pace(), SimpleNamespace(call=lambda: woken.append(now[0] - 100.0))
+    for _ in range(readers):
+        pace.join(reader)  # type: ignore[arg-type]
+    while looks:
+        wait, look = looks.popleft()
+        now[0] += wait
+        look()
+    assert len(woken) == readers
+    round_takes = min(readers * Pace.PER_MESSAGE, Pace.LONGEST)
+    assert woken[-1] == pytest.approx(round_takes, abs=2 * Pace.TICK)
+    middle = woken[readers // 2]
+    assert middle == pytest.approx(round_takes / 2, abs=2 * Pace.TICK + Pace.BURST)
