@@ -160,7 +160,7 @@ def test_within_half_a_minute() -> None:
 @pytest.mark.parametrize("look_after", [0.5, 0, "soon", float("inf")])
 def test_looks_that_are_refused(look_after: Any) -> None:
     with pytest.raises(
-        InvalidConfig, match="look_after: got .*, must be a number of seconds from 1"
+        InvalidConfig, match=r"look_after: got .*, must be a number of seconds from 1"
     ):
         Client("127.0.0.1:1", look_after=look_after)
 
