@@ -85,6 +85,8 @@ class Engine:
       scheduler: decides which; owned by the engine from now on.
       overlap: launch a step before the results of the last are read.
       on_outputs: gets what a step gave, once per step, from the engine's thread; must not block.
+      quotas: of the tenants.
+      idle_before_check: seconds without work before the engine checks itself.
 
     Attributes:
       runner_call: when (time.monotonic() seconds) the runner was called that has not come back, and
@@ -100,11 +102,13 @@ class Engine:
         overlap: bool,
         on_outputs: Callable[[list[RequestOutput]], None],
         quotas: Quotas | None = None,
+        idle_before_check: float = IDLE_BEFORE_CHECK,
     ):
         self._runner = runner
         self._quotas = quotas or Quotas(time.monotonic)
         self._scheduler = scheduler
         self._on_outputs = on_outputs
+        self._idle_before_check = idle_before_check
         self._ahead = 1 if overlap else 0  # steps left in flight after a launch
         self._flights: deque[tuple[StepPlan, StepHandle, float]] = deque()  # and when launched
         self._collected = 0.0  # when the last step was
@@ -280,7 +284,7 @@ class Engine:
             while not self.has_work:
                 if self._state is not State.OPEN:
                     return False
-                woken = self._wake.wait(None if checked else IDLE_BEFORE_CHECK)
+                woken = self._wake.wait(None if checked else self._idle_before_check)
                 if not woken:
                     self._scheduler.check_integrity()
                     checked = True

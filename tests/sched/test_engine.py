@@ -8,12 +8,12 @@ from fake_runner import FakeRunner, expected_answer, make_request, make_spec
 
 from quire.errors import Internal, InvalidRequest, Overloaded, QuireError, Unavailable
 from quire.model.plan import StepPlan
-from quire.sched.engine import Engine
+from quire.sched.engine import IDLE_BEFORE_CHECK, Engine, State
 from quire.sched.request import FinishReason, Request, RequestOutput
 from quire.sched.scheduler import Scheduler
 
 SPEC = make_spec(max_k=2)
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Callers:
@@ -49,23 +49,41 @@ class Callers:
 
 
 class SlowRunner(FakeRunner):
-    """Takes long enough for a test to come between steps; can be held."""
+    """Takes long enough for a test to come between steps; can be held.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+      hold_at: after so many results it gives none, until the gate is set.
+    """
+
+    def __init__(self, *args, hold_at: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.gate = threading.Event()
         self.gate.set()
+        self._hold_at = hold_at
 
     def collect(self, handle):
         time.sleep(0.001)
+        if self.collects == self._hold_at:
+            self.gate.clear()
         assert self.gate.wait(PATIENCE)
         return super().collect(handle)
 
 
-def make_engine(runner: FakeRunner | None = None, overlap: bool = True, **settings: int):
+def make_engine(
+    runner: FakeRunner | None = None,
+    overlap: bool = True,
+    idle_before_check: float = IDLE_BEFORE_CHECK,
+    **settings: int,
+):
     callers = Callers()
     scheduler = Scheduler(SPEC, **{"max_batched_tokens": 32, "prefill_chunk": 32, **settings})
-    engine = Engine(runner or FakeRunner(SPEC), scheduler, overlap=overlap, on_outputs=callers)
+    engine = Engine(
+        runner or FakeRunner(SPEC),
+        scheduler,
+        overlap=overlap,
+        on_outputs=callers,
+        idle_before_check=idle_before_check,
+    )
     return engine, callers
 
 
@@ -145,13 +163,14 @@ def test_submit_refuses_at_once() -> None:
 
 
 def test_finish_ends_a_request_early_and_only_once() -> None:
-    engine, callers = make_engine(SlowRunner(SPEC))
+    engine, callers = make_engine(runner := SlowRunner(SPEC, hold_at=3))
     engine.start()
     engine.submit(long_request("a"))
     callers.wait_for_tokens("a")
     engine.finish("a", FinishReason.STOP)
     engine.finish("a")
     engine.finish("nobody")
+    runner.gate.set()
     callers.wait("a")
     assert callers.ends["a"].finish_reason is FinishReason.STOP
     with pytest.raises(InvalidRequest, match="reason"):
@@ -194,10 +213,20 @@ def test_stop_drains() -> None:
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize(("drain", "timeout"), [(False, None), (True, 0.01)])
 def test_stop_in_haste_tells_everybody(threaded: bool, drain: bool, timeout: float | None) -> None:
-    engine, callers = make_engine(SlowRunner(SPEC))
+    engine, callers = make_engine(runner := SlowRunner(SPEC))
     for n in range(30):
         engine.submit(make_request(str(n), max_tokens=40))
+
+    def some(seconds: float) -> bool:
+        """However late this thread is, most have not ended when it closes the engine."""
+        end = time.monotonic() + seconds
+        while runner.collects > 20 and engine._state is not State.CLOSED:
+            assert time.monotonic() < end, "hangs"
+            time.sleep(0.001)
+        return True
+
     if threaded:
+        runner.gate.wait = some  # type: ignore[method-assign]
         engine.start()
     engine.stop(drain=drain, timeout=timeout)
     assert len(callers.ends) == 30
@@ -206,12 +235,11 @@ def test_stop_in_haste_tells_everybody(threaded: bool, drain: bool, timeout: flo
 
 def test_stop_does_not_wait_for_a_device_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quire.sched.engine.JOIN_GRACE", 0.05)
-    runner = SlowRunner(SPEC)
+    runner = SlowRunner(SPEC, hold_at=3)
     engine, callers = make_engine(runner)
     engine.start()
     engine.submit(long_request("a"))
     callers.wait_for_tokens("a")
-    runner.gate.clear()
     engine.stop(drain=True, timeout=0.05)
     assert isinstance(callers.error("a"), Unavailable)
     runner.gate.set()  # what it gives now is heard by nobody
@@ -257,16 +285,16 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(
     Nothing can be planned any more, and the engine closes; or a step can, and costs who ran in it.
     """
     engine, callers = make_engine()
-    original = getattr(Scheduler, method)
+    original = getattr(engine._scheduler, method)
     calls = []
 
-    def breaks(self: Scheduler, *args: object) -> object:
+    def breaks(*args: object) -> object:
         calls.append(1)
         if len(calls) > 2:
             raise KeyError("a bug")
-        return original(self, *args)
+        return original(*args)
 
-    monkeypatch.setattr(Scheduler, method, breaks)
+    monkeypatch.setattr(engine._scheduler, method, breaks)
     for n in range(6):
         engine.submit(make_request(str(n), max_tokens=20))
     engine.start()
@@ -298,7 +326,7 @@ def test_a_reset_that_fails_closes_the_engine() -> None:
 
 def test_a_scheduler_that_stands_still_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, callers = make_engine()
-    monkeypatch.setattr(Scheduler, "schedule", lambda self: None)
+    monkeypatch.setattr(engine._scheduler, "schedule", lambda: None)
     engine.submit(make_request("a"))
     engine.start()
     callers.wait("a")
@@ -317,31 +345,35 @@ def test_listeners_that_fail_close_the_engine() -> None:
 
 
 def test_an_idle_engine_checks_itself_and_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.sched.engine.IDLE_BEFORE_CHECK", 0.01)
-    engine, callers = make_engine()
-    checks, plans = [], []
-    schedule = Scheduler.schedule
+    engine, callers = make_engine(idle_before_check=0.01)
+    scheduler, checks, plans = engine._scheduler, [], []
+    schedule, checked = scheduler.schedule, threading.Event()
 
-    def counted(self: Scheduler) -> StepPlan | None:
+    def counted() -> StepPlan | None:
         plans.append(1)
-        return schedule(self)
+        return schedule()
 
-    monkeypatch.setattr(Scheduler, "check_integrity", lambda self: checks.append(1))
-    monkeypatch.setattr(Scheduler, "schedule", counted)
+    def check() -> None:
+        checks.append(1)
+        if "a" in callers.ends:
+            checked.set()
+
+    monkeypatch.setattr(scheduler, "check_integrity", check)
+    monkeypatch.setattr(scheduler, "schedule", counted)
     engine.start()
     engine.submit(make_request("a"))
     callers.wait("a")
-    time.sleep(0.15)
+    assert checked.wait(PATIENCE)
+    time.sleep(0.1)
     assert 1 <= len(checks) <= 2  # perhaps once before the request, and once after
     assert len(plans) < 20
     engine.stop()
 
 
 def test_a_leak_found_while_idle_closes_the_engine(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("quire.sched.engine.IDLE_BEFORE_CHECK", 0.01)
-    engine, _ = make_engine()
+    engine, _ = make_engine(idle_before_check=0.01)
     engine._scheduler._cache._pages._free.pop()
     engine.start()
     assert engine._thread is not None
