@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits until something holds, at most so long."""
     end = time.monotonic() + seconds
     while not holds():
@@ -37,12 +37,14 @@ def at_rest(engine: Engine) -> None:
 
 @contextmanager
 def held(parts: Assembled) -> Iterator[threading.Event]:
-    """Lets results of steps in only while the event is set, until the block ends."""
+    """Lets results of steps in only while the event is set, until the block ends. What earlier calls
+    left running ends first, or it would be held, too."""
+    eventually(lambda: not parts.engine.has_work)
     go = threading.Event()
     runner, collect = parts.runner, parts.runner.collect
 
     def wait_and_collect(handle: Any) -> Any:
-        assert go.wait(60)
+        assert go.wait(120)
         return collect(handle)
 
     runner.collect = wait_and_collect  # type: ignore[method-assign]
@@ -57,12 +59,14 @@ class Stepping:
     """Lets results of steps in one at a time, while the block runs."""
 
     def __init__(self, parts: Assembled) -> None:
+        self._engine = parts.engine
         self._runner, self._collect = parts.runner, parts.runner.collect
         self._may = threading.Semaphore(0)
         self._open = False
         self._given = self._asked = 0  # results that may be read, and those that were asked for
 
     def __enter__(self) -> Stepping:
+        eventually(lambda: not self._engine.has_work)
         self._runner.collect = self._wait_and_collect  # type: ignore[method-assign]
         return self
 
@@ -74,7 +78,7 @@ class Stepping:
     def _wait_and_collect(self, handle: Any) -> Any:
         self._asked += 1
         if not self._open:
-            assert self._may.acquire(timeout=60)
+            assert self._may.acquire(timeout=120)
         return self._collect(handle)
 
     def at_wait(self) -> bool:

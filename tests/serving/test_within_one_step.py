@@ -48,7 +48,8 @@ def cancelled_stream(served: Running) -> Callable[[], None]:
 
 
 def out_of_time(served: Running) -> Callable[[], None]:
-    call = served.stub.Generate.future(ask(PROMPT), timeout=2.0)
+    """Long enough for the steps that it takes before."""
+    call = served.stub.Generate.future(ask(PROMPT), timeout=5.0)
 
     def end() -> None:
         assert call.exception().code() is StatusCode.DEADLINE_EXCEEDED

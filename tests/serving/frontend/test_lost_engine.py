@@ -56,7 +56,7 @@ def test_embeddings_that_are_under_way_or_wait_for_room(
         go.set()
     eventually(lambda: not link._open and not server._service.calls.running)
     at_rest(served.engine)
-    assert not served.host._routes
+    eventually(lambda: not served.host._routes)
 
 
 def test_texts_that_are_read_need_no_engine(

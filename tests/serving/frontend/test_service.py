@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 import tiny_checkpoint
-from engines import at_rest, eventually, held
+from engines import Stepping, at_rest, eventually, held
 from grpc import StatusCode
 from running import SERVICE, Running
 
@@ -344,22 +344,19 @@ class SlowContext:
 
 
 def test_a_slow_reader_gets_few_large_messages(served: Running) -> None:
-    whole = served.stub.Generate(ask(max_tokens=100, logprobs=1), timeout=60)
-
-    async def read_slowly() -> list[pb.GenerateChunk]:
-        context = SlowContext()
-        request = ask(max_tokens=100, logprobs=1)
-        call = asyncio.ensure_future(
-            served.server._service.StreamGenerate(request, context)  # type: ignore[arg-type]
-        )
-        while served.engine.has_work or not context.messages:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
-        context.may_read.set()
-        await call
-        return context.messages
-
-    messages = served.run(read_slowly)
+    request = ask(max_tokens=100, logprobs=1)
+    whole = served.stub.Generate(request, timeout=60)
+    eventually(lambda: not served.link._open)
+    context: Any = SlowContext()
+    with Stepping(served.parts) as steps:
+        call = served.start(lambda: served.server._service.StreamGenerate(request, context))
+        steps.step()
+        eventually(lambda: len(context.messages) == 1)
+        ((_, pending),) = served.link._open.values()
+    eventually(lambda: pending._at_once)  # the end of the answer has come
+    served.loop.call_soon_threadsafe(context.may_read.set)
+    call.result(60)
+    messages = context.messages
     assert len(messages) == 2
     assert len(messages[1].token_ids) > 50
     slow = joined(messages)
@@ -394,15 +391,17 @@ def test_the_engine_hears_why_a_call_ended(
     finish = served.engine.finish
 
     def spy(request_id: str, reason: FinishReason, choice: int | None) -> None:
-        heard.append(reason.value)
+        if request_id.startswith("spied"):  # of others it may hear late
+            heard.append(reason.value)
         finish(request_id, reason, choice)
 
     monkeypatch.setattr(served.engine, "finish", spy)
-    served.stub.Generate(ask(), timeout=60)
+    served.stub.Generate(ask(request_id="spied"), timeout=60)
     assert heard == []  # it ended the request itself
-    served.stub.Generate(ask(stop=["a", "e", "o"], max_tokens=200), timeout=60)
+    stopped = ask(request_id="spied", stop=["a", "e", "o"], max_tokens=200)
+    served.stub.Generate(stopped, timeout=60)
     eventually(lambda: heard == ["stop"])
-    stream = served.stub.StreamGenerate(long(), timeout=60)
+    stream = served.stub.StreamGenerate(long(request_id="spied"), timeout=60)
     next(stream)
     stream.cancel()
     eventually(lambda: heard == ["stop", "abort"])
