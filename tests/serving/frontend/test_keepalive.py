@@ -59,16 +59,21 @@ class Caller:
 
 
 @pytest.fixture
-def silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Caller]:
-    """Of a frontend that looks at silent connections after a second, and soon gives them up."""
-    monkeypatch.setattr(transport, "ANSWER_WITHIN", 0.2)
+def silent(folder: Path) -> Iterator[Caller]:
+    """Of a frontend that looks at silent connections after a second."""
     with Frontend(folder, keepalive=1) as frontend:
         caller = Caller(frontend.address)
         yield caller
         caller.close()
 
 
-def test_a_caller_that_vanished_is_given_up(silent: Caller) -> None:
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frontends that begin now soon give up who does not answer."""
+    monkeypatch.setattr(transport, "ANSWER_WITHIN", 0.2)
+
+
+def test_a_caller_that_vanished_is_given_up(soon: None, silent: Caller) -> None:
     """Even without an open call; were it not, this would wait for more until it fails."""
     kinds = [kind for kind, flags, _ in silent.frames() if not flags & ACK]
     assert PING in kinds  # it was looked at, before the connection was closed
