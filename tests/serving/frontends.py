@@ -121,6 +121,11 @@ class Frontend:
         return asyncio.run_coroutine_threadsafe(awaited(), self.loop).result(60)
 
     @property
+    def thread(self) -> int | None:
+        """That of the event loop."""
+        return self._thread.ident
+
+    @property
     def address(self) -> str:
         return self.server.address
 

@@ -51,6 +51,11 @@ def locked(folder: Path) -> Iterator[Frontend]:
         yield frontend
 
 
+def said_by(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Other servers of this process may say something, too."""
+    return [record for record in caplog.records if record.thread == frontend.thread]
+
+
 def code_of(call: Any) -> tuple[StatusCode, str]:
     """How a call ended."""
     try:
@@ -103,7 +108,7 @@ def test_nobody_else_is(
     assert details.startswith(says) and ACME[:20] not in details
     assert len(locked.link.requests) == served
     assert locked.link.told[-1] == ("UNAUTHENTICATED", "", "")
-    assert not caplog.records  # the request log has it, and bounds how often
+    assert not said_by(locked, caplog)  # the request log has it, and bounds how often
 
 
 def test_health_needs_no_key_and_all_else_does(locked: Frontend) -> None:
@@ -259,12 +264,12 @@ def test_it_is_new_keys_that_count(folder: Path) -> None:
 def test_limits_hold_across_frontends_and_follow_the_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     table, (key,) = make_table("acme")
-    write_keys(file, KeyTable({"acme": Limits(requests_per_minute=6)}, table.keys))
+    write_keys(file, KeyTable({"acme": Limits(requests_per_minute=1)}, table.keys))
     metadata = [("x-api-key", key)]
     short = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=1))
     with Service(folder, frontends=2, api_keys=str(file)).ready() as service:
         answered, refused = 0, []
-        for _ in range(20):  # each has a connection of its own, to whichever frontend takes it
+        for _ in range(15):  # each has a connection of its own, to whichever frontend takes it
             stub = GenerationServiceStub(service.channel())
             try:
                 stub.Generate(short, metadata=metadata, timeout=20)
@@ -272,9 +277,9 @@ def test_limits_hold_across_frontends_and_follow_the_file(folder: Path, tmp_path
             except grpc.RpcError as error:
                 assert error.code() is StatusCode.RESOURCE_EXHAUSTED
                 refused.append(error)
-        assert answered == 6
-        assert "requests_per_minute: tenant 'acme' is at its limit of 6" in refused[-1].details()
-        assert 0 < float(dict(refused[-1].trailing_metadata())["retry-after"]) <= 10
+        assert answered == 1  # within the minute that one more takes to be due
+        assert "requests_per_minute: tenant 'acme' is at its limit of 1" in refused[-1].details()
+        assert 0 < float(dict(refused[-1].trailing_metadata())["retry-after"]) <= 60
 
         write_keys(file, KeyTable({"acme": Limits()}, table.keys))
         stub = GenerationServiceStub(service.channel())
