@@ -203,10 +203,10 @@ NEST = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 )
 def test_endless_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SECONDS", 0.05)
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(InvalidRequest, match=r"took longer than 0\.05 s"):
         ChatTemplate({"default": source}, {}).render(CHAT)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_huge_output_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,25 +12,28 @@ def test_the_process_began_before_this_line_and_not_long_ago() -> None:
     began = process_began()
     assert began is not None
     assert 0 < time.monotonic() - began < 24 * 3600
-    assert abs(process_began() - began) < 0.1
+    assert abs(process_began() - began) < 5
 
 
 def test_what_passed_before_is_imports_where_it_is_known() -> None:
-    phases = Phases(began=time.monotonic() - 7)
-    assert 7 <= phases.seconds["imports"] < 8
+    before = time.monotonic()
+    phases = Phases(began=before - 7)
+    assert 7 <= phases.seconds["imports"] <= 7 + time.monotonic() - before
     assert "imports" not in Phases().seconds
-    assert 7 <= phases.done()["ready"] < 8
+    assert 7 <= phases.done()["ready"] <= 7 + time.monotonic() - before
 
 
 def test_phases_overlap_and_add_up() -> None:
-    phases, go = Phases(), threading.Event()
+    phases, begun, go = Phases(), threading.Event(), threading.Event()
 
     def work() -> None:
         with phases("loading"):
-            go.wait(10)
+            begun.set()
+            assert go.wait(60)
 
     thread = threading.Thread(target=work)
     thread.start()
+    assert begun.wait(60)
     for _ in range(2):
         with phases("programs"):
             time.sleep(0.01)
