@@ -101,7 +101,9 @@ class Child:
         while not (await asyncio.wait({waiting}, timeout=LOOK_EVERY))[0]:
             # Not by the clock: where a container is paused, all of us stand still, and it does not.
             self._silent += LOOK_EVERY
-            if self._silent > (STARTING_SILENCE if self.begun_at is None else SILENCE):
+            allowed = STARTING_SILENCE if self.begun_at is None else SILENCE
+            # Once: a second signal may take the status of one that has just died from who waits.
+            if self._silent > allowed and not self.hung:
                 self.hung = True
                 self.kill()
         await asyncio.wait({self._reading})  # its last words, such as why it ended
