@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ...sched.request import RequestOutput, TokenLogprobs
@@ -23,6 +23,9 @@ class Pace:
     """When the readers of one event loop are woken for tokens that end nothing: in the order in
     which they got them, no more in a second than a core can send messages. Whoever waits gets more
     tokens meanwhile. All times are seconds.
+
+    Args:
+      clock: seconds; no event loop's, because that of some stands still while they are busy.
     """
 
     PER_MESSAGE = 60e-6
@@ -41,20 +44,21 @@ class Pace:
     """Readers woken by one look. A busy event loop so takes in an engine's step between them, whose
     tokens then go with the next messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._queue: deque[tuple[Pending, float]] = deque()  # and when its turn comes at the latest
-        self._due = 0.0  # when the next may be woken, time.monotonic()
+        self._due = 0.0  # when the next may be woken
         self._is_set = False  # a look is due
 
     def join(self, pending: Pending) -> None:
         """Queues one whose reader waits, and which has something for it."""
-        self._queue.append((pending, time.monotonic() + self.LONGEST))
+        self._queue.append((pending, self._clock() + self.LONGEST))
         if not self._is_set:
             self._is_set = True
             asyncio.get_running_loop().call_soon(self._look)  # when all of a step have joined
 
     def _look(self) -> None:
-        queue, now = self._queue, time.monotonic()  # that of some event loops stands still
+        queue, now = self._queue, self._clock()
         due = max(self._due, now - self.BURST)
         for _ in range(min(len(queue), self.AT_ONCE)):
             if min(due, queue[0][1]) > now:

@@ -37,8 +37,8 @@ def at_rest(engine: Engine) -> None:
 
 @contextmanager
 def held(parts: Assembled) -> Iterator[threading.Event]:
-    """Lets results of steps in only while the event is set, until the block ends. What earlier calls
-    left running ends first, or it would be held, too."""
+    """Lets results of steps in only while the event is set, until the block ends. What earlier
+    calls left running ends first, or it would be held, too."""
     eventually(lambda: not parts.engine.has_work)
     go = threading.Event()
     runner, collect = parts.runner, parts.runner.collect

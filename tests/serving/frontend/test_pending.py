@@ -16,14 +16,20 @@ from quire.serving.frontend import pending
 from quire.serving.frontend.pending import Pace, Pending
 
 
-def run(work: Callable[[Pending], Awaitable[None]]) -> None:
+def run(work: Callable[[Pending], Awaitable[None]], pace: Pace | None = None) -> None:
     async def main() -> None:
-        await work(Pending("r"))
+        await work(Pending("r", pace))
 
     asyncio.run(main())
 
 
 NEVER = 3600.0
+
+
+class OneTurn(Pace):
+    """There is one, and then none."""
+
+    PER_MESSAGE = LONGEST = NEVER
 
 
 def test_plain_tokens_are_gathered_into_one_output() -> None:
@@ -78,8 +84,8 @@ class Readers:
       took: which of them got which tokens, in that order.
     """
 
-    def __init__(self, count: int) -> None:
-        pace = Pace()
+    def __init__(self, count: int, pace: Pace | None = None) -> None:
+        pace = pace or Pace()
         self.pendings = [Pending(str(at), pace) for at in range(count)]
         self.took: list[tuple[int, tuple[int, ...]]] = []
 
@@ -125,32 +131,36 @@ def test_after_a_lull_nobody_waits() -> None:
     asyncio.run(main())
 
 
-def test_turns_go_by_the_age_of_tokens_and_bring_all_that_came(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Pace, "PER_MESSAGE", 1e-3)
-    monkeypatch.setattr(Pace, "BURST", 0.0)
+class Single(Pace):
+    """Turns come one by one."""
+
+    PER_MESSAGE, BURST = 1e-3, 0.0
+
+
+def test_turns_go_by_the_age_of_tokens_and_bring_all_that_came() -> None:
+    now = 100.0  # until the test moves it
 
     async def main() -> None:
-        async with Readers(3) as readers:
+        nonlocal now
+        async with Readers(3, Single(lambda: now)) as readers:
+            now += 1.0
             readers.put((2, 0, 1), 1)
             await readers.until(1)
             # Who had a turn comes after those who did not.
             readers.put((2, 1, 0), 2)
-            await readers.until(4)
+            for turns in (2, 3, 4):
+                await let_run()
+                assert len(readers.took) == turns - 1
+                now += Single.PER_MESSAGE
+                await readers.until(turns)
             assert readers.took == [(2, (1,)), (0, (1, 2)), (1, (1, 2)), (2, (2,))]
 
     asyncio.run(main())
 
 
-def test_the_first_tokens_and_the_end_of_an_answer_wait_for_no_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Pace, "PER_MESSAGE", NEVER)
-    monkeypatch.setattr(Pace, "LONGEST", NEVER)
-
+def test_the_first_tokens_and_the_end_of_an_answer_wait_for_no_turn() -> None:
     async def main() -> None:
-        async with Readers(3) as readers:  # which reads first tokens
+        async with Readers(3, OneTurn()) as readers:  # which reads first tokens
             readers.put((2, 0, 1), 1)
             await let_run()
             assert readers.took == [(2, (1,))]
@@ -162,10 +172,7 @@ def test_the_first_tokens_and_the_end_of_an_answer_wait_for_no_turn(
     asyncio.run(main())
 
 
-def test_what_came_while_nobody_waited_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "PER_MESSAGE", NEVER)
-    monkeypatch.setattr(Pace, "LONGEST", NEVER)
-
+def test_what_came_while_nobody_waited_waits_for_its_turn() -> None:
     async def work(pending: Pending) -> None:
         for token in (1, 2):  # the first of all, and the one turn that there is
             pending.put_tokens((token,))
@@ -177,15 +184,15 @@ def test_what_came_while_nobody_waited_waits_for_its_turn(monkeypatch: pytest.Mo
         pending.put(RequestOutput("r", error=Unavailable("x"), finish_reason=FinishReason.ERROR))
         assert [output.tokens for output in await taking] == [(3,), ()]
 
-    run(work)
+    run(work, OneTurn())
 
 
-def test_a_round_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "PER_MESSAGE", NEVER)
-    monkeypatch.setattr(Pace, "LONGEST", 0.0)
+def test_a_round_takes_no_longer_than_it_may() -> None:
+    class Hasty(Pace):
+        PER_MESSAGE, LONGEST = NEVER, 0.0
 
     async def main() -> None:
-        async with Readers(50) as readers:
+        async with Readers(50, Hasty()) as readers:
             readers.put(range(50), 1)
             await let_run()
             assert len(readers.took) == 50
@@ -193,11 +200,12 @@ def test_a_round_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(main())
 
 
-def test_between_looks_an_event_loop_takes_in_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "AT_ONCE", 2)
+def test_between_looks_an_event_loop_takes_in_more() -> None:
+    class Pairs(Pace):
+        AT_ONCE = 2
 
     async def main() -> None:
-        async with Readers(5) as readers:
+        async with Readers(5, Pairs()) as readers:
             readers.put(range(5), 1)
             await readers.until(1)
             readers.put((4, 0), 2)
@@ -214,10 +222,7 @@ def test_between_looks_an_event_loop_takes_in_more(monkeypatch: pytest.MonkeyPat
     asyncio.run(main())
 
 
-def test_a_reader_that_leaves_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "PER_MESSAGE", 5e-3)
-    monkeypatch.setattr(Pace, "BURST", 0.0)
-
+def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     async def work(pending: Pending) -> None:
         pending.put_tokens((1,))
         await pending.take()
@@ -231,7 +236,7 @@ def test_a_reader_that_leaves_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
         async with asyncio.timeout(60):
             assert (await pending.take())[0].tokens == (2, 3)
 
-    run(work)
+    run(work, Single())
 
 
 @pytest.mark.parametrize("readers", [10, 1_000, 5_000])
@@ -245,8 +250,7 @@ def test_a_round_is_spread_evenly_and_ends_in_time(
         call_later=lambda wait, look: looks.append((wait, look)),
     )
     monkeypatch.setattr(pending, "asyncio", SimpleNamespace(get_running_loop=lambda: loop))
-    monkeypatch.setattr(pending, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    pace, reader = Pace(), SimpleNamespace(call=lambda: woken.append(now[0] - 100.0))
+    pace, reader = Pace(lambda: now[0]), SimpleNamespace(call=lambda: woken.append(now[0] - 100.0))
     for _ in range(readers):
         pace.join(reader)  # type: ignore[arg-type]
     while looks:
