@@ -35,6 +35,7 @@ async def watch(
     read: Callable[[str | Path], Value],
     use: Callable[[Value], None],
     seen: Stamp,
+    look_every: float = LOOK_EVERY,
 ) -> None:
     """Runs until cancelled. What a file that cannot be read said before stays in force.
 
@@ -42,9 +43,10 @@ async def watch(
       read: gives what is in the file, or raises InvalidConfig; called on another thread.
       use: called on the event loop with what was read.
       seen: the file's stamp before what is in force was read.
+      look_every: seconds between looks.
     """
     while True:
-        await asyncio.sleep(LOOK_EVERY)
+        await asyncio.sleep(look_every)
         now = await asyncio.to_thread(stamp, path)
         if now == seen:
             continue

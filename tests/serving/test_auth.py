@@ -181,10 +181,13 @@ UNREADABLE = (
 )
 
 
+OFTEN = 0.005
+"""Seconds between looks."""
+
+
 def test_a_fault_of_what_reads_does_not_end_the_watch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watched_file, "LOOK_EVERY", 0.005)
     file, used = tmp_path / "file", list[str]()
     file.write_text("bad")
 
@@ -195,7 +198,7 @@ def test_a_fault_of_what_reads_does_not_end_the_watch(
         return text
 
     async def story() -> None:
-        watching = asyncio.ensure_future(watched_file.watch(file, read, used.append, None))
+        watching = asyncio.ensure_future(watched_file.watch(file, read, used.append, None, OFTEN))
         for wanted in (lambda: "stays in force" in caplog.text, lambda: used == ["good"]):
             end = time.monotonic() + 20
             while not wanted():
@@ -209,9 +212,8 @@ def test_a_fault_of_what_reads_does_not_end_the_watch(
 
 
 def test_a_file_is_followed_and_a_bad_one_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watched_file, "LOOK_EVERY", 0.005)
     file, used = tmp_path / "keys", list[KeyTable]()
     first, second = make_table("a")[0], make_table("b")[0]
 
@@ -223,7 +225,7 @@ def test_a_file_is_followed_and_a_bad_one_changes_nothing(
 
     async def story() -> None:
         write_keys(file, first)
-        following = follow_keys(str(file), used.append)
+        following = follow_keys(str(file), used.append, OFTEN)
         assert used == [first]
         write_keys(file, second)
         await until(2, 0)
