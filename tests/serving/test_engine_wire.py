@@ -138,8 +138,8 @@ def test_a_negative_seed_keeps_its_bits() -> None:
 
 def test_a_deadline_travels_as_what_is_left() -> None:
     request = Request(id="r", prompt=(1,), sampling=SamplingParams(seed=1), deadline=0.0)
-    message = wire.submit_message(1, replace(request, deadline=time.monotonic() + 5))
-    assert 4 < message.seconds_left <= 5
+    message = wire.submit_message(1, replace(request, deadline=time.monotonic() + 5000))
+    assert 4900 < message.seconds_left <= 5000
     assert not wire.submit_message(1, replace(request, deadline=None)).HasField("seconds_left")
     late = sent(request).deadline  # passed already
     assert late is not None and late < time.monotonic()

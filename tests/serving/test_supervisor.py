@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +88,7 @@ class Service:
             found.extend(m[1] for line in self.said if (m := re.fullmatch(pattern, line)))
             return bool(found)
 
-        eventually(look, 60)
+        eventually(look, 120)
         return found[-1]
 
     def ready(self) -> Service:
@@ -97,7 +96,7 @@ class Service:
         return self
 
     def ended(self) -> list[str]:
-        self._thread.join(40)
+        self._thread.join(120)
         assert not self._thread.is_alive()
         logging.getLogger("quire.serving.supervisor").removeHandler(self._log)
         return self.said
@@ -258,7 +257,7 @@ def test_a_frontend_that_hangs_is_detached(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_an_engine_that_hangs_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "SILENCE", 3.0)
+    monkeypatch.setattr(child, "SILENCE", 6.0)
     with running(folder) as service:
         stream = service.stream(3000)
         next(stream)
@@ -273,13 +272,13 @@ def test_a_step_that_hangs_ends_the_engine(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    with running(folder, module="stalling_engine", step_timeout=1) as service:
+    with running(folder, module="stalling_engine", step_timeout=3) as service:
         assert failed(service.stream(100)) == StatusCode.UNAVAILABLE
         service.heard(r"(the engine: ended with status 86; started again in 0\.1 s)")
         service.heard(r"(ready again on .*)")
         assert tokens_of(service.stream(10)) == 10
     log = capfd.readouterr().err
-    assert "a device step has not come back in 1 s: 1 tokens in 1 rows, 1 of them decoding" in log
+    assert "a device step has not come back in 3 s: 1 tokens in 1 rows, 1 of them decoding" in log
     assert "Bucket(tokens=1, rows=1" in log
 
 
@@ -316,16 +315,15 @@ def test_a_drain_takes_no_longer_than_it_may(folder: Path) -> None:
 
 
 def test_a_second_signal_ends_them(folder: Path) -> None:
-    with running(folder) as service:
-        stream = service.stream(3000)
+    with running(folder, drain_timeout=3600) as service:
+        stream = service.stream(3000)  # 30 s, at whose end it would be whole
         next(stream)
         service.signal()
         service.heard(r"(stopping: .*)")
-        begin = time.monotonic()
         service.signal(1)
         assert failed(stream) == StatusCode.UNAVAILABLE
         service.ended()
-        assert time.monotonic() - begin < 15 and service.error is None
+        assert service.error is None
 
 
 def test_an_engine_that_is_killed_while_draining_is_not_started_again(folder: Path) -> None:

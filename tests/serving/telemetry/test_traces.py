@@ -152,7 +152,7 @@ def test_a_collector_that_is_not_there_delays_nobody() -> None:
     telemetry.flush(5)
     begin = time.monotonic()
     telemetry.close()
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 8
 
 
 def test_what_is_not_asked_for_is_not_imported() -> None:
