@@ -46,7 +46,7 @@ def test_a_store_that_may_only_be_read_serves_until_an_entry_is_discarded(
 
     store.put(FACTS, b"code", FIGURES)
     with monkeypatch.context() as read_only:
-        read_only.setattr(os, "utime", refuse)
+        read_only.setattr(program_store, "os", SimpleNamespace(**{**vars(os), "utime": refuse}))
         read_only.setattr(Path, "unlink", refuse)
         assert store.get(FACTS) is not None
         assert store.problems == []
@@ -135,7 +135,8 @@ def test_a_folder_that_others_may_write_or_own_is_refused(
         make_private(tmp_path / "new")
     (tmp_path / "new").chmod(0o755)
     make_private(tmp_path / "new")
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    another = {**vars(os), "geteuid": lambda: os.getuid() + 1}
+    monkeypatch.setattr(program_store, "os", SimpleNamespace(**another))
     with pytest.raises(PermissionError, match="belongs to user"):
         make_private(tmp_path / "new")
 

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,8 +91,8 @@ def test_a_file_that_cannot_be_its_owners_is_left(
     def refuse(*_: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(file_edit.os, "stat", stat_of)
-    monkeypatch.setattr(file_edit.os, "chown", refuse)
+    changed = SimpleNamespace(**{**vars(os), "stat": stat_of, "chown": refuse})
+    monkeypatch.setattr(file_edit, "os", changed)  # nobody else's in this process
     with pytest.raises(InvalidConfig, match=r"keys: cannot be written: it belongs to user \d+"):
         write_keys(file, KeyTable({"acme": Limits()}, {}))
     assert file.read_text() == was and os.listdir(tmp_path) == ["keys"]

@@ -10,18 +10,26 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from quire.serving.supervisor import folder as module
 from quire.serving.supervisor.folder import PREFIX, private_folder, remove_stale
+
+
+def swap(monkeypatch: pytest.MonkeyPatch, library: ModuleType, **changes: Any) -> None:
+    """Changes what the module under test finds in a library, and nobody else in this process."""
+    copy = SimpleNamespace(**{**vars(library), **changes})
+    monkeypatch.setattr(module, library.__name__, copy)
 
 
 @pytest.fixture(autouse=True)
 def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where folders are made; its path is short, as that of sockets must be."""
     with tempfile.TemporaryDirectory() as made:
-        monkeypatch.setattr(tempfile, "tempdir", made)
+        swap(monkeypatch, tempfile, gettempdir=lambda: made)
         yield Path(made)
 
 
@@ -67,7 +75,7 @@ def test_nothing_else_is_touched(base: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_another_users_folder_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = left(base)
-    monkeypatch.setattr(os, "getuid", lambda: theirs.stat().st_uid + 1)
+    swap(monkeypatch, os, getuid=lambda: theirs.stat().st_uid + 1)
     remove_stale(base)
     assert theirs.exists()
 
@@ -89,8 +97,9 @@ def test_a_folder_that_is_taken_for_stale_while_it_is_made_is_made_anew(
             shutil.rmtree(made[-1])
         lock(fd, how)
 
-    monkeypatch.setattr(tempfile, "mkdtemp", swept_before_it_is_opened)
-    monkeypatch.setattr(fcntl, "flock", swept_before_it_is_locked)
+    here = {"gettempdir": lambda: str(base), "mkdtemp": swept_before_it_is_opened}
+    swap(monkeypatch, tempfile, **here)
+    swap(monkeypatch, fcntl, flock=swept_before_it_is_locked)
     with private_folder() as folder:
         assert len(made) == 3 and str(folder) == made[-1] and folder.exists()
         remove_stale(base)
@@ -101,7 +110,7 @@ def test_without_locks_nothing_is_removed(base: Path, monkeypatch: pytest.Monkey
     def none(fd: int, how: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    swap(monkeypatch, fcntl, flock=none)
     stale = left(base)
     with private_folder() as folder:
         assert folder.exists() and stale.exists()
@@ -113,7 +122,7 @@ def test_sockets_fit_however_long_the_paths_are(
 ) -> None:
     deep = base / ("x" * (length - len(str(base)) - 1))
     deep.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    swap(monkeypatch, tempfile, gettempdir=lambda: str(deep))
     with private_folder() as folder, socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "engine"))
         assert len(str(folder / "engine")) <= 103

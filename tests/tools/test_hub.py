@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, bytes]
     """A hub with `org/tiny`, the only one this process knows, and an empty cache."""
     for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+    # Its own clock alone: other servers of this process sleep, too.
+    clock = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
     monkeypatch.chdir(tmp_path)
     with FakeHub() as fake:
         monkeypatch.setenv("HF_ENDPOINT", fake.endpoint + "/")
