@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,20 @@ def test_where_accounts_differ_it_is_said(told: Any, says: str) -> None:
 
 
 def test_processes_are_weighed_by_name(tmp_path: Path) -> None:
-    weight = _weigh(os.getpid())
-    assert weight is not None and weight.memory > 2**20
-    with open(tmp_path / "one", "w"):
-        more = _weigh(os.getpid())
+    # One that does nothing else, as this one may.
+    program = "import sys; print(flush=True); input(); f = open(sys.argv[1], 'w'); print(); input()"
+    command = [sys.executable, "-P", "-u", "-c", program, str(tmp_path / "one")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        weight = _weigh(process.pid)
+        assert weight is not None and weight.memory > 2**20
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        more = _weigh(process.pid)
         assert more is not None and more.files == weight.files + 1
+        process.kill()
     run = ["python", "-P", "-m", "quire.serving.lifeline", "MODULE", "1", "5"]
     taken: list[str] = []
     for module in ("", "engine_host.main", "frontend.main", "frontend.main", "frontend.main"):
