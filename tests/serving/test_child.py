@@ -54,6 +54,25 @@ def test_who_hangs_is_killed_in_whatever_state(
     asyncio.run(story())
 
 
+def test_who_hangs_is_killed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes to die: a second signal could take its status from who waits for it."""
+    monkeypatch.setattr(child, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(child, "STARTING_SILENCE", 0.01)
+
+    async def story() -> None:
+        one = Child("mute_child", {"says": []}, "ready", lambda: None)
+        await one.start()
+        kill, kills = one.kill, list[asyncio.TimerHandle]()
+
+        def kill_late() -> None:
+            kills.append(asyncio.get_running_loop().call_later(0.2, kill))
+
+        monkeypatch.setattr(one, "kill", kill_late)
+        assert await one.ended() == -9 and len(kills) == 1
+
+    asyncio.run(story())
+
+
 def test_a_start_may_be_silent_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(child, "SILENCE", 0.02)
