@@ -26,10 +26,21 @@ class Pace:
 
     Args:
       clock: seconds; no event loop's, because that of some stands still while they are busy.
+      spent: seconds of CPU that the process took so far.
     """
 
     PER_MESSAGE = 60e-6
-    """Between two readers: more than what a message costs, so that a core keeps up."""
+    """Between two readers, until it is known what a message costs here."""
+
+    MEASURED = 2_000
+    """Messages, over which that is measured anew: what the process computed meanwhile, for each."""
+
+    SPARE = 1.25
+    """Of what a message costs, between two readers: more than 1, so that a core keeps up."""
+
+    COSTS = 25e-6, 150e-6
+    """The least and the most that is believed of it, in seconds of CPU: a process that has other
+    work too (prompts to tokenize) measures too much."""
 
     BURST = 10e-3
     """Of turns that may come at once after a lull, or after a look that came late."""
@@ -44,9 +55,15 @@ class Pace:
     """Readers woken by one look. A busy event loop so takes in an engine's step between them, whose
     tokens then go with the next messages."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._clock, self._cpu = clock, spent
         self._queue: deque[tuple[Pending, float]] = deque()  # and when its turn comes at the latest
+        self._per_message = self.PER_MESSAGE
+        self._woken, self._spent = 0, spent()  # since when it is measured
         self._due = 0.0  # when the next may be woken
         self._is_set = False  # a look is due
 
@@ -64,14 +81,26 @@ class Pace:
             if min(due, queue[0][1]) > now:
                 break
             if due <= now:  # evenly, so that the last one's is not late
-                due += min(self.PER_MESSAGE, max(0.0, queue[-1][1] - due) / len(queue))
+                due += min(self._per_message, max(0.0, queue[-1][1] - due) / len(queue))
             queue.popleft()[0].call()
+            self._woken += 1
+        if self._woken >= self.MEASURED:
+            self._measure()
         self._due = due
         self._is_set = bool(queue)
         if queue:
             wait = min(due, queue[0][1]) - now
             wait = 0.0 if wait <= 0 else max(wait, self.TICK)
             asyncio.get_running_loop().call_later(wait, self._look)
+
+    def _measure(self) -> None:
+        """A shared machine is slower in one hour than in another, and a token with log-probs costs
+        more than one without."""
+        spent = self._cpu()
+        least, most = self.COSTS
+        cost = (spent - self._spent) / self._woken
+        self._per_message = self.SPARE * min(max(cost, least), most)
+        self._woken, self._spent = 0, spent
 
 
 class Pending:

@@ -239,26 +239,60 @@ def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     run(work, Single())
 
 
+class Stage:
+    """An event loop and clocks that stand still but for the waits that a pace asks for, and for
+    what a message costs its process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
+        self.now, self._spent, self._cost = 100.0, 5.0, cost
+        self._looks = deque[tuple[float, Any]]()
+        self.woken: list[float] = []
+        loop = SimpleNamespace(
+            call_soon=lambda look: self._looks.append((0.0, look)),
+            call_later=lambda wait, look: self._looks.append((wait, look)),
+        )
+        monkeypatch.setattr(pending, "asyncio", SimpleNamespace(get_running_loop=lambda: loop))
+        self._pace = Pace(lambda: self.now, lambda: self._spent)
+
+    def call(self) -> None:
+        self.woken.append(self.now)
+        self._spent += self._cost
+
+    def round(self, readers: int) -> list[float]:
+        """Seconds after which each of so many had its turn."""
+        begin, self.woken = self.now, []
+        for _ in range(readers):
+            self._pace.join(self)  # type: ignore[arg-type]
+        while self._looks:
+            wait, look = self._looks.popleft()
+            self.now += wait
+            look()
+        return [at - begin for at in self.woken]
+
+
 @pytest.mark.parametrize("readers", [10, 1_000, 5_000])
 def test_a_round_is_spread_evenly_and_ends_in_time(
     readers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock that stands still but for the waits that the pace asks for."""
-    now, looks, woken = [100.0], deque[tuple[float, Any]](), list[float]()
-    loop = SimpleNamespace(
-        call_soon=lambda look: looks.append((0.0, look)),
-        call_later=lambda wait, look: looks.append((wait, look)),
-    )
-    monkeypatch.setattr(pending, "asyncio", SimpleNamespace(get_running_loop=lambda: loop))
-    pace, reader = Pace(lambda: now[0]), SimpleNamespace(call=lambda: woken.append(now[0] - 100.0))
-    for _ in range(readers):
-        pace.join(reader)  # type: ignore[arg-type]
-    while looks:
-        wait, look = looks.popleft()
-        now[0] += wait
-        look()
+    woken = Stage(monkeypatch, Pace.PER_MESSAGE / Pace.SPARE).round(readers)
     assert len(woken) == readers
     round_takes = min(readers * Pace.PER_MESSAGE, Pace.LONGEST)
     assert woken[-1] == pytest.approx(round_takes, abs=2 * Pace.TICK)
     middle = woken[readers // 2]
     assert middle == pytest.approx(round_takes / 2, abs=2 * Pace.TICK + Pace.BURST)
+
+
+@pytest.mark.parametrize(
+    ("cost", "believed"), [(90e-6, 90e-6), (1e-6, Pace.COSTS[0]), (1.0, Pace.COSTS[1])]
+)
+def test_turns_are_as_far_apart_as_messages_are_dear(
+    cost: float, believed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, readers = Stage(monkeypatch, cost), 200
+    stage.round(readers)  # of which some come at once, after a lull
+    before = stage.round(readers)[-1]
+    assert before == pytest.approx(readers * Pace.PER_MESSAGE, abs=2 * Pace.TICK)
+    for _ in range(Pace.MEASURED // readers):
+        stage.round(readers)
+    after = stage.round(readers)[-1]
+    assert after == pytest.approx(readers * believed * Pace.SPARE, abs=2 * Pace.TICK)
