@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import gc
 
+ENGINE = 50_000, 20, 50
+"""Its requests form no cycles."""
 
-def quiet_collector() -> None:
+FRONTEND = 2_000, 5, 10
+"""grpc leaves some twenty objects a call in cycles, and a hundred where it ends with an error."""
+
+
+def quiet_collector(thresholds: tuple[int, int, int] = ENGINE) -> None:
     """Keeps the collector from stopping steps and streams for tens of milliseconds.
 
-    Engine and frontends make thousands of short-lived objects a second and hardly a cycle; by
-    default that would have the collector walk everything the process ever imported, again and
-    again. It is settled here because it holds for the whole process, which is ours only when it is
-    a server: an `LLM` lives in somebody else's program.
+    Engine and frontends make thousands of short-lived objects a second and few cycles; by default
+    that would have the collector walk everything the process ever imported, again and again. It is
+    settled here because it holds for the whole process, which is ours only when it is a server: an
+    `LLM` lives in somebody else's program.
+
+    Args:
+      thresholds: of the collector's generations.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(*thresholds)

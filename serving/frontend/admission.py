@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from ...errors import InvalidRequest, Overloaded, QuireError
 from ...protos.v1 import generation_pb2 as pb
-from .status import end_with
+from .status import end_with, let_go
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
@@ -81,14 +81,20 @@ class Admission(grpc.aio.ServerInterceptor):
                 return _Unreadable(len(sent))
 
         async def run(message: Any, context: grpc.aio.ServicerContext) -> Any:
-            if isinstance(message, _Unreadable):
-                error = InvalidRequest(
-                    f"request: got {message.size} bytes, must be a {wanted.full_name} as protobuf "
-                    "spells it, with text in UTF-8"
-                )
-                self._refused(error)
-                await end_with(context, error)
-            return await answer(message, context)
+            try:
+                if isinstance(message, _Unreadable):
+                    error = InvalidRequest(
+                        f"request: got {message.size} bytes, must be a {wanted.full_name} as "
+                        "protobuf spells it, with text in UTF-8"
+                    )
+                    self._refused(error)
+                    await end_with(context, error)
+                return await answer(message, context)
+            except BaseException as why:
+                let_go(why)
+                raise
+            finally:
+                del message  # as `let_go` does in the frames below
 
         make = (
             grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler

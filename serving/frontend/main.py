@@ -17,7 +17,7 @@ from ...errors import QuireError, Unavailable
 from ...protos.v1 import engine_pb2 as pb
 from ..auth.follow import follow_keys
 from ..auth.interceptor import KeyInterceptor
-from ..collector import quiet_collector
+from ..collector import FRONTEND, quiet_collector
 from ..intake import Intake
 from ..lifeline import Lifeline
 from ..telemetry.logs import set_up_logs
@@ -75,7 +75,7 @@ async def _serve_engines(server: Server, given: Mapping[str, Any], line: Lifelin
             intake = await asyncio.to_thread(intakes.of, link)
             if link.healthy:
                 await server.serve(link, intake)
-                quiet_collector()
+                quiet_collector(FRONTEND)
                 line.say(ready=True)
                 await link.lost()
                 line.say(ready=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -20,6 +21,19 @@ async def end_with(context: grpc.aio.ServicerContext, error: QuireError) -> NoRe
         context.set_trailing_metadata((("retry-after", in_seconds(error.retry_after)),))
     await context.abort(getattr(grpc.StatusCode, error.grpc_code), _details(error))
     raise AssertionError("abort raises")
+
+
+def let_go(error: BaseException | None) -> None:
+    """Empties the frames that an error came through.
+
+    grpc keeps the error by which a call ended, and that keeps the call, until the garbage collector
+    finds both. Messages of many megabytes would lie in those frames as long.
+    """
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def in_seconds(wait: float) -> str:

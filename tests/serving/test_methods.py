@@ -4,6 +4,7 @@ and that every bad value is refused by the name of its field."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -545,3 +546,26 @@ def test_methods_that_are_not_open_yet(folder: Path) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 call(request, timeout=60)
             assert caught.value.code() is StatusCode.UNAVAILABLE
+
+
+def test_of_a_call_that_failed_nothing_large_is_kept(served: Running) -> None:
+    """Until the collector runs: grpc ties the error that ended a call into a cycle with it."""
+
+    def held() -> int:
+        return sum(isinstance(found, pb.GenerateRequest) for found in gc.get_objects())
+
+    bad = {"temperature": -1.0}
+    request = pb.GenerateRequest(text=PROMPT, sampling=pb.SamplingParams(**bad))
+    large = pb.GenerateRequest(text=PROMPT * 2_000, sampling=pb.SamplingParams(**bad))
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        for message in (request, large):
+            refused(lambda: served.stub.Generate(message, timeout=60))  # noqa: B023
+            refused(lambda: list(served.stub.StreamGenerate(message, timeout=60)))  # noqa: B023
+        with pytest.raises(grpc.RpcError):
+            served.stub.Generate(pb.GenerateRequest(text=PROMPT), timeout=0.001)
+        eventually(lambda: held() == before)
+    finally:
+        gc.enable()
