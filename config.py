@@ -399,10 +399,14 @@ def compiler_environment() -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a server's child processes: this one's, where grpc's C core says nothing
-    unless the user set what it says. Its lines have no form, and each stranger's connection that
-    fails would write one."""
-    return {"GRPC_VERBOSITY": "NONE", **os.environ}
+    """The environment of a server's child processes: this one's, and what the user did not set.
+
+    grpc's C core says nothing: its lines have no form, and each stranger's connection that fails
+    would write one. The C library allots from an arena for each core, instead of eight: memory that
+    lives long lies scattered over them, and each keeps what is free around it (docs/benchmarks.md).
+    """
+    ours = {"GRPC_VERBOSITY": "NONE", "MALLOC_ARENA_MAX": str(os.cpu_count() or 1)}
+    return {**ours, **os.environ}
 
 
 _POOL_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")

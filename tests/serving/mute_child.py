@@ -10,7 +10,7 @@ from quire.serving.lifeline import Lifeline
 
 async def serve(news: int) -> int:
     line, settings = await Lifeline.open(news)
-    line.say(grpc=os.environ.get("GRPC_VERBOSITY"))
+    line.say(environment=dict(os.environ))
     for said in settings["says"]:
         line.say(**said)
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -215,22 +215,25 @@ def test_a_first_start_that_fails_ends_the_server(
         play((NEVER, fate))
 
 
-@pytest.mark.parametrize(("ours", "its"), [(None, "NONE"), ("debug", "debug")])
-def test_grpc_says_nothing_in_its_own_form_unless_asked(
-    ours: str | None, its: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "default"), [("GRPC_VERBOSITY", "NONE"), ("MALLOC_ARENA_MAX", str(os.cpu_count()))]
+)
+@pytest.mark.parametrize("users", [None, "7"])
+def test_libraries_of_a_child_are_set_unless_the_user_did(
+    name: str, default: str, users: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
-    if ours is not None:
-        monkeypatch.setenv("GRPC_VERBOSITY", ours)
+    monkeypatch.delenv(name, raising=False)
+    if users is not None:
+        monkeypatch.setenv(name, users)
 
     async def story() -> None:
         said = asyncio.Event()
         one = Child("mute_child", {"says": [READY]}, "ready", said.set)
         await one.start()
-        while "grpc" not in one.news:
+        while "environment" not in one.news:
             await asyncio.wait_for(said.wait(), 60)
             said.clear()
-        assert one.news["grpc"] == its
+        assert one.news["environment"][name] == (users or default)
         one.kill()
         await one.ended()
 
