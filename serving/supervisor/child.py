@@ -92,7 +92,9 @@ class Child:
     def kill(self) -> None:
         if self._process is not None and self.running:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                # Not by its own method, which looks first how the process is: of one that has just
+                # ended that would take the status away, from the thread that waits for it.
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def ended(self) -> int:
         """Waits until it has ended, killing it if it hangs; returns the status, -N for signal N."""
