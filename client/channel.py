@@ -39,7 +39,8 @@ CONNECT_WITHIN = 5.0
 """Seconds that a new connection may take."""
 
 _MAX_MESSAGE_BYTES = 256 << 20
-"""Of an answer; log-probabilities of a long one take more than grpc's 4 MB."""
+"""Of an answer: log-probabilities of a long one take more than grpc's 4 MB. And of a request that is
+made again: prompts may be long."""
 
 _HOST_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:/\s]+):([0-9]{1,5})")
 _ON_THIS_MACHINE = ("unix", "unix-abstract", "vsock")
@@ -144,6 +145,9 @@ class Connection:
             ("grpc.enable_retries", int(again)),
             ("grpc.service_config", json.dumps(config if again else {})),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            # What is kept of a call to make it again; grpc's own is 256 KiB, and gives up without a
+            # word on requests that are larger.
+            ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
             # What a new connection may take; grpc's own is 20 s, for each second attempt of a call.
             ("grpc.min_reconnect_backoff_ms", int(CONNECT_WITHIN * 1000)),
             *self._looks,

@@ -499,6 +499,16 @@ def test_unavailable_is_tried_again(server: tuple[Scripted, str], kind: str, how
 
 
 @both
+@pytest.mark.parametrize("how", [generate, stream])
+def test_so_are_long_prompts(server: tuple[Scripted, str], kind: str, how: Any) -> None:
+    """grpc by itself makes calls again up to 256 KiB, and gives up silently on larger ones."""
+    service, address = server
+    service.failures = [(grpc.StatusCode.UNAVAILABLE, "starting")] * 2
+    how(kind, address, "x" * 1_000_000)
+    assert len(service.requests) == 3
+
+
+@both
 def test_nothing_is_tried_again_where_told(server: tuple[Scripted, str], kind: str) -> None:
     service, address = server
     service.failures = [(grpc.StatusCode.UNAVAILABLE, "starting")]
