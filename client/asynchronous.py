@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from ..errors import QuireError
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from . import checks
@@ -46,6 +47,7 @@ class AsyncClient:
         asyncio.get_running_loop()  # raises here where there is none, not obscurely later
         self._to = Connection(address, api_key, tls, timeout, retry, look_after)
         self.address = address
+        self._closed = False
         credentials, options = self._to.credentials, self._to.options
         self._channel = (
             grpc.aio.insecure_channel(address, options=options)
@@ -77,7 +79,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """The answer in pieces, as they come."""
         request = generate_request(prompt, fields)
-        return AsyncStream(self._stub.StreamGenerate(request, **self._to.how(timeout, metadata)))
+        return AsyncStream(self._stub.StreamGenerate(request, **self._how(timeout, metadata)))
 
     async def embed(
         self,
@@ -123,6 +125,7 @@ class AsyncClient:
     async def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
         seconds = checks.timeout("timeout", timeout)
+        self._check_open()
         try:
             return serves(await self._health.Check(QUESTION, timeout=seconds))
         except grpc.RpcError:
@@ -135,14 +138,24 @@ class AsyncClient:
             await asyncio.sleep(LOOK_EVERY)
 
     async def close(self) -> None:
-        """Ends calls that run, and the connection."""
+        """Ends calls that run, and the connection. Those that are made then are errors."""
+        self._closed = True
         await self._channel.close(None)
 
     async def _call(
         self, method: Any, request: Any, timeout: float | None, metadata: Metadata = ()
     ) -> Any:
         with translated():
-            return await method(request, **self._to.how(timeout, metadata))
+            return await method(request, **self._how(timeout, metadata))
+
+    def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
+        self._check_open()
+        return self._to.how(timeout, metadata)
+
+    def _check_open(self) -> None:
+        """Of a closed channel grpc raises errors of its own, each kind another."""
+        if self._closed:
+            raise QuireError("client: it was closed, and makes no more calls")
 
     async def __aenter__(self) -> AsyncClient:
         return self

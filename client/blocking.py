@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from ..errors import QuireError
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1 import generation_pb2_grpc as pb_grpc
 from . import checks
@@ -55,6 +56,7 @@ class Client:
     ):
         self._to = Connection(address, api_key, tls, timeout, retry, look_after)
         self.address = address
+        self._closed = False
         credentials, options = self._to.credentials, self._to.options
         self._channel = (
             grpc.insecure_channel(address, options=options)
@@ -96,7 +98,7 @@ class Client:
     ) -> Stream:
         """The answer in pieces, as they come; arguments as of `generate`."""
         request = generate_request(prompt, fields)
-        return Stream(self._stub.StreamGenerate(request, **self._to.how(timeout, metadata)))
+        return Stream(self._stub.StreamGenerate(request, **self._how(timeout, metadata)))
 
     def embed(
         self,
@@ -142,6 +144,7 @@ class Client:
     def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
         seconds = checks.timeout("timeout", timeout)
+        self._check_open()
         try:
             return serves(self._health.Check(QUESTION, timeout=seconds))
         except grpc.RpcError:
@@ -158,14 +161,24 @@ class Client:
             time.sleep(LOOK_EVERY)
 
     def close(self) -> None:
-        """Ends calls that run, and the connection."""
+        """Ends calls that run, and the connection. Those that are made then are errors."""
+        self._closed = True
         self._channel.close()
 
     def _call(
         self, method: Any, request: Any, timeout: float | None, metadata: Metadata = ()
     ) -> Any:
         with translated():
-            return method(request, **self._to.how(timeout, metadata))
+            return method(request, **self._how(timeout, metadata))
+
+    def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
+        self._check_open()
+        return self._to.how(timeout, metadata)
+
+    def _check_open(self) -> None:
+        """Of a closed channel grpc raises errors of its own, each kind another."""
+        if self._closed:
+            raise QuireError("client: it was closed, and makes no more calls")
 
     def __enter__(self) -> Client:
         return self

@@ -39,8 +39,8 @@ CONNECT_WITHIN = 5.0
 """Seconds that a new connection may take."""
 
 _MAX_MESSAGE_BYTES = 256 << 20
-"""Of an answer: log-probabilities of a long one take more than grpc's 4 MB. And of a request that is
-made again: prompts may be long."""
+"""Of an answer: log-probabilities of a long one take more than grpc's 4 MB. And of a request that
+is made again: prompts may be long."""
 
 _HOST_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:/\s]+):([0-9]{1,5})")
 _ON_THIS_MACHINE = ("unix", "unix-abstract", "vsock")

@@ -599,6 +599,29 @@ def test_a_stream_closed_under_its_reader_is_an_error(server: tuple[Scripted, st
     )
 
 
+@both
+@pytest.mark.parametrize(
+    ("method", "args"),
+    [("generate", ["hello"]), ("model_info", []), ("ready", []), ("wait_ready", [5.0])],
+)
+def test_a_closed_client_says_so(kind: str, method: str, args: list[Any]) -> None:
+    """grpc raises ValueError here, and an error without a public name there."""
+
+    def work(client: Client) -> None:
+        client.close()
+        getattr(client, method)(*args)
+
+    async def work_async(client: AsyncClient) -> None:
+        await client.close()
+        await getattr(client, method)(*args)
+
+    with pytest.raises(QuireError, match="client: it was closed"):
+        if kind == "blocking":
+            blocking("127.0.0.1:1", work)
+        else:
+            awaited("127.0.0.1:1", work_async)
+
+
 def test_a_reader_that_is_cancelled_stays_so(server: tuple[Scripted, str]) -> None:
     server[0].endless = True
 
