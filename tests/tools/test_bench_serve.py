@@ -16,10 +16,11 @@ import grpc
 import numpy as np
 import pytest
 
+from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.tools.bench.load import Served, poisson, scattered
-from quire.tools.bench.openai_target import OpenAITarget
+from quire.tools.bench.openai_target import OpenAITarget, tokens_so_far
 from quire.tools.bench.serve import figures_of
 from quire.tools.cli import main
 
@@ -161,6 +162,50 @@ def test_over_http(run: Any, tmp_path: Path, counts: bool) -> None:
     assert said["tokens_per_message"] == (7 / 4 if counts else 1)
     assert [a["model"] for a in handler.asked] == ["theirs"] * 5
     assert all(a["ignore_eos"] and a["temperature"] == 0 for a in handler.asked)
+
+
+def _text(text: str, reason: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"text": text, "finish_reason": reason}], **more}
+
+
+@pytest.mark.parametrize(
+    ("messages", "counts"),
+    [
+        # The last message has no text, as OpenAI's own servers and llama.cpp's end.
+        ([_text("x"), _text("x"), _text("x"), _text("", "length")], [1, 2, 3]),
+        (
+            [_text("x"), _text("x"), _text("x"), _text("", "length"), {"usage": None}],
+            [1, 2, 3],
+        ),
+        ([_text("x", error=None), _text("xx", "length")], [1, 3]),  # several tokens a message
+        ([_text("x"), _text(""), _text("x", "length")], [1, 3]),  # half a character
+        # More texts than tokens: held back, and sent by themselves.
+        ([_text("x")] * 4 + [{"usage": {"completion_tokens": 3}}], [1, 2, 3, 4, 3]),
+        ([_text("x", usage={"prompt_tokens": 1})] * 3, [1, 2, 3]),
+    ],
+)
+def test_tokens_are_counted_as_servers_tell_them(
+    messages: list[dict[str, Any]], counts: list[int]
+) -> None:
+    seen, count = [], 0
+    for message in messages:
+        if (now := tokens_so_far(message, count, 3)) != count:
+            seen.append(count := now)
+    assert seen == counts
+
+
+@pytest.mark.parametrize(
+    ("message", "error"), [([1], "must be a JSON object"), ({"error": "busy"}, "busy")]
+)
+def test_what_is_no_message_fails_its_request_alone(message: Any, error: str) -> None:
+    with pytest.raises(QuireError, match=error):
+        tokens_so_far(message, 0, 3)
+
+
+def test_an_address_may_end_with_its_version() -> None:
+    for address in ("h:1", "http://h:1", "http://h:1/v1", "http://h:1/v1/"):
+        assert OpenAITarget(address, api_key=None, model="m").base == "http://h:1"
+    assert OpenAITarget("https://h/api/v1", api_key=None, model="m").base == "https://h/api"
 
 
 @pytest.mark.parametrize(

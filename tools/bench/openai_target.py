@@ -21,16 +21,22 @@ class OpenAITarget:
     """`POST /v1/completions` as vLLM, SGLang and others serve it, with their `ignore_eos`.
 
     Args:
-      address: the part of the URL before /v1.
+      address: the part of the URL before /v1, or with it.
       model: as the server names it; None asks the server.
+
+    Attributes:
+      base: the part of the URL before /v1.
     """
 
     def __init__(self, address: str, *, api_key: str | None, model: str | None):
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        base = address if "://" in address else f"http://{address}"
+        base = (
+            (address if "://" in address else f"http://{address}").rstrip("/").removesuffix("/v1")
+        )
         if api_key is not None and _shows_keys(httpx.URL(base)):
             warnings.warn(f"the API key goes to {base} in plain text; use https", stacklevel=2)
+        self.base = base
         self._http = httpx.AsyncClient(
             base_url=base, headers=headers, limits=limits, timeout=None, trust_env=False
         )
@@ -74,8 +80,8 @@ class OpenAITarget:
                 async for line in response.aiter_lines():
                     if not line.startswith("data:") or line.endswith("[DONE]"):
                         continue
-                    now = _tokens_so_far(json.loads(line.removeprefix("data:")), count)
-                    if now > count:
+                    now = tokens_so_far(json.loads(line.removeprefix("data:")), count, output)
+                    if now != count:
                         count = now
                         yield count
         except (httpx.HTTPError, ValueError) as error:
@@ -86,10 +92,21 @@ def _shows_keys(url: httpx.URL) -> bool:
     return url.scheme != "https" and not is_loopback(url.host)
 
 
-def _tokens_so_far(message: dict[str, Any], before: int) -> int:
-    if "error" in message:
+def tokens_so_far(message: Any, before: int, output: int) -> int:
+    """How many of `output` tokens have come with this message, when `before` had come.
+
+    Servers differ: some say it with each message; some at the end alone, or never, and then a
+    message with text is a token. Many end with a message without text, which is none. Who ends for
+    length has sent them all, also those that were no text by themselves.
+    """
+    if not isinstance(message, dict):
+        raise QuireError(f"got {message!r:.200}, must be a JSON object")
+    if message.get("error"):
         raise QuireError(str(message["error"]))
     usage = message.get("usage")
-    if usage is not None:
+    if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
         return int(usage["completion_tokens"])
-    return before + bool(message.get("choices"))
+    choices = [choice for choice in message.get("choices") or () if isinstance(choice, dict)]
+    if any(choice.get("finish_reason") == "length" for choice in choices):
+        return output
+    return before + any(bool(choice.get("text")) for choice in choices)

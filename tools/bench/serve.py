@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--address",
         required=True,
         metavar="HOST:PORT",
-        help="of the server; for openai also a URL up to /v1",
+        help="of the server; for openai also a URL, with or without its /v1",
     )
     group.add_argument(
         "--api",
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     served = asyncio.run(_load(args, trace))
     figures = figures_of(served, _goals(args))
     if figures["errors"] == len(served):
-        raise Unavailable(f"{args.address}: no request was served: {served[0].error}")
+        raise Unavailable(f"{args.address}: no request was served: {figures['first_errors'][0]}")
     results = {
         "target": {"address": args.address, "api": args.api},
         "trace": {
