@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 
 from opentelemetry import trace
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -36,7 +36,10 @@ class RequestSpans:
 
     def __init__(self, exporter: SpanExporter, model: str):
         self._exporter = exporter
-        resource = Resource.create({"service.name": "quire", "service.version": __version__})
+        ours = {"service.name": "quire", "service.version": __version__}
+        # `create` alone would put ours before OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
+        theirs = OTELResourceDetector().detect().attributes
+        resource = Resource.create({**ours, **theirs})
         # Not shut down by the interpreter's exit: `close` does it, in order.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -107,6 +107,20 @@ def test_an_error_marks_the_span() -> None:
     assert seconds(spans["queue"]) == pytest.approx(2) and seconds(spans["decode"]) == 0
 
 
+def test_who_runs_it_may_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OpenTelemetry's own environment variables, which docs/metrics.md refers to."""
+    for told, name in (({}, "quire"), ({"OTEL_SERVICE_NAME": "chat-eu"}, "chat-eu")):
+        for variable, value in told.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=prod")
+        traced = Traced()
+        traced.engine.submit("a")
+        traced.engine.run(0)
+        found = traced.spans()["generate"].resource.attributes
+        assert found["service.name"] == name and found["service.version"]
+        assert found["deployment.environment"] == "prod" and found["telemetry.sdk.name"]
+
+
 @pytest.mark.parametrize(
     ("header", "taken"),
     [
