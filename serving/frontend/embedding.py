@@ -15,13 +15,19 @@ _AT_ONCE = 128
 """Requests of one call in the engine at once: enough to fill its steps, without filling its queue
 however long the list of inputs is."""
 
+_LEAST_WAIT = 0.01
+"""Seconds until what was refused with nothing under way is tried again, whatever the refusal says.
+"""
+
 
 async def embed_all(link: EngineLink, requests: Sequence[Request]) -> list[RequestOutput]:
     """The outputs that hold the requests' embeddings, in order.
 
-    One that finds no room, in the queue or among those its tenant may have at once, waits for
-    another of them to end, and is refused only where none is under way. Only then does it count as
-    refused: engine_host/host.py says nothing of the others to log and metrics.
+    One that finds no room, in the queue or within its tenant's limits, waits for another of them to
+    end; where none is under way, for as long as the refusal says. The call is refused only while
+    nothing of it was computed, and only then does that count: engine_host/host.py says nothing of
+    the others to log and metrics. To refuse it later would throw away what its tenant has paid for,
+    and a call of more inputs than a minute allows would do so each time that it is tried again.
 
     Raises:
       QuireError: one of them failed, or was refused; the others have been ended.
@@ -44,6 +50,7 @@ class _Call:
         self._link = link
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._active = 0
+        self._has_some = False  # an embedding, or more
         self._refused: deque[asyncio.Future[None]] = deque()  # those that wait, longest first
 
     async def embed(self, request: Request) -> RequestOutput:
@@ -52,15 +59,20 @@ class _Call:
                 self._active += 1
                 try:
                     output = await self._once(request)
+                    self._has_some = True
                     self._wake()
                     return output
                 except Overloaded as refusal:
-                    if self._active == 1:
+                    is_alone, wait = self._active == 1, max(refusal.retry_after, _LEAST_WAIT)
+                    if is_alone and not self._has_some:
                         # The engine process has kept no account of it: most are tried again.
                         refusal.accounted = False
                         raise
                 finally:
                     self._active -= 1
+                if is_alone:  # nothing is under way that could wake it
+                    await asyncio.sleep(wait)
+                    continue
                 again: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._refused.append(again)
                 await again

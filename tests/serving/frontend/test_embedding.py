@@ -32,7 +32,7 @@ class Room:
         self.tries += 1
         pending = Pending(request.id)
         if self.inside >= self.room(self.ended):
-            error = Overloaded("queue: full")
+            error = Overloaded("queue: full", retry_after=0.0)
             error.accounted = True  # as one that came over the wire
             pending.put(RequestOutput(request.id, finish_reason=FinishReason.ERROR, error=error))
             yield pending
@@ -79,10 +79,36 @@ def test_room_that_grows_is_used() -> None:
 
 
 def test_who_gives_up_gives_account_of_it() -> None:
-    link = Room(lambda ended: 2 if ended < 3 else 0)
+    link = Room(lambda ended: 0)
     with pytest.raises(Overloaded) as caught:
         embed(link, 9)
     assert not caught.value.accounted  # so the service does
+
+
+def test_what_was_computed_is_not_thrown_away() -> None:
+    """As where a tenant may make fewer requests a minute than the call has inputs: to refuse it
+    then would take as much from its limit each time that it is tried again, and never answer."""
+
+    class Filling(Room):
+        """Accepts two; then one for each refusal while nothing was under way."""
+
+        def __init__(self) -> None:
+            super().__init__(lambda ended: 9 if self.accepted < 2 + self.waits else 0)
+            self.accepted = self.waits = 0
+
+        @contextmanager
+        def open(self, request: Request) -> Iterator[Pending]:
+            taken = self.inside
+            with super().open(request) as pending:
+                is_refused = self.inside == taken
+                self.accepted += not is_refused
+                self.waits += is_refused and self.inside == 0
+                yield pending
+
+    link = Filling()
+    outputs = embed(link, 6)
+    assert [output.request_id for output in outputs] == [str(n) for n in range(6)]
+    assert link.waits
 
 
 def test_a_failure_while_others_wait_ends_the_call() -> None:
