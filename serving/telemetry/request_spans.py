@@ -4,6 +4,7 @@
               ├─ prefill   to the first token
               └─ decode    to the end
 
+One that embeds is called `embed`.
 Its parent is the caller's span, where the call's metadata had a `traceparent`. Spans are made from
 times that the scheduler took, so tracing costs a running request nothing. Imported only where
 traces are wanted.
@@ -55,14 +56,15 @@ class RequestSpans:
         end = int(report.ended_at * 1e9)
         begin = end - int(timing.seconds * 1e9)
         parent = self._propagator.extract({"traceparent": report.traceparent})
+        embeds = account.request.pooled
         span = self._tracer.start_span(
-            "generate",
+            "embed" if embeds else "generate",
             parent,
             kind=trace.SpanKind.SERVER,
             start_time=begin,
             attributes={
                 # Names of OpenTelemetry's conventions for generative AI, where they have one.
-                "gen_ai.operation.name": "text_completion",
+                "gen_ai.operation.name": "embeddings" if embeds else "text_completion",
                 "gen_ai.request.model": self._model,
                 "gen_ai.response.id": report.request_id,
                 "gen_ai.response.finish_reasons": [str(report.reason)],

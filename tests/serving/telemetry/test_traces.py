@@ -80,6 +80,15 @@ def test_a_request_is_a_span_with_its_parts_in_it() -> None:
     assert seconds(whole) == pytest.approx(3.5)
 
 
+def test_what_embeds_is_called_so() -> None:
+    traced = Traced()
+    traced.engine.submit("a", pooled=True)
+    traced.engine.run(0)
+    spans = traced.spans()
+    assert set(spans) == {"embed", "queue", "prefill", "decode"}
+    assert (spans["embed"].attributes or {})["gen_ai.operation.name"] == "embeddings"
+
+
 def test_without_a_caller_in_a_trace_one_begins() -> None:
     traced = Traced()
     traced.engine.submit("a")
