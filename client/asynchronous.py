@@ -16,7 +16,7 @@ from . import checks
 from .channel import AS_USUAL, LOOK_AFTER, Connection, Retry
 from .checks import Metadata
 from .failures import translated
-from .health import LOOK_EVERY, QUESTION, Wait, serves
+from .health import LOOK_EVERY, QUESTION, Wait, why_no_answer, why_not
 from .messages import (
     Fields,
     Labels,
@@ -125,16 +125,13 @@ class AsyncClient:
     async def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
         seconds = checks.timeout("timeout", timeout)
-        self._check_open()
-        try:
-            return serves(await self._health.Check(QUESTION, timeout=seconds))
-        except grpc.RpcError:
-            return False
+        return not await self._why_not_ready(seconds)
 
     async def wait_ready(self, timeout: float) -> None:
         """Returns when the server serves; raises DeadlineExceeded after `timeout` seconds."""
         wait = Wait(self.address, timeout)
-        while not await self.ready(timeout=wait.next_look()):
+        while why := await self._why_not_ready(wait.next_look()):
+            wait.why_not = why
             await asyncio.sleep(LOOK_EVERY)
 
     async def close(self) -> None:
@@ -147,6 +144,13 @@ class AsyncClient:
     ) -> Any:
         with translated():
             return await method(request, **self._how(timeout, metadata))
+
+    async def _why_not_ready(self, seconds: float | None) -> str:
+        self._check_open()
+        try:
+            return why_not(await self._health.Check(QUESTION, timeout=seconds))
+        except grpc.RpcError as error:
+            return why_no_answer(error)
 
     def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
         self._check_open()

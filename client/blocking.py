@@ -16,7 +16,7 @@ from . import checks
 from .channel import AS_USUAL, LOOK_AFTER, Connection, Retry
 from .checks import Metadata
 from .failures import translated
-from .health import LOOK_EVERY, QUESTION, Wait, serves
+from .health import LOOK_EVERY, QUESTION, Wait, why_no_answer, why_not
 from .messages import (
     Fields,
     Labels,
@@ -144,11 +144,7 @@ class Client:
     def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether the server says that it serves."""
         seconds = checks.timeout("timeout", timeout)
-        self._check_open()
-        try:
-            return serves(self._health.Check(QUESTION, timeout=seconds))
-        except grpc.RpcError:
-            return False
+        return not self._why_not_ready(seconds)
 
     def wait_ready(self, timeout: float) -> None:
         """Returns when the server serves.
@@ -157,7 +153,8 @@ class Client:
           DeadlineExceeded: it did not within `timeout` seconds.
         """
         wait = Wait(self.address, timeout)
-        while not self.ready(timeout=wait.next_look()):
+        while why := self._why_not_ready(wait.next_look()):
+            wait.why_not = why
             time.sleep(LOOK_EVERY)
 
     def close(self) -> None:
@@ -170,6 +167,13 @@ class Client:
     ) -> Any:
         with translated():
             return method(request, **self._how(timeout, metadata))
+
+    def _why_not_ready(self, seconds: float | None) -> str:
+        self._check_open()
+        try:
+            return why_not(self._health.Check(QUESTION, timeout=seconds))
+        except grpc.RpcError as error:
+            return why_no_answer(error)
 
     def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
         self._check_open()

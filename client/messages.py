@@ -28,10 +28,10 @@ _TOKEN_IDS: Any = pb.TokenIds.DESCRIPTOR.fields_by_name["ids"]
 class Labels(TypedDict, total=False):
     """What may be said of a request whatever it asks for, as in GenerateRequest."""
 
-    request_id: str
+    request_id: str | None
     priority: int | None
-    tenant: str
-    cache_salt: str
+    tenant: str | None
+    cache_salt: str | None
 
 
 class Fields(Labels, total=False):
@@ -46,17 +46,17 @@ class Fields(Labels, total=False):
     seed: int | None
     max_tokens: int | None
     min_tokens: int | None
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
     logprobs: int | None
     skip_special_tokens: bool | None
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
-    logit_bias: Mapping[int, float]
+    logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
-    bad_words: Sequence[str | Sequence[int]]
+    bad_words: Sequence[str | Sequence[int]] | None
     prompt_logprobs: int | None
     n: int | None
     best_of: int | None

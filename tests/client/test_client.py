@@ -10,14 +10,17 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import quire
 from quire.client import TLS, AsyncClient, Client, Retry, chat
+from quire.client.channel import SERVICE
 from quire.errors import (
     DeadlineExceeded,
     Internal,
@@ -98,6 +101,18 @@ def server() -> Iterator[tuple[Scripted, str]]:
     port = grpc_server.add_insecure_port("127.0.0.1:0")
     grpc_server.start()
     yield service, f"127.0.0.1:{port}"
+    grpc_server.stop(None).wait()
+
+
+@contextmanager
+def health_says(status: Any) -> Iterator[str]:
+    """A server that has nothing but a health service; its address."""
+    servicer, grpc_server = health.HealthServicer(), grpc.server(ThreadPoolExecutor(1))
+    servicer.set(SERVICE, status)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    yield f"127.0.0.1:{port}"
     grpc_server.stop(None).wait()
 
 
@@ -640,6 +655,21 @@ def test_a_reader_that_is_cancelled_stays_so(server: tuple[Scripted, str]) -> No
             await task
 
     awaited(server[1], run)
+
+
+@both
+def test_a_wait_in_vain_says_what_it_saw(server: tuple[Scripted, str], kind: str) -> None:
+    """Who waited ten minutes for a server that starts learns something else than who had its
+    address, or whose certificate, wrong."""
+    with pytest.raises(DeadlineExceeded, match=r"not ready within 1 s \(UNIMPLEMENTED: "):
+        call(kind, server[1], "wait_ready", 1.0)
+    with pytest.raises(DeadlineExceeded, match=r"not ready within 1 s \(UNAVAILABLE: failed to c"):
+        call(kind, "127.0.0.1:1", "wait_ready", 1.0)
+    with (
+        health_says(health_pb2.HealthCheckResponse.NOT_SERVING) as address,
+        pytest.raises(DeadlineExceeded, match=r"not ready .* \(it says NOT_SERVING\)"),
+    ):
+        call(kind, address, "wait_ready", 1.0)
 
 
 def test_a_server_that_is_not_there(server: tuple[Scripted, str]) -> None:
