@@ -214,6 +214,8 @@ def test_an_address_may_end_with_its_version() -> None:
         (["--requests=5"], "requests: got 5, must be at most 4"),
         (["--served-model=x"], "served_model: for openai alone"),
         (["--api=openai", "--tls-ca=x"], "tls_ca: for grpc alone"),
+        (["--api=openai", "--tls-key=x"], "tls_key: for grpc alone"),
+        (["--tls-ca=/none", "--tls-cert=/none"], "key: got none, must be given with the other"),
         (["--tls-ca=/none"], "ca: got '/none', must be a readable file"),
         (["--api-key-file=/none"], "api_key_file: /none cannot be read"),
         (["--api-key-file=/dev/null"], "api_key_file: got an empty text, must be printable ASCII"),

@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tls-ca", metavar="FILE", help="talk TLS to a gRPC server; PEM of who vouches for it"
     )
+    group.add_argument(
+        "--tls-cert", metavar="FILE", help="PEM of our own certificate, where the server asks"
+    )
+    group.add_argument("--tls-key", metavar="FILE", help="PEM of its key")
     load = parser.add_argument_group("load")
     load.add_argument(
         "--trace",
@@ -217,12 +221,14 @@ def _target(args: argparse.Namespace) -> Target:
             raise InvalidConfig("api: openai needs httpx; install it by pip install 'quire[bench]'")
         from .openai_target import OpenAITarget
 
-        if args.tls_ca is not None:
-            raise InvalidConfig("tls_ca: for grpc alone; give openai's --address as https://…")
+        for name in ("tls_ca", "tls_cert", "tls_key"):
+            if getattr(args, name) is not None:
+                raise InvalidConfig(f"{name}: for grpc alone; give openai's --address as https://…")
         return OpenAITarget(args.address, api_key=api_key, model=args.served_model)
     if args.served_model is not None:
         raise InvalidConfig("served_model: for openai alone; a Quire server has one model")
-    tls: TLS | bool = False if args.tls_ca is None else TLS(ca=args.tls_ca)
+    files = TLS(args.tls_ca, args.tls_cert, args.tls_key)
+    tls: TLS | bool = files if files != TLS() else False
     return GrpcTarget(args.address, api_key=api_key, tls=tls)
 
 
