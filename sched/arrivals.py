@@ -66,7 +66,8 @@ class Arrivals:
             last_wait = known.last_wait if known else 0.0
             hint = min(max(last_wait, 1.0), MAX_RETRY_AFTER)
             whose = f" of tenant {tenant!r}" if tenant else ""
-            limit = f"at most {min(max(most, 0), self._max_queue)} may"
+            now = min(max(most, 0), self._max_queue)
+            limit = f"at most {now} may now (max_queue {self._max_queue})"
             raise Overloaded(
                 f"queue: {waiting} requests{whose} wait, {limit}; retry in {hint:.0f} s",
                 retry_after=hint,

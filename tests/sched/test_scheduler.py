@@ -232,7 +232,9 @@ def test_deadlines_end_those_who_wait_and_those_who_run() -> None:
 def test_a_full_queue_is_overloaded_and_says_when_to_come_back() -> None:
     d = Driver(make_spec(slots=1), max_queue=2)
     d.submit(make_request("a", max_tokens=2), make_request("b"))
-    with pytest.raises(Overloaded, match="2 requests wait, at most 2 may") as caught:
+    with pytest.raises(
+        Overloaded, match=r"2 requests wait, at most 2 may now \(max_queue 2\)"
+    ) as caught:
         d.submit(make_request("c"))
     assert caught.value.retry_after == 1.0
     d.now = 7.0
