@@ -35,6 +35,7 @@ class Request:
       pooled: asks for the prompt's embedding instead of an answer; `sampling` must then be
         `POOLED_SAMPLING`.
       traceparent: the caller's place in a trace (W3C Trace Context), or empty.
+      tracestate: what tracing systems add to that, or empty.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Request:
     cache_salt: str = ""
     pooled: bool = False
     traceparent: str = ""
+    tracestate: str = ""
 
 
 POOLED_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)

@@ -118,6 +118,7 @@ def submit_message(handle: int, request: Request) -> pb.Submit:
         cache_salt=request.cache_salt,
         pooled=request.pooled,
         traceparent=request.traceparent,
+        tracestate=request.tracestate,
     )
 
 
@@ -136,6 +137,7 @@ def request_of(message: pb.Submit) -> Request:
         cache_salt=message.cache_salt,
         pooled=message.pooled,
         traceparent=message.traceparent,
+        tracestate=message.tracestate,
     )
 
 

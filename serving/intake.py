@@ -57,6 +57,7 @@ class Labels:
     cache_salt: str = ""
     deadline: float | None = None  # time.monotonic() seconds
     traceparent: str = ""  # W3C Trace Context
+    tracestate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,7 @@ class Intake:
             cache_salt=labels.cache_salt,
             pooled=pooled,
             traceparent=labels.traceparent,
+            tracestate=labels.tracestate,
         )
         check_request(request, self._spec)
         return request

@@ -17,7 +17,7 @@ from ...protos.v1 import generation_pb2 as pb
 from ...sched.request import Request
 from ..choices import check_streamable
 from ..intake import Intake, Labels, check_labels
-from ..telemetry.traceparent import traceparent_of
+from ..telemetry.traceparent import trace_context_of
 from .wire import check_known, labels_of, prompt_of, sampling_of
 from .workers import LARGE, Workers
 
@@ -119,4 +119,4 @@ def _labels(
 ) -> Labels:
     left = context.time_remaining()
     deadline = None if left is None else time.monotonic() + left
-    return labels_of(message, deadline, traceparent_of(context.invocation_metadata() or ()))
+    return labels_of(message, deadline, *trace_context_of(context.invocation_metadata() or ()))

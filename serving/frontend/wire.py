@@ -211,7 +211,10 @@ def _no_constant(name: str) -> None:
 
 
 def labels_of(
-    request: pb.GenerateRequest | pb.EmbedRequest, deadline: float | None, traceparent: str = ""
+    request: pb.GenerateRequest | pb.EmbedRequest,
+    deadline: float | None,
+    traceparent: str = "",
+    tracestate: str = "",
 ) -> Labels:
     """Everything else the request says, and its call's metadata; its tenant is the API key's, where
     there are keys."""
@@ -222,6 +225,7 @@ def labels_of(
         cache_salt=request.cache_salt,
         deadline=deadline,
         traceparent=traceparent,
+        tracestate=tracestate,
     )
 
 

@@ -46,6 +46,10 @@ class Report:
     def traceparent(self) -> str:
         return self.account.request.traceparent if self.account else ""
 
+    @property
+    def tracestate(self) -> str:
+        return self.account.request.tracestate if self.account else ""
+
 
 def report_of(output: RequestOutput) -> Report:
     """Of the last output of a request."""

@@ -4,10 +4,9 @@
               ├─ prefill   to the first token
               └─ decode    to the end
 
-One that embeds is called `embed`.
-Its parent is the caller's span, where the call's metadata had a `traceparent`. Spans are made from
-times that the scheduler took, so tracing costs a running request nothing. Imported only where
-traces are wanted.
+One that embeds is called `embed`. Its parent is the caller's span, where the call's metadata had a
+`traceparent`, and it has the caller's `tracestate`. Spans are made from times that the scheduler
+took, so tracing costs a running request nothing. Imported only where traces are wanted.
 """
 
 from __future__ import annotations
@@ -55,7 +54,8 @@ class RequestSpans:
             return
         end = int(report.ended_at * 1e9)
         begin = end - int(timing.seconds * 1e9)
-        parent = self._propagator.extract({"traceparent": report.traceparent})
+        context = {"traceparent": report.traceparent, "tracestate": report.tracestate}
+        parent = self._propagator.extract(context)
         embeds = account.request.pooled
         span = self._tracer.start_span(
             "embed" if embeds else "generate",

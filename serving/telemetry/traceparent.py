@@ -1,4 +1,4 @@
-"""A caller's place in a trace: the `traceparent` header of W3C Trace Context.
+"""A caller's place in a trace: the headers of W3C Trace Context, `traceparent` and `tracestate`.
 
 Frontends take it from a call's metadata; it travels with the request to the engine's process.
 """
@@ -6,9 +6,23 @@ Frontends take it from a call's metadata; it travels with the request to the eng
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+_MOST_STATE = 512
+"""Characters of `tracestate` that the standard asks everybody to pass on."""
+
+
+def trace_context_of(metadata: Collection[tuple[str, str | bytes]]) -> tuple[str, str]:
+    """Both headers in a call's metadata. `tracestate`, which belongs to tracing systems and is
+    passed on as it is, counts only beside a `traceparent` that does, and is empty where it is too
+    long; several are one list."""
+    parent = traceparent_of(metadata)
+    texts = [text for name, text in metadata if name == "tracestate" and isinstance(text, str)]
+    state = ",".join(texts)
+    return parent, state if parent and len(state) <= _MOST_STATE else ""
 
 
 def traceparent_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -68,6 +68,7 @@ REQUEST: dict[str, Any] = {
     "cache_salt": "salt",
     "pooled": True,
     "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "tracestate": "vendor=its own",
 }
 
 OUTPUT: dict[str, Any] = {

@@ -52,9 +52,11 @@ class Scripted:
             restarts=lambda: {"engine": 1, "frontend": 3},
         )
 
-    def submit(self, *args: object, traceparent: str = "", **more: object) -> Request:
+    def submit(
+        self, *args: object, traceparent: str = "", tracestate: str = "", **more: object
+    ) -> Request:
         request = make_request(*args, **more)  # type: ignore[arg-type]
-        request = replace(request, traceparent=traceparent)
+        request = replace(request, traceparent=traceparent, tracestate=tracestate)
         self.engine.submit(request)
         return request
 

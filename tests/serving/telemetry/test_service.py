@@ -19,12 +19,14 @@ from scripted import Kept, samples_in
 
 from quire.protos.v1 import generation_pb2 as pb
 from quire.sched.quota import Limits, Quotas
+from quire.sched.request import POOLED_SAMPLING, Request
 from quire.serving.intake import Intake
 from quire.serving.telemetry.logs import JsonFormatter
 from quire.serving.telemetry.telemetry import Telemetry
 
 MARKER = "xylophone"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+STATE = "vendor=its-own"
 
 
 class Told:
@@ -79,7 +81,9 @@ def ask(text: str = f"{MARKER} and more", **more: Any) -> pb.GenerateRequest:
 
 def test_an_answer_is_accounted_for(served: Running, told: Told) -> None:
     request = ask(request_id="mine", tenant="acme")
-    response = served.stub.Generate(request, timeout=60, metadata=[("traceparent", PARENT)])
+    response = served.stub.Generate(
+        request, timeout=60, metadata=[("traceparent", PARENT), ("tracestate", STATE)]
+    )
     line = told.line("mine")
     assert line["message"] == "request ended"
     assert (line["tenant"], line["finish_reason"], line["code"]) == ("acme", "length", None)
@@ -89,7 +93,8 @@ def test_an_answer_is_accounted_for(served: Running, told: Told) -> None:
     timing = response.timing
     for part in ("queue_seconds", "prefill_seconds", "decode_seconds"):
         assert getattr(timing, part) == pytest.approx(line[part], abs=2e-6)
-    assert told.kept.reports[-1].traceparent == PARENT
+    report = told.kept.reports[-1]
+    assert (report.traceparent, report.tracestate) == (PARENT, STATE)
 
 
 def test_an_answer_ended_by_its_text_has_a_timing(served: Running, told: Told) -> None:
@@ -173,16 +178,20 @@ def test_errors_are_counted_once_wherever_they_arise(served: Running, told: Told
 def test_an_embedding_that_waits_for_room_was_not_refused(
     served: Running, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is tried again is no refusal; what is given up is one, whatever came of the others."""
+    """What is tried again is no refusal; a call that is given up before anything came of it is."""
 
     def codes(name: str) -> list[str | None]:
         told.telemetry.flush(20)
         lines = [json.loads(line) for line in told.log.getvalue().splitlines()]
         return [x["code"] for x in lines if "code" in x and x["request_id"].startswith(name)]
 
-    def embed(name: str, inputs: int, **limits: int) -> None:
+    def embed(name: str, inputs: int, *, used: int = 0, **limits: int) -> None:
         quotas = Quotas(time.monotonic)
         quotas.update({"list": Limits(**limits)})
+        for n in range(used):
+            quotas.accept(
+                Request(id=f"used {n}", prompt=(1,), sampling=POOLED_SAMPLING, tenant="list")
+            )
         monkeypatch.setattr(served.engine, "_quotas", quotas)
         given = [pb.EmbedInput(token_ids=pb.TokenIds(ids=[n + 1])) for n in range(inputs)]
         request = pb.EmbedRequest(inputs=given, request_id=name, tenant="list")
@@ -191,8 +200,10 @@ def test_an_embedding_that_waits_for_room_was_not_refused(
     embed("patient", 30, concurrency=2)
     eventually(lambda: len(codes("patient")) >= 30)  # the last is told of while it is sent
     assert codes("patient") == [None] * 30
+    embed("slow", 6, used=1197, requests_per_minute=1200)
+    assert codes("slow") == [None] * 6
     with pytest.raises(grpc.RpcError) as caught:
-        embed("hopeless", 9, requests_per_minute=3)
+        embed("hopeless", 9, used=3, requests_per_minute=3)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     eventually(lambda: "RESOURCE_EXHAUSTED" in codes("hopeless"))
-    assert sorted(codes("hopeless"), key=str) == [None] * 3 + ["RESOURCE_EXHAUSTED"]
+    assert codes("hopeless") == ["RESOURCE_EXHAUSTED"]

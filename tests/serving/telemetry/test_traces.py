@@ -17,7 +17,7 @@ from quire.config import ServerConfig
 from quire.errors import InvalidConfig, Overloaded
 from quire.serving.telemetry.request_spans import RequestSpans
 from quire.serving.telemetry.telemetry import Telemetry, open_telemetry
-from quire.serving.telemetry.traceparent import trace_id_of, traceparent_of
+from quire.serving.telemetry.traceparent import trace_context_of, trace_id_of, traceparent_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -78,6 +78,34 @@ def test_a_request_is_a_span_with_its_parts_in_it() -> None:
         at = part.end_time
     assert at == pytest.approx(whole.end_time, abs=10)  # nanoseconds
     assert seconds(whole) == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "taken"),
+    [
+        ([("traceparent", PARENT), ("tracestate", "a=1,b=2")], (PARENT, "a=1,b=2")),
+        (
+            [("tracestate", "a=1"), ("traceparent", PARENT), ("tracestate", "b=2")],
+            (PARENT, "a=1,b=2"),
+        ),
+        ([("traceparent", "nonsense"), ("tracestate", "a=1")], ("", "")),
+        ([("traceparent", PARENT), ("tracestate", f"a={'1' * 511}")], (PARENT, "")),
+        ([], ("", "")),
+    ],
+)
+def test_what_tracing_systems_add_counts_beside_a_parent(
+    metadata: list[tuple[str, str | bytes]], taken: tuple[str, str]
+) -> None:
+    assert trace_context_of(metadata) == taken
+
+
+def test_what_tracing_systems_add_is_in_the_span() -> None:
+    for state, kept in (("vendor=1", {"vendor": "1"}), ("no list", {})):
+        traced = Traced()
+        traced.engine.submit("a", traceparent=PARENT, tracestate=state)
+        traced.engine.run(0)
+        whole = traced.spans()["generate"]
+        assert whole.context is not None and dict(whole.context.trace_state) == kept
 
 
 def test_what_embeds_is_called_so() -> None:
