@@ -129,7 +129,10 @@ class EngineConfig:
         None, "longest prompt plus output in tokens (default: what the checkpoint allows)", low=2
     )
     max_num_seqs: int | None = setting(
-        None, "requests that run at once (default: 256 on accelerators, 16 on CPU)", low=1
+        None,
+        "requests that run at once (default: 1024 on accelerators of 40 GiB or more, 256 on "
+        "others, 16 on CPU)",
+        low=1,
     )
     max_batched_tokens: int | None = setting(
         None, "tokens in one step at most (default: 2048 on accelerators, 256 on CPU)", low=2

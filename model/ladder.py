@@ -8,19 +8,24 @@ faster start, more mean less padding; `padding_bound` says what the choice costs
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 from ..errors import InvalidConfig
 
-MAX_PROGRAMS = 33
-"""Programs of an engine at most: 32, and `state`, which makes zeros."""
+MAX_PROGRAMS = 48
+"""Programs of an engine at most."""
 
-_FEW_ROWS = 8
 _K_ROWS = (1, 8, 64)
 """Sizes of k-rungs. With more rows a single token takes the device longer than the host, and k of
 them would hold up an arrival."""
+
+_HALVES_FROM = 256
+"""Rows from which on a decode step takes the longer, the more it has."""
+
+_FLOOR = 64
+"""Tokens that a step costs besides its own: reading the weights."""
 
 _SINGLE_PROGRAMS = 4  # score, controls, admit, state
 
@@ -53,14 +58,17 @@ class Bucket:
         return self.tokens == self.rows
 
 
-def _doublings(first: int, last: int) -> list[int]:
-    """first, 2·first, … up to and including last."""
-    steps = []
+def _doublings(first: int, last: int, halves_from: int | None = None) -> list[int]:
+    """first, 2·first, … up to and including last; from `halves_from` on also halfway between."""
+    sizes = []
     size = first
     while size < last:
-        steps.append(size)
+        sizes.append(size)
+        between = size + size // 2
+        if halves_from is not None and halves_from <= size and between < last:
+            sizes.append(between)
         size *= 2
-    return [*steps, last]
+    return [*sizes, last]
 
 
 def _thin(sizes: list[int], keep: int) -> list[int]:
@@ -71,17 +79,17 @@ def _thin(sizes: list[int], keep: int) -> list[int]:
     return [sizes[i] for i in sorted({*picks, len(sizes) - 1})][-keep:]
 
 
-# Which of a list of sizes to give up first, by its length.
-def _last(count: int) -> int:
-    return count - 1
-
-
-def _second(count: int) -> int:
-    return min(1, count - 2)
-
-
-def _middle(count: int) -> int:
-    return (count - 1) // 2
+def _give_up(lists: list[list[int]], keep: int) -> None:
+    """Removes sizes, until `keep` are left in all: each time the one whose steps suffer least from
+    taking the next, as a share of what they cost. The ends of a list go last, the largest never."""
+    while sum(map(len, lists)) > keep:
+        losses = [
+            (at == 0, (_FLOOR + sizes[at + 1]) / (_FLOOR + sizes[max(at - 1, 0)]), which, at)
+            for which, sizes in enumerate(lists)
+            for at in range(len(sizes) - 1)
+        ]
+        _, _, which, at = min(losses)
+        del lists[which][at]
 
 
 class Ladder:
@@ -100,6 +108,7 @@ class Ladder:
                 self._decode.setdefault((b.sampler, b.k), []).append(b)
             else:
                 self._mixed[b.sampler].append(b)
+        self._chunks = sorted({b.tokens for b in self._mixed[Sampler.GREEDY]})
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
         self.max_k = max(b.k for b in self.buckets)
@@ -128,6 +137,11 @@ class Ladder:
         """Most tokens that each row of a decode step can emit in one dispatch, a rung's k."""
         fits = (b.k for b in self.buckets if b.k > 1 and b.rows >= rows and b.sampler >= sampler)
         return max(fits, default=1)
+
+    def chunk_size(self, tokens: int) -> int:
+        """Tokens of the smallest GREEDY rung for prompts that holds so many; at most max_tokens."""
+        at = bisect_left(self._chunks, tokens)
+        return self._chunks[at] if at < len(self._chunks) else self.max_tokens
 
     def choose(
         self, tokens: int, rows: int, sampler: Sampler, *, decode_only: bool, k: int = 1
@@ -188,9 +202,10 @@ def make_ladder(
     """The default ladder.
 
     Decode rungs double from 8 rows to `max_rows` (and one of a single row); mixed rungs double from
-    64 tokens to `max_tokens`, with few rows for the prompt that arrives on an idle engine and with
-    all rows for the busy one. Where that makes too many programs they are thinned out.
-    What needs a FULL rung is asked for rarely, and gets a coarse set.
+    64 tokens to `max_tokens`, with room for nearly as many rows as tokens. GREEDY also has the
+    sizes halfway between, where a step's time grows with its tokens. Where that makes too many
+    programs they are thinned out. What needs a FULL rung is asked for rarely, and gets a coarse
+    set.
 
     Args:
       max_rows: most rows a step may have (the number of slots).
@@ -204,36 +219,41 @@ def make_ladder(
             f"max_batched_tokens: got {max_tokens}, must be above max_num_seqs ({max_rows}), so "
             "that a step with every slot decoding still has room for a prompt chunk"
         )
+
     decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
-    few = max_rows if max_rows < 4 * _FEW_ROWS else _FEW_ROWS
-    sizes = [t for t in _doublings(64, max_tokens) if t > few]
-    all_rows = [t for t in sizes if t > max_rows]
-    alone = [t for t in sizes if few < max_rows]
+    chunks = _doublings(64, max_tokens)
+
+    def mixed(tokens: int, sampler: Sampler, among: Sequence[int]) -> Bucket:
+        """A rung with nearly as many rows as tokens, or the next smaller of `among`."""
+        wanted = max_rows if tokens == max_tokens else min(max_rows, tokens - tokens // 8)
+        rows = max((n for n in among if n <= wanted), default=wanted)
+        return Bucket(tokens, rows, sampler)
 
     spare = max_programs >= 25  # enough for more than one size of each kind
-    buckets = [Bucket(n, n, Sampler.FULL) for n in _thin(decode[1:] or decode, 2 if spare else 1)]
-    buckets += [Bucket(t, max_rows, Sampler.FULL) for t in _thin(all_rows, 2 if spare else 1)]
+    few = _thin(decode[1:] or decode, 4 if max_programs >= 40 else 1 + spare)
+    buckets = [Bucket(n, n, Sampler.FULL) for n in few]
+    # Of the same rows, so that they share programs that sample.
+    buckets += [mixed(t, Sampler.FULL, few) for t in _thin(chunks, len(few))]
     if max_k > 1:
         rows = sorted({min(n, max_rows) for n in _K_ROWS})
         rows = rows if spare else rows[-1:]
         buckets += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
         # A lone sampled row is well served by the next size.
         buckets += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
-    # What is left is for two full sets, greedy and sampled. A few rows take a device as long as
-    # one, so small decode sizes go before prompt sizes; the largest of each stays.
-    taken = Ladder(buckets).num_programs
-    room = (max_programs - taken) // 2
-    cuts: list[tuple[list[int], int, Callable[[int], int]]] = [
-        (alone, 2, _last), (decode, 4, _second), (all_rows, 2, _middle), (alone, 1, _last),
-        (decode, 2, _second), (all_rows, 1, _middle), (alone, 0, _last), (decode, 1, _second),
-    ]  # fmt: skip
-    for sizes, keep, at in cuts:
-        while len(sizes) > keep and len(decode) + len(all_rows) + len(alone) > room:
-            del sizes[at(len(sizes))]
-    if room < 2:
+    # What is left is for two sets: greedy, and a coarser one that samples.
+    room = max_programs - (taken := Ladder(buckets).num_programs)
+    if room < 4:
         raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {taken + 4}")
-    full = [(n, n) for n in decode]
-    full += [(t, max_rows) for t in all_rows] + [(t, few) for t in alone]
-    return Ladder(
-        buckets + [Bucket(t, r, s) for s in (Sampler.GREEDY, Sampler.SAMPLE) for t, r in full]
-    )
+    lists = [
+        sorted({1, *_doublings(min(8, max_rows), max_rows, halves_from=_HALVES_FROM)}),
+        _doublings(64, max_tokens, halves_from=2 * 64),
+        decode,
+        chunks,
+    ]
+    _give_up(lists, room)
+    for sampler, (alone, some) in zip(
+        (Sampler.GREEDY, Sampler.SAMPLE), (lists[:2], lists[2:]), strict=True
+    ):
+        buckets += [Bucket(n, n, sampler) for n in alone]
+        buckets += [mixed(t, sampler, ()) for t in some]
+    return Ladder(buckets)

@@ -38,6 +38,10 @@ class Defaults:
 
 _DEFAULTS = {"cpu": Defaults(16, 256, 15)}  # compiling is slow there, padding cheap
 _ACCELERATOR = Defaults(256, 2048, MAX_PROGRAMS)
+_LARGE = Defaults(1024, 2048, MAX_PROGRAMS)
+_LARGE_BYTES = 40 * 2**30
+"""An accelerator's memory, or what the user allows of it, from which on it is large: more requests
+at once then raise what it does a second, and what they take besides pages does not show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +140,11 @@ def settle(
     dtype = serving_dtype(config, model, platform)
     if dtype != model.dtype:
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
-    num_seqs = config.max_num_seqs or _DEFAULTS.get(platform, _ACCELERATOR).num_seqs
-    ladder = _ladder(config, platform, num_seqs)
+    defaults = _defaults(platform, min(capacity, config.memory or capacity))
+    num_seqs = config.max_num_seqs or defaults.num_seqs
+    if config.max_num_seqs is None and config.max_batched_tokens is not None:
+        num_seqs = max(1, min(num_seqs, config.max_batched_tokens // 2))
+    ladder = _ladder(config, defaults, num_seqs)
     chunk = min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens)
     if config.prefill_chunk is not None and config.prefill_chunk > chunk:
         notes.append(f"prefill_chunk is {chunk}: what a step holds (got {config.prefill_chunk})")
@@ -203,8 +210,11 @@ def settle(
     )
 
 
-def _ladder(config: EngineConfig, platform: str, num_seqs: int) -> Ladder:
-    defaults = _DEFAULTS.get(platform, _ACCELERATOR)
+def _defaults(platform: str, memory: int) -> Defaults:
+    return _DEFAULTS.get(platform, _LARGE if memory >= _LARGE_BYTES else _ACCELERATOR)
+
+
+def _ladder(config: EngineConfig, defaults: Defaults, num_seqs: int) -> Ladder:
     tokens = config.max_batched_tokens or max(defaults.batched_tokens, 2 * num_seqs)
     k = config.decode_steps
     return make_ladder(num_seqs, tokens, max_programs=defaults.programs, max_k=k)

@@ -103,7 +103,8 @@ class Planner:
         running, prefilling = self._roster.running, self._roster.prefilling
         pressure, k, rows_left = self.pressure, step.k, self._max_rows
         decoding = len(running) - len(prefilling)
-        room = PromptRoom(self._max_tokens, self._spec.num_slots, decoding, self._roster)
+        most = policy.step_tokens(self._spec.ladder, self._max_tokens, decoding)
+        room = PromptRoom(most, self._spec.num_slots, decoding, self._roster)
         for seq in tuple(running):
             try:
                 if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import RunnerSpec
+from ..model.plan import Ladder, RunnerSpec
 from .fairness import OUTPUT_COST, FairQueue
 from .ranked import Ranked
 from .sequence import Sequence
@@ -28,6 +28,11 @@ lose a place to it while that runs its share. Who asks for a part `r` of its sha
 that floods by (1 - r) / (1 - r / 2) of that and less: more, and the first minutes of a flood would
 delay who asks for most of its share; nothing, and tenants at their shares would take each other's
 places because of who came when."""
+
+BUSY_TOKENS, BUSY_TOKENS_PER_ROW = 768, 4
+"""Tokens of a step with decode rows, at least and for each of those. 768 tokens take an 8B model
+18 ms on an H200, which is how long a row may wait for its next token. Where many rows wait, a step
+of so few would be dear: each reads the cache of all."""
 
 MAX_FAIR_RECOMPUTE_RATIO = 0.05
 """Recomputed per useful token above which nobody gives way to a newcomer of another tenant."""
@@ -54,6 +59,19 @@ def decode_tokens(
     if cache.available < len(running) * cache.pages_for(spec.max_k):
         return 1
     return spec.ladder.most_k(len(running), max(seq.sampler for seq in running))
+
+
+def step_tokens(ladder: Ladder, most: int, decoding: int) -> int:
+    """Tokens that a step may have: fewer than it could hold while answers wait for their next token
+    behind the prompts of others. A whole rung, so that none of it is padding while prompts wait.
+
+    Args:
+      most: tokens that any step may have.
+      decoding: rows that decode.
+    """
+    if not decoding:
+        return most
+    return min(most, ladder.chunk_size(max(BUSY_TOKENS, BUSY_TOKENS_PER_ROW * decoding)))
 
 
 def reserved_pages(

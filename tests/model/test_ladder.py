@@ -48,22 +48,37 @@ def test_every_step_fits_and_takes_the_smallest_rung_of_its_sampler(size, sample
 
 
 def test_a_few_decode_rows_may_take_a_mixed_rung_that_is_smaller():
-    ladder = make_ladder(257, 4097)  # its decode rungs were thinned out
+    ladder = make_ladder(1024, 2048, max_programs=25)  # its decode rungs were thinned out
     rung = ladder.choose(2, 2, Sampler.GREEDY, decode_only=True)
-    assert (rung.tokens, rung.rows) == (64, 8)
+    assert (rung.tokens, rung.rows) == (64, 56)
 
 
 def test_default_ladder_of_a_gpu():
-    ladder = make_ladder(256, 2048)
-    greedy = [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == Sampler.GREEDY]
-    assert [t for t, r in greedy if t == r] == [1, 16, 32, 64, 128, 256]
-    assert [t for t, r in greedy if t > r] == [64, 128, 512, 1024, 2048]
-    assert ladder.num_programs == 32
+    ladder = make_ladder(1024, 2048)
+    shapes = {s: [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == s] for s in Sampler}
+    decode = {s: [t for t, r in of if t == r] for s, of in shapes.items()}
+    mixed = {s: [t for t, r in of if t > r] for s, of in shapes.items()}
+    assert decode[Sampler.GREEDY] == [1, 32, 64, 128, 256, 384, 512, 768, 1024]
+    assert mixed[Sampler.GREEDY] == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert decode[Sampler.SAMPLE] == [1, 32, 64, 128, 256, 512, 1024]
+    assert mixed[Sampler.SAMPLE] == [64, 128, 256, 512, 1024, 2048]
+    assert shapes[Sampler.FULL] == [
+        (8, 8), (32, 32), (64, 32), (256, 32), (256, 256), (512, 256), (1024, 1024), (2048, 1024)
+    ]  # fmt: skip
+    assert ladder.sample_rows == (8, 32, 256, 1024)
+    assert ladder.num_programs == 48
+
+
+def test_chunks_are_cut_to_rungs():
+    ladder = make_ladder(1024, 2048)
+    assert [ladder.chunk_size(n) for n in (1, 64, 65, 769, 2048, 9999)] == [
+        64, 64, 128, 1024, 2048, 2048
+    ]  # fmt: skip
 
 
 def test_ladder_with_several_tokens_a_dispatch():
     ladder = make_ladder(256, 2048, max_k=4)
-    assert ladder.num_programs == 33
+    assert ladder.num_programs == 48
     assert [ladder.most_k(n, Sampler.GREEDY) for n in (1, 8, 64, 65, 256)] == [4, 4, 4, 1, 1]
     assert [ladder.most_k(n, Sampler.FULL) for n in (1, 64)] == [1, 1]
     for sampler, rows in [(Sampler.GREEDY, 1), (Sampler.SAMPLE, 8)]:

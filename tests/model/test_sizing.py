@@ -82,7 +82,7 @@ def test_llama_8b_by_the_numbers():
     assert table.budget == 126 * GIB  # 90 % of the device
     # All of the budget is used, but for what keeps the count the same from start to start.
     assert 0 <= table.budget - table.total < 0.01 * table.kv
-    assert got.spec.num_slots == 256 and got.spec.ladder.max_tokens == 2048
+    assert got.spec.num_slots == 1024 and got.spec.ladder.max_tokens == 2048
     assert got.spec.max_model_len == 131072
 
 
@@ -90,7 +90,13 @@ def test_small_models_take_no_more_than_every_slot_can_use():
     """A 0.5B model does not take half a card: pages stop at all slots at full length."""
     small = dataclasses.replace(LLAMA_8B, num_layers=2, windows=(None,) * 2, max_positions=1024)
     got = sizes(small)
-    assert got.spec.num_pages == 1 + 256 * 1024 // 32
+    assert got.spec.num_pages == 1 + 1024 * 1024 // 32
+
+
+def test_fewer_requests_at_once_where_memory_is_short():
+    assert sizes(memory=30 * GIB).spec.num_slots == 256
+    got = sizes(max_batched_tokens=512).spec
+    assert (got.num_slots, got.ladder.max_tokens) == (256, 512)
 
 
 def test_kv_memory_is_honoured_in_full():
