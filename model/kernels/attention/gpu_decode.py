@@ -20,6 +20,7 @@ from .gpu_pallas import (
     LOWEST,
     Heads,
     Launch,
+    Pages,
     call,
     cdiv,
     div,
@@ -173,8 +174,8 @@ def decode(
             scale = 1.0 if k_scale is None else k_scale[head]
             first = page[0]
 
-            def pages(block: jax.Array) -> jax.Array:
-                return page_ids(table, row, block, shape.block, high, heads) + first
+            def pages(block: jax.Array) -> Pages:
+                return page_ids(table, first, row, block, shape.block, high, heads)
 
             def turn(block: jax.Array, carry: Any) -> Any:
                 here, *state = carry
