@@ -29,7 +29,7 @@ from .program_store import Facts, ProgramStore
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """Recorded once for every executable XLA builds or reads from the cache, eager ones too."""
 
-_MAX_THREADS = 8
+_MAX_THREADS = 16
 _POOL_SHARE = 0.25
 """Of the host's memory, which compilations may take together."""
 

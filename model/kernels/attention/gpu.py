@@ -30,12 +30,20 @@ def _decode_shape(heads: Heads) -> DecodeShape:
     return DecodeShape()
 
 
-def _prefill_shape(heads: Heads) -> PrefillShape:
+_FEW_TOKENS = 256
+"""Of a step, up to which tiles of many queries would be mostly empty, or too few."""
+
+
+def _prefill_shape(heads: Heads, num_tokens: int) -> PrefillShape:
     """What was fastest on an H200; in float32, which no tensor core multiplies in full, small."""
     if heads.compute == jnp.float32:
         return PrefillShape(queries=16, block=32, num_warps=4, num_stages=2)
     if heads.dims > 128:
         return PrefillShape(queries=64, block=32, num_warps=4, num_stages=2)
+    if num_tokens <= _FEW_TOKENS:
+        return PrefillShape(
+            queries=64, block=64, num_warps=4, num_stages=3, programs=2 * 132, least_blocks=8
+        )
     return PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
 
 
@@ -103,7 +111,7 @@ def _traced_once(
     if not options.decode_only:
         out = prefill(
             queries, tokens, first_page, batch, extras, heads,
-            prefill_shape or _prefill_shape(heads), out,
+            prefill_shape or _prefill_shape(heads, num_tokens), out,
         )  # fmt: skip
     o, lse = out
     return o.reshape(q.shape), lse.reshape(q.shape[:2])

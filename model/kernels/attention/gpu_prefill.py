@@ -73,7 +73,7 @@ class PrefillShape:
         that none is worth cutting."""
         longest = cdiv(heads.max_pages * heads.page_size, self.block)
         pairs = num_tokens // self.tile(heads.group) * heads.num_kv_heads
-        if longest * 4 <= 5 * self.least_blocks or pairs >= 4 * self.programs:
+        if longest * 4 <= 5 * self.least_blocks or pairs >= 3 * self.programs:
             return 0
         return max(1, self.programs // heads.num_kv_heads)
 
@@ -346,7 +346,7 @@ def _merge(
         call(
             merge_tile,
             launch,
-            name="attention_prefill_merge",
+            name="attention_tile_merge",
             grid=(kv_heads, splits.shape[0], size // width),
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, lse)],
             args=args,
