@@ -16,6 +16,7 @@ BENCHES = {
     "fairness": "what a tenant sees while another asks for 50 times its share",
     "startup": "seconds from process start to first token, by phase, cold and warm",
     "kernels": "attention and KV write alone, beside the device's own limits",
+    "profile": "where the milliseconds of a step go, by kind of kernel",
     "scheduler": "host time of a step, without a device",
     "frontend": "what frontend processes cost and add, without a device",
 }

@@ -1,0 +1,193 @@
+"""`quire bench profile`: where each millisecond of decode steps, prompts and mixtures goes.
+
+Each scenario runs on one engine under JAX's profiler. Read off the device's streams are the union
+of kernel intervals over the time from the first to the last of them (memory copies do not count),
+and the time of each kind of kernel per step. With --keep the traces stay, for tools that draw them.
+
+    decode N     the second half of N requests' 128 output tokens, all decoding by then
+    first N      a prompt of N tokens, one output token
+    hit N        the same once more, from the prefix cache
+    mixed        the first 400 requests of the trace
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..flags import positives
+from .models import add_engine, engine_config
+from .report import add_output, check_output, finish, table
+from .trace import draw_prompts, read_trace
+
+if TYPE_CHECKING:
+    from .engine_run import TokenEngine
+
+Interval = tuple[str, float, float]
+"""Kernel, begin and end in milliseconds."""
+
+DECODE_TOKENS = 128
+MIXED_REQUESTS = 400
+SHOWN = 12  # kinds of kernels in the table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measurement")
+    group.add_argument(
+        "--batch", type=positives, default=(1, 64, 256), metavar="LIST",
+        help="requests decoding at once (default: 1,64,256)",
+    )  # fmt: skip
+    group.add_argument(
+        "--prompt-tokens", type=positives, default=(128, 1024, 8192), metavar="LIST",
+        help="prompts on an idle engine, each twice (default: 128,1024,8192)",
+    )  # fmt: skip
+    group.add_argument("--keep", type=Path, metavar="DIR", help="where traces are to stay")
+    add_output(parser)
+    add_engine(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_output(args)
+    config = engine_config(args)
+    import numpy as np
+
+    from ...serving.progress import Terminal
+    from .engine_run import TokenEngine
+
+    draw = np.random.default_rng(0)
+    reporter = Terminal()
+    with TokenEngine(config, reporter) as engine:
+        spec = engine.parts.sizes.spec
+        found = {}
+        for name, prompts, outputs, part in _scenarios(args, engine, draw):
+            longest = max(len(p) + n for p, n in zip(prompts, outputs, strict=True))
+            if longest > engine.longest:
+                reporter.note(f"{name}: longer than the engine's limit of {engine.longest}")
+                continue
+            if not name.startswith("hit"):  # a shape's first run is no one's
+                engine.run(draw_prompts([*map(len, prompts)], spec.vocab_size, draw), outputs)
+            found[name] = _traced(engine, prompts, outputs, part, args.keep and args.keep / name)
+        results = {"settings": engine.described(), "scenarios": found}
+    finish(args, results, [_table(n, f) for n, f in found.items()], lambda f: _draw(f, results))
+
+
+def _scenarios(
+    args: argparse.Namespace, engine: TokenEngine, draw: Any
+) -> Iterable[tuple[str, list[tuple[int, ...]], list[int], float]]:
+    """Name, prompts, output tokens, and from which share of the time on it counts."""
+    vocab = engine.vocab
+    for batch in args.batch:
+        prompts = draw_prompts([64] * batch, vocab, draw)
+        yield f"decode {batch}", prompts, [DECODE_TOKENS] * batch, 0.5
+    for length in args.prompt_tokens:
+        prompts = draw_prompts([length], vocab, draw)
+        yield f"first {length}", prompts, [1], 0.0
+        yield f"hit {length}", prompts, [1], 0.0
+    trace = read_trace("sharegpt-like").first(MIXED_REQUESTS).fitted(engine.longest, clip=True)
+    yield "mixed", draw_prompts(trace.prompts, vocab, draw), list(trace.outputs), 0.0
+
+
+def _traced(
+    engine: TokenEngine,
+    prompts: list[tuple[int, ...]],
+    outputs: list[int],
+    part: float,
+    keep: Path | None,
+) -> dict[str, Any]:
+    """The figures of one run."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = keep or Path(scratch)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = options.host_tracer_level = 0
+        before = engine.buckets.copy()
+        jax.profiler.start_trace(folder, profiler_options=options)
+        try:
+            seconds = engine.run(prompts, outputs).seconds
+        finally:
+            jax.profiler.stop_trace()
+        steps = engine.buckets - before
+        file = max(folder.rglob("*.xplane.pb"), key=lambda f: f.stat().st_mtime)
+        found = kernels(jax.profiler.ProfileData.from_file(str(file)))
+    return {
+        "wall_ms": 1e3 * seconds,
+        "steps": {f"{b.tokens}x{b.rows}": n for b, n in steps.items()},
+        **summary(found, part, round(steps.total() * (1 - part)) or 1),
+    }
+
+
+def kernels(profile: Any) -> list[Interval]:
+    """What ran on the streams of GPUs, memory copies excluded."""
+    found = []
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                if not event.name.lower().startswith(("memcpy", "memset")):
+                    begin = event.start_ns / 1e6
+                    found.append((event.name, begin, begin + event.duration_ns / 1e6))
+    return sorted(found, key=lambda interval: interval[1])
+
+
+def summary(found: list[Interval], part: float, steps: int) -> dict[str, Any]:
+    """Busy share, kernels a step, and milliseconds a step by kind of kernel.
+
+    Args:
+      found: by their begin.
+      part: what begins before this share of the whole time is left out.
+      steps: that the rest stands for.
+    """
+    if not found:
+        return {"busy": None, "launches": 0, "kernels": {}}
+    first, last = found[0][1], max(end for _, _, end in found)
+    found = [k for k in found if k[1] >= first + part * (last - first)]
+    union, until = 0.0, found[0][1]
+    by_kind: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for name, begin, end in found:
+        union += max(0.0, end - max(begin, until))
+        until = max(until, end)
+        kind = by_kind[re.sub(r"[._]?\d+(?=[._]|$)", "", name)]
+        kind[0] += (end - begin) / steps
+        kind[1] += 1 / steps
+    span = until - found[0][1]
+    costly = sorted(by_kind.items(), key=lambda item: -item[1][0])
+    return {
+        "busy": union / span if span else 1.0,
+        "ms_per_step": span / steps,
+        "launches": len(found) / steps,
+        "kernels": {name: {"ms": ms, "count": count} for name, (ms, count) in costly},
+    }
+
+
+def _table(name: str, found: dict[str, Any]) -> Any:
+    busy = "nothing was traced" if found["busy"] is None else f"busy {found['busy']:.1%}"
+    steps = ", ".join(f"{n} of {shape}" for shape, n in found["steps"].items())
+    made = table(
+        f"{name}: {found['wall_ms']:.1f} ms, {busy}, {found['launches']:.0f} kernels a step; "
+        f"{steps}",
+        "kernel", "ms a step", "a step",
+    )  # fmt: skip
+    for kernel, cost in list(found["kernels"].items())[:SHOWN]:
+        made.add_row(kernel[:70], f"{cost['ms']:.3f}", f"{cost['count']:.1f}")
+    return made
+
+
+def _draw(figure: Any, results: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    scenarios = results["scenarios"]
+    for at, found in enumerate(scenarios.values()):
+        left = 0.0
+        for cost in list(found["kernels"].values())[:SHOWN]:
+            axes.barh(at, cost["ms"], left=left)
+            left += cost["ms"]
+    axes.set_yticks(range(len(scenarios)), list(scenarios))
+    axes.set_xlabel("ms of a step, by kind of kernel")
