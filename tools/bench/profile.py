@@ -7,7 +7,7 @@ and the time of each kind of kernel per step. With --keep the traces stay, for t
     decode N     the second half of N requests' 128 output tokens, all decoding by then
     first N      a prompt of N tokens, one output token
     hit N        the same once more, from the prefix cache
-    mixed        the first 400 requests of the trace
+    mixed        the first 120 requests of the trace
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Interval = tuple[str, float, float]
 """Kernel, begin and end in milliseconds."""
 
 DECODE_TOKENS = 128
-MIXED_REQUESTS = 400
+MIXED_REQUESTS = 120
 SHOWN = 12  # kinds of kernels in the table
 
 
