@@ -36,7 +36,7 @@ LAYERS = 8  # calls in one program, each over its own copy of K and V
 MAX_PAGES = 4096  # of a row: 131,072 tokens
 SHAPES = DecodeShape | PrefillShape
 
-_QWEN = {"heads": 12, "kv_heads": 2}
+_QWEN: dict[str, Any] = {"heads": 12, "kv_heads": 2}
 CASES = {
     "prefill": [
     Case(rows=1, context=10_000, queries=16), Case(rows=1, context=10_000, queries=64),
