@@ -79,9 +79,10 @@ class Attention(nnx.Module):
             rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias, summed=shared
         )
 
-    def __call__(
-        self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
+    def heads(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [T, E] -> q [T, H, D], k and v [T, KH, D], q and k rotated."""
         c = self.config
         with jax.named_scope("qkv"):
             q, k, v = jnp.split(self.qkv(x), [c.q_size, c.q_size + c.kv_size], axis=-1)
@@ -90,11 +91,12 @@ class Attention(nnx.Module):
             v = v.reshape(-1, c.num_kv_heads, c.head_dim)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        with jax.named_scope("attend"):
-            mixed = attend(layer, q, k, v)
+            return rotate(q, *rotation), rotate(k, *rotation), v
+
+    def project(self, mixed: jax.Array) -> jax.Array:
+        """mixed [T, H, D] -> [T, E]."""
         with jax.named_scope("out"):
-            return self.out(mixed.reshape(-1, c.q_size))
+            return self.out(mixed.reshape(-1, self.config.q_size))
 
 
 class MLP(nnx.Module):
@@ -128,9 +130,26 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
     ) -> jax.Array:
-        x = x + self.attn(self.attn_norm(x), layer, rotation, attend)
-        with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x))
+        q, k, v = _before_attending(self, x, rotation)
+        with jax.named_scope("attend"):
+            mixed = attend(layer, q, k, v)
+        return _after_attending(self, x, mixed)
+
+
+# Under a `jit` of their own these are traced and lowered once a program and not once a layer, which
+# would take most of the time that lowering takes. XLA inlines the calls.
+@jax.jit
+def _before_attending(
+    layer: Layer, x: jax.Array, rotation: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return layer.attn.heads(layer.attn_norm(x), rotation)
+
+
+@jax.jit
+def _after_attending(layer: Layer, x: jax.Array, mixed: jax.Array) -> jax.Array:
+    x = x + layer.attn.project(mixed)
+    with jax.named_scope("mlp"):
+        return x + layer.mlp(layer.mlp_norm(x))
 
 
 class Embedding(nnx.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,20 +73,23 @@ def make_forward(
         params: Params, slabs: Slabs, slots: Slots, inputs: StepInputs
     ) -> tuple[Slabs, Placed, Passed]:
         num_pages = slabs[group.name].shape[0] // len(group.layers)
-        placed = _place(inputs, slots, layout)
+        placed = _once_a_step(_place(inputs, slots, layout))
+        kv_lens = _once_a_step(jnp.where(placed.live, placed.rows.position + inputs.counts, 0))
         slab = slabs[group.name]
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal slab
             first_page = layer * num_pages
-            page = jnp.where(placed.pages >= 0, placed.pages + first_page, _NO_PAGE)
+            # As a constant it would give each layer a kernel of its own that writes K and V.
+            offset = jax.lax.optimization_barrier(jnp.full((1,), first_page, jnp.int32))
+            page = jnp.where(placed.pages >= 0, placed.pages + offset, _NO_PAGE)
             heads = k.shape[1]
             q_fit, k, v = (fit(x, heads, slab) for x in (q, k, v))
             slab = write_kv(slab, k, v, page, placed.offsets, writer=writer)
             out = ragged_paged_attention(
                 q_fit,
                 slab,
-                jnp.where(placed.live, placed.rows.position + inputs.counts, 0),
+                kv_lens,
                 placed.page_table,
                 placed.cu,
                 inputs.num_rows,
@@ -107,6 +111,15 @@ def make_forward(
         return {group.name: slab}, placed, passed
 
     return forward
+
+
+T = TypeVar("T")
+
+
+def _once_a_step(values: T) -> T:
+    """Keeps XLA from computing these anew inside the kernels of every layer that reads them."""
+    fixed: T = jax.lax.optimization_barrier(values)
+    return fixed
 
 
 def _place(inputs: StepInputs, slots: Slots, layout: InputLayout) -> Placed:
