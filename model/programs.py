@@ -18,6 +18,7 @@ from jax.stages import Lowered
 
 from .abstract import AbstractDecoder
 from .cache import abstract_slabs, cache_groups
+from .compile import compiler_options
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
 from .kernels.attention.api import default_backend
@@ -27,7 +28,7 @@ from .plan import Bucket, RunnerSpec, Sampler
 from .program_store import environment
 from .sampling.control_inputs import BUFFER_WORDS, make_fill
 from .sampling.controls import Controls, abstract_controls
-from .score import SCORE_WORDS, make_score
+from .score import SCORE_ROWS, SCORE_WORDS, make_score
 from .slots import abstract_slots
 from .step import make_admit, make_pass, make_sample, make_step
 
@@ -127,6 +128,15 @@ class Programs:
             case SampleKey(rows):
                 return 4 * 2 * rows
         return 4 * {SCORE: SCORE_WORDS, CONTROLS: BUFFER_WORDS, ADMIT: ADMIT_ROOM.words}[key]
+
+    def compiler_options(self, key: Key) -> dict[str, Any]:
+        """What XLA is told for a program."""
+        match key:
+            case Bucket(tokens=tokens):
+                return compiler_options(self._mesh.platform, tokens)
+            case "score":
+                return compiler_options(self._mesh.platform, SCORE_ROWS)
+        return compiler_options(self._mesh.platform)
 
     def facts(self, key: Key | str) -> dict[str, str]:
         """What a stored program is found by, traced or not: whatever `lower` looks at is here."""

@@ -18,7 +18,7 @@ from jax.stages import Compiled
 
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
-from .compile import CompileCounter, Progress, compiler_options
+from .compile import CompileCounter, Progress
 from .inputs import ADMIT_ROOM, InputLayout, pack, pack_sample, pack_updates
 from .memory import STEPS_IN_FLIGHT
 from .mesh import Mesh
@@ -105,7 +105,7 @@ class ModelRunner:
 
     def _program(self, key: Key) -> Compiled:
         if key not in self._compiled:  # only without `warmup`
-            options = compiler_options(self._mesh.platform)
+            options = self._programs.compiler_options(key)
             self._compiled[key] = self._programs.lower(key).compile(compiler_options=options)
         return self._compiled[key]
 

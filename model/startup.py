@@ -177,6 +177,7 @@ class Startup:
         return compile_all(
             {key: lowerings[key] for key in keys},
             threads=threads,
+            options=programs.compiler_options,
             store=self._store,
             facts=programs.facts,
             devices=self._mesh.devices,

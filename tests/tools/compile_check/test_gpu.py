@@ -52,7 +52,8 @@ def programs(model: str) -> tuple[Programs, RunnerSpec, ModelConfig]:
 
 @cache
 def report(model: str, key: Any) -> ProgramReport:
-    return compile_for(programs(model)[0].lower(key), "gpu")
+    tokens = key.tokens if isinstance(key, Bucket) else 0
+    return compile_for(programs(model)[0].lower(key), "gpu", tokens)
 
 
 def test_programs_are_checked_as_an_engine_compiles_them(monkeypatch: pytest.MonkeyPatch) -> None:
