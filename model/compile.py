@@ -36,7 +36,7 @@ _POOL_SHARE = 0.25
 _COMPILE_BYTES, _COMPILE_BYTES_PER_LAYER = 192 * 2**20, 12 * 2**20
 """Host memory of one compilation; 0.55 GB at 32 layers, measured for a GPU."""
 
-_VENDOR_TOKENS = 64
+VENDOR_TOKENS = 64
 """Tokens of a step from which on a GPU's matrix products are the vendor's. Below, XLA's own win
 (4.15 ms against 4.62 for those of Llama-8B at one token); here they lose (4.76 against 4.64 at 64,
 7.35 against 7.10 at 256), and to find that out some forty of each product's are compiled."""
@@ -149,7 +149,7 @@ def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
     # It counts a donated slab once for every layer that writes it, finds far too little memory,
     # and spends a third of the compilation on looking for what to compute twice.
     options: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
-    if tokens >= _VENDOR_TOKENS:
+    if tokens >= VENDOR_TOKENS:
         options["xla_gpu_enable_triton_gemm"] = False
     return options
 

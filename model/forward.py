@@ -18,7 +18,6 @@ from .cache import CacheGroup, Slabs, fit, unfit
 from .inputs import InputLayout, StepInputs
 from .kernels.attention.api import ragged_paged_attention
 from .kernels.kv_write import write_kv
-from .plan import Sampler
 from .slots import SlotRows, Slots
 from .weights import Params
 
@@ -46,8 +45,8 @@ class Passed:
     """What a pass through the layers gave."""
 
     hidden: jax.Array  # [T, E] before the final norm
-    logits: jax.Array  # float32 [R, V] at each row's last token
-    pooled: jax.Array | None  # float32 [R, E] there; of FULL buckets with prompt rows
+    logits: jax.Array  # float32 [L, V] at each row's last token; rows past R mean nothing
+    pooled: jax.Array | None  # float32 [L, E] there; of forwards apart with prompt rows
 
 
 Forward = Callable[[Params, Slabs, Slots, StepInputs], tuple[Slabs, Placed, Passed]]
@@ -57,12 +56,14 @@ def make_forward(
     decoder: AbstractDecoder,
     groups: tuple[CacheGroup, ...],
     layout: InputLayout,
+    logit_rows: int,
     attention: str,
     writer: str,
 ) -> Forward:
     """The pass of one bucket, to be called while tracing.
 
-    `attention` is a backend of kernels/attention, `writer` one of kernels/kv_write.
+    It leaves `logit_rows` rows of logits, the bucket's or more. `attention` is a backend of
+    kernels/attention, `writer` one of kernels/kv_write.
     """
     config = decoder.config
     bucket = layout.bucket
@@ -104,9 +105,9 @@ def make_forward(
 
         model = decoder.bind(params)
         hidden = model(placed.tokens, placed.positions, attend)
-        last = jnp.maximum(placed.cu[1:] - 1, 0)
+        last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
         at_last = hidden if bucket.decode_only else hidden[last]
-        pools = bucket.sampler == Sampler.FULL and not bucket.decode_only
+        pools = bucket.apart and not bucket.decode_only
         passed = Passed(hidden, model.logits(at_last), model.pooled(at_last) if pools else None)
         return {group.name: slab}, placed, passed
 

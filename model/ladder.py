@@ -8,8 +8,8 @@ faster start, more mean less padding; `padding_bound` says what the choice costs
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from ..errors import InvalidConfig
@@ -39,8 +39,7 @@ class Sampler(IntEnum):
     """Temperature, top-k, top-p, min-p, min-tokens, per row."""
     FULL = 2
     """SAMPLE, and penalties, bias, bad words, allowed ids, and log-probabilities of the chosen and
-    the MAX_LOGPROBS likeliest tokens, also of prompt tokens. Forward and sampling are two programs
-    there: between them the host can add what depends on the last token."""
+    the MAX_LOGPROBS likeliest tokens, also of prompt tokens."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,6 +55,12 @@ class Bucket:
     @property
     def decode_only(self) -> bool:
         return self.tokens == self.rows
+
+    @property
+    def apart(self) -> bool:
+        """Forward and sampling are two programs. All samplers share the forward; and before FULL
+        sampling the host can add what depends on the last token."""
+        return self.sampler != Sampler.GREEDY and self.k == 1
 
 
 def _doublings(first: int, last: int, halves_from: int | None = None) -> list[int]:
@@ -79,17 +84,16 @@ def _thin(sizes: list[int], keep: int) -> list[int]:
     return [sizes[i] for i in sorted({*picks, len(sizes) - 1})][-keep:]
 
 
-def _give_up(lists: list[list[int]], keep: int) -> None:
-    """Removes sizes, until `keep` are left in all: each time the one whose steps suffer least from
-    taking the next, as a share of what they cost. The ends of a list go last, the largest never."""
-    while sum(map(len, lists)) > keep:
-        losses = [
-            (at == 0, (_FLOOR + sizes[at + 1]) / (_FLOOR + sizes[max(at - 1, 0)]), which, at)
-            for which, sizes in enumerate(lists)
-            for at in range(len(sizes) - 1)
-        ]
-        _, _, which, at = min(losses)
-        del lists[which][at]
+def _give_up(lists: list[list[int]]) -> None:
+    """Removes the size whose steps suffer least from taking the next, as a share of what they cost.
+    The ends of a list go last, the largest never."""
+    losses = [
+        (at == 0, (_FLOOR + sizes[at + 1]) / (_FLOOR + sizes[max(at - 1, 0)]), which, at)
+        for which, sizes in enumerate(lists)
+        for at in range(len(sizes) - 1)
+    ]
+    _, _, which, at = min(losses)
+    del lists[which][at]
 
 
 class Ladder:
@@ -108,6 +112,11 @@ class Ladder:
                 self._decode.setdefault((b.sampler, b.k), []).append(b)
             else:
                 self._mixed[b.sampler].append(b)
+        apart = [b for b in self.buckets if b.apart]
+        sizes = sorted({b.rows for b in apart if b.decode_only})
+        self._logit_rows = {
+            (b.tokens, b.rows): next((n for n in sizes if n >= b.rows), b.rows) for b in apart
+        }
         self._chunks = sorted({b.tokens for b in self._mixed[Sampler.GREEDY]})
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
@@ -122,16 +131,27 @@ class Ladder:
         return len(self.buckets)
 
     @property
-    def sample_rows(self) -> tuple[int, ...]:
-        """Row counts of FULL rungs: one `sample` program each."""
-        return tuple(sorted({b.rows for b in self.buckets if b.sampler == Sampler.FULL}))
+    def forwards(self) -> tuple[Bucket, ...]:
+        """The rungs that are two programs, each (tokens, rows) once: one forward each."""
+        found = {(b.tokens, b.rows): b for b in self.buckets if b.apart}
+        return tuple(found[shape] for shape in sorted(found))
+
+    @property
+    def samples(self) -> tuple[tuple[int, Sampler], ...]:
+        """Rows and sampler of each program that samples what a forward left."""
+        return tuple(sorted({(self.logit_rows(b), b.sampler) for b in self.buckets if b.apart}))
+
+    def logit_rows(self, bucket: Bucket) -> int:
+        """Rows of logits that a rung's forward leaves: where it is a program of its own as many as
+        the next decode rung has, so that programs that sample are few."""
+        return self._logit_rows[bucket.tokens, bucket.rows] if bucket.apart else bucket.rows
 
     @property
     def num_programs(self) -> int:
-        """Programs that an engine with this ladder compiles: one for each rung (for a FULL one its
-        forward), `sample` for each row count, and `score`, `controls`, `admit` and `state`; as many
-        as `Programs.keys` names."""
-        return len(self.buckets) + len(self.sample_rows) + _SINGLE_PROGRAMS
+        """Programs that an engine with this ladder compiles: whole steps, forwards, those that
+        sample, and `score`, `controls`, `admit` and `state`; as many as `Programs.keys` names."""
+        whole = sum(not b.apart for b in self.buckets)
+        return whole + len(self.forwards) + len(self.samples) + _SINGLE_PROGRAMS
 
     def most_k(self, rows: int, sampler: Sampler) -> int:
         """Most tokens that each row of a decode step can emit in one dispatch, a rung's k."""
@@ -204,14 +224,14 @@ def make_ladder(
     Decode rungs double from 8 rows to `max_rows` (and one of a single row); mixed rungs double from
     64 tokens to `max_tokens`, with room for nearly as many rows as tokens. GREEDY also has the
     sizes halfway between, where a step's time grows with its tokens. Where that makes too many
-    programs they are thinned out. What needs a FULL rung is asked for rarely, and gets a coarse
-    set.
+    programs they are thinned out. FULL has some of SAMPLE's rungs: what needs it is asked for
+    rarely.
 
     Args:
       max_rows: most rows a step may have (the number of slots).
       max_tokens: most tokens a step may have; must exceed `max_rows`.
-      max_programs: bound on the number of programs, all counted; at least 11, or 13 with `max_k`
-        (a decode and a mixed rung for each sampler and what goes with them).
+      max_programs: bound on the number of programs, all counted; at least 10, or 12 with `max_k`
+        (a decode and a mixed rung, whole and in two, and what goes with them).
       max_k: above 1, some decode sizes get rungs of this k as well.
     """
     if max_tokens <= max_rows:
@@ -219,41 +239,42 @@ def make_ladder(
             f"max_batched_tokens: got {max_tokens}, must be above max_num_seqs ({max_rows}), so "
             "that a step with every slot decoding still has room for a prompt chunk"
         )
-
-    decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
-    chunks = _doublings(64, max_tokens)
-
-    def mixed(tokens: int, sampler: Sampler, among: Sequence[int]) -> Bucket:
-        """A rung with nearly as many rows as tokens, or the next smaller of `among`."""
-        wanted = max_rows if tokens == max_tokens else min(max_rows, tokens - tokens // 8)
-        rows = max((n for n in among if n <= wanted), default=wanted)
-        return Bucket(tokens, rows, sampler)
-
     spare = max_programs >= 25  # enough for more than one size of each kind
-    few = _thin(decode[1:] or decode, 4 if max_programs >= 40 else 1 + spare)
-    buckets = [Bucket(n, n, Sampler.FULL) for n in few]
-    # Of the same rows, so that they share programs that sample.
-    buckets += [mixed(t, Sampler.FULL, few) for t in _thin(chunks, len(few))]
+    at_once: list[Bucket] = []
     if max_k > 1:
         rows = sorted({min(n, max_rows) for n in _K_ROWS})
         rows = rows if spare else rows[-1:]
-        buckets += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
+        at_once += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
         # A lone sampled row is well served by the next size.
-        buckets += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
-    # What is left is for two sets: greedy, and a coarser one that samples.
-    room = max_programs - (taken := Ladder(buckets).num_programs)
-    if room < 4:
-        raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {taken + 4}")
+        at_once += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
+
+    def mixed(tokens: int, sampler: Sampler) -> Bucket:
+        wanted = max_rows if tokens == max_tokens else min(max_rows, tokens - tokens // 8)
+        return Bucket(tokens, wanted, sampler)
+
+    def ladder(greedy: list[list[int]], sampled: list[list[int]]) -> Ladder:
+        whole = [Bucket(n, n, Sampler.GREEDY) for n in greedy[0]]
+        whole += [mixed(t, Sampler.GREEDY) for t in greedy[1]]
+        apart = [Bucket(n, n, Sampler.SAMPLE) for n in sampled[0]]
+        apart += [mixed(t, Sampler.SAMPLE) for t in sampled[1]]
+        few = _thin(sampled[0][1:] or sampled[0], 4 if max_programs >= 40 else 1 + spare)
+        full = [
+            replace(b, sampler=Sampler.FULL)
+            for b in apart
+            if sampled[0][bisect_left(sampled[0], b.rows)] in few
+        ]
+        return Ladder([*whole, *apart, *full, *at_once])
+
+    decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
     lists = [
         sorted({1, *_doublings(min(8, max_rows), max_rows, halves_from=_HALVES_FROM)}),
         _doublings(64, max_tokens, halves_from=2 * 64),
         decode,
-        chunks,
+        _doublings(64, max_tokens),
     ]
-    _give_up(lists, room)
-    for sampler, (alone, some) in zip(
-        (Sampler.GREEDY, Sampler.SAMPLE), (lists[:2], lists[2:]), strict=True
-    ):
-        buckets += [Bucket(n, n, sampler) for n in alone]
-        buckets += [mixed(t, sampler, ()) for t in some]
-    return Ladder(buckets)
+    while (made := ladder(lists[:2], lists[2:])).num_programs > max_programs:
+        if all(len(sizes) == 1 for sizes in lists):
+            least = made.num_programs
+            raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {least}")
+        _give_up(lists)
+    return made

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("runner")
 
 LADDER = Ladder(
     [Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.FULL)]
-    + [Bucket(4, 4, Sampler.SAMPLE, 3)]
+    + [Bucket(24, 3, Sampler.SAMPLE), Bucket(4, 4, Sampler.SAMPLE, 3)]
 )
 SPEC = RunnerSpec(
     num_slots=40,
@@ -205,8 +205,9 @@ def test_warmup_compiles_everything_and_arms_the_guard():
     runner = make_runner(dataclasses.replace(SPEC, num_pages=40))
     seen = []
     runner.warmup(lambda done, total: seen.append((done, total)))
-    all_but_state = LADDER.num_programs - 1
-    assert seen[-1] == (all_but_state, all_but_state)
+    steps = len(LADDER) + 2  # and updates of slots, and of controls
+    assert seen[-1] == (steps, steps)
+    assert len(runner._compiled) == LADDER.num_programs
     init = SlotInit(slot=0, position=0, remaining=9, controlled=True)
     rules = SlotControls(0, ints(1, 2), ints(3), allowed=ints(*range(50)), bad_words=((3, 4),))
     more = {"inits": (init,), "page_adds": pages(0, 1, 1), "controls": (rules,)}

@@ -158,12 +158,14 @@ def test_what_a_step_hands_over_is_there_once_and_its_results_until_fetched() ->
         figures = {key: {"temp": temps[key], "outputs": outputs[key]} for key in temps}
         return startup._need(cast(Any, nothing_sent), cast(Any, SimpleNamespace(figures=figures)))
 
-    nothing_sent = SimpleNamespace(input_bytes=lambda key: 0)
+    nothing_sent = SimpleNamespace(input_bytes=lambda key: 0, logit_rows=lambda key: key.rows)
     greedy = Bucket(512, 8, Sampler.GREEDY, 1)
-    full, sample = Bucket(512, 8, Sampler.FULL, 1), SampleKey(8)
-    results = {greedy: 7, full: 1000, sample: 3, SCORE: 2}  # of SCORE two: 256 tokens each
+    full, sample = Bucket(512, 8, Sampler.FULL, 1), SampleKey(8, Sampler.FULL)
+    other = SampleKey(8, Sampler.SAMPLE)  # instead of it
+    # Of SCORE there are two: 256 tokens each.
+    results = {greedy: 7, full: 1000, sample: 3, other: 2, SCORE: 2}
     # Sampling works in most: its 50, the logits, its results and those of the step before.
-    assert needed({greedy: 9, full: 40, sample: 50, SCORE: 1}, results) == startup.Need(
+    assert needed({greedy: 9, full: 40, sample: 50, other: 6, SCORE: 1}, results) == startup.Need(
         50, 1000 + 7 + 7
     )
     # The forward of a FULL step, and GREEDY results waiting.

@@ -17,7 +17,7 @@ from quire.model.config import ModelConfig
 from quire.model.inputs import ADMIT_ROOM
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
-from quire.model.programs import ADMIT, Programs
+from quire.model.programs import ADMIT, Programs, SampleKey
 from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
 PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
@@ -122,9 +122,26 @@ def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
 
 def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
     """Each bisection for a threshold is a loop that the host runs (XLA captures no `while`)."""
-    thunks = report("small", replace(DECODE, sampler=Sampler.SAMPLE)).thunks
+    assert report("small", replace(DECODE, sampler=Sampler.FULL)).thunks == ["CommandBuffer"]
+    thunks = report("small", SampleKey(ROWS, Sampler.SAMPLE)).thunks
     assert thunks is not None and thunks[0] == "CommandBuffer"
     assert thunks.count("While") <= 2
+
+
+def kernels(model: str, layers: int, bucket: Bucket) -> set[str]:
+    """Names of the kernels in a program of so many layers of a model, each of which is compiled."""
+    config = replace(CONFIGS[model](), num_layers=layers, windows=(None,) * layers)
+    made, _ = engine(
+        config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS
+    )
+    return set(compile_for(made.lower(bucket), "gpu", bucket.tokens).launched)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_layers_share_their_kernels(bucket: Bucket) -> None:
+    """Another layer is not another kernel to compile. (The first layer and the last may differ.)"""
+    few, more = kernels("small", 3, bucket), kernels("small", 5, bucket)
+    assert 15 < len(few) == len(more)
 
 
 def test_own_kernels_are_used() -> None:
