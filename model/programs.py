@@ -54,8 +54,8 @@ STATE = "state"
 """Names the program that makes slabs, slots and controls anew."""
 
 Key = Bucket | SampleKey | str
-"""A program's name. A bucket is a whole step or, where sampling is apart, the forward of all samplers
-(`forward_key`)."""
+"""A program's name. A bucket is a whole step or, where sampling is apart, the forward of all
+samplers (`forward_key`)."""
 
 
 def forward_key(bucket: Bucket) -> Bucket:
@@ -213,8 +213,8 @@ class Programs:
         args = (slots, logits, self._buffer(2 * key.rows))
         if key.sampler != Sampler.FULL:
             return self._lowered(make_sample(key.rows), args, donated=(0,), fresh=1)
-        args = (self.abstract_controls(), *args)
-        return self._lowered(make_full_sample(key.rows), args, donated=(0, 1), fresh=1)
+        controlled = (self.abstract_controls(), *args)
+        return self._lowered(make_full_sample(key.rows), controlled, donated=(0, 1), fresh=1)
 
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size

@@ -2,9 +2,9 @@
 
     step(params, slabs, slots, buffer) -> (slabs, slots, outputs)
 
-One program a GREEDY bucket, slabs and slots donated. Read `make_step` for the life of a step: update
-slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but the first k
-times over in a bucket of k tokens a dispatch.
+One program a GREEDY bucket, slabs and slots donated. Read `make_step` for the life of a step:
+update slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but the
+first k times over in a bucket of k tokens a dispatch.
 
     forward(params, slabs, slots, buffer)            -> (slabs, slots, logits, hidden, pooled)
     sample(slots, logits, buffer)                    -> (slots, outputs)

@@ -25,6 +25,8 @@ DECODE, MIXED = Bucket(ROWS, ROWS, Sampler.GREEDY), Bucket(TOKENS, ROWS, Sampler
 pytestmark = pytest.mark.xdist_group("compile for gpu")  # programs are compiled once a process
 SLACK = 4 << 20
 """For what is small and many: the page table of a step, the plan of the attention, rotations."""
+WORKSPACE = 32 << 20
+"""What the vendor's matrix products may work in."""
 
 
 def small() -> ModelConfig:
@@ -76,13 +78,13 @@ def nbytes(tree: Any) -> int:
 
 def temp_bound(config: ModelConfig, bucket: Bucket) -> int:
     """Either the logits of all rows in float32, or what one layer holds of all tokens in bfloat16;
-    and the attention's partial sums: (rows + split budget) × heads × (D values, m and l)."""
+    WORKSPACE; and the attention's partial sums: (rows + split budget) × heads × (D, m and l)."""
     logits = bucket.rows * config.vocab_size * 4
     of_a_token = 3 * config.intermediate_size + 4 * config.hidden_size
     of_a_token += 2 * config.q_size + 2 * config.kv_size
     items = bucket.rows + DecodeShape().programs // config.num_kv_heads
     partial_sums = items * config.num_heads * (config.head_dim + 2) * 4
-    return max(logits, bucket.tokens * of_a_token * 2) + partial_sums + SLACK
+    return max(logits, bucket.tokens * of_a_token * 2) + partial_sums + WORKSPACE + SLACK
 
 
 KEYS = {"decode": DECODE, "mixed": MIXED, "admit": ADMIT}
