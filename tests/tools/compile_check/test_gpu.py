@@ -72,6 +72,21 @@ def test_programs_are_checked_as_an_engine_compiles_them(monkeypatch: pytest.Mon
     assert compiler_options("cuda") and compiler_options("gpu").items() <= given[0].items()
 
 
+def test_products_of_many_tokens_are_the_vendors() -> None:
+    """And of few XLA's own compete, for which the engine compiles one step well before the others
+    with the same products."""
+    assert 'custom_call_target="__cublas' in report("small", DECODE).hlo
+    made, spec, _ = programs("small")
+    buckets = [key for key in made.lowerings() if isinstance(key, Bucket)]
+    own = [
+        b for b in buckets if not made.compiler_options(b).keys() & {"xla_gpu_enable_triton_gemm"}
+    ]
+    assert {b.tokens for b in own} == {b.tokens for b in spec.ladder.buckets if b.tokens < 64}
+    greedy = [b for b in buckets if b.sampler == Sampler.GREEDY]
+    assert buckets[: len(greedy)] == greedy
+    assert {b.tokens for b in greedy[:4]} == {b.tokens for b in own}
+
+
 def nbytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
