@@ -106,7 +106,8 @@ def make_forward(
         model = decoder.bind(params)
         hidden = model(placed.tokens, placed.positions, attend)
         last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
-        at_last = hidden if bucket.decode_only else hidden[last]
+        as_it_is = bucket.decode_only and logit_rows == bucket.rows
+        at_last = hidden if as_it_is else hidden[last]
         pools = bucket.apart and not bucket.decode_only
         passed = Passed(hidden, model.logits(at_last), model.pooled(at_last) if pools else None)
         return {group.name: slab}, placed, passed

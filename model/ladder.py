@@ -112,11 +112,7 @@ class Ladder:
                 self._decode.setdefault((b.sampler, b.k), []).append(b)
             else:
                 self._mixed[b.sampler].append(b)
-        apart = [b for b in self.buckets if b.apart]
-        sizes = sorted({b.rows for b in apart if b.decode_only})
-        self._logit_rows = {
-            (b.tokens, b.rows): next((n for n in sizes if n >= b.rows), b.rows) for b in apart
-        }
+        self._sampled_rows = sorted({b.rows for b in self.buckets if b.apart and b.decode_only})
         self._chunks = sorted({b.tokens for b in self._mixed[Sampler.GREEDY]})
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
@@ -144,7 +140,10 @@ class Ladder:
     def logit_rows(self, bucket: Bucket) -> int:
         """Rows of logits that a rung's forward leaves: where it is a program of its own as many as
         the next decode rung has, so that programs that sample are few."""
-        return self._logit_rows[bucket.tokens, bucket.rows] if bucket.apart else bucket.rows
+        at = bisect_left(self._sampled_rows, bucket.rows)
+        if not bucket.apart or at == len(self._sampled_rows):
+            return bucket.rows
+        return self._sampled_rows[at]
 
     @property
     def num_programs(self) -> int:
