@@ -18,6 +18,7 @@ BENCHES = {
     "kernels": "attention and KV write alone, beside the device's own limits",
     "profile": "where the milliseconds of a step go, by kind of kernel",
     "scheduler": "host time of a step, without a device",
+    "compare": "figures of these beside another engine's, and what is aimed at",
     "frontend": "what frontend processes cost and add, without a device",
 }
 

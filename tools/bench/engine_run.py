@@ -157,6 +157,7 @@ class TokenEngine:
             "max_batched_tokens": sizes.spec.ladder.max_tokens,
             "prefix_caching": self.config.prefix_caching,
             "overlap": self.config.overlap,
+            "tensor_parallel": self.config.tensor_parallel,
             "collector": "as quire serve sets it",
             "sizes": memory(sizes, device),
         }
