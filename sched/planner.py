@@ -143,7 +143,8 @@ class Planner:
                 # A prompt token that is found instead of computed has no log-probability.
                 most = len(seq.group.scores) if seq.unscored else sys.maxsize
                 hit = cache.match(seq.chain, seq.tokens, most)
-                if not policy.may_enter(seq, hit, reserved, cache, worst_case=worst):
+                may = policy.may_enter(seq, hit, reserved, cache, worst_case=worst)
+                if not may and not (worst and policy.fits_over_time(seq, roster.running, cache)):
                     self.pressure.is_short = True
                     return
                 roster.enter(seq, hit)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 
+import numpy as np
+
 from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import Ladder, RunnerSpec
 from .fairness import OUTPUT_COST, FairQueue
@@ -84,7 +86,8 @@ def reserved_pages(
     """Pages that admission must leave for those who run already.
 
     Normally what their prompts still need and one more for each, so that nobody has to give way at
-    once; in the worst case all they may ever need, so that nobody has to give way at all.
+    once; in the worst case all they may ever need, so that nobody has to give way at all. Where
+    that is more than there is, `fits_over_time` asks whether they need it at the same time.
     """
     if worst_case:
         return sum(cache.pages_for(seq.limit) - len(seq.kv.pages) for seq in running)
@@ -103,6 +106,24 @@ def may_enter(
     horizon = seq.limit if worst_case else min(seq.limit, len(seq.tokens) + cache.page_size)
     needed = cache.pages_for(horizon) - len(hit.entries) + hit.idle_pages
     return needed + reserved <= cache.available
+
+
+def fits_over_time(seq: Sequence, running: Collection[Sequence], cache: KVCache) -> bool:
+    """Whether there are pages for a waiting sequence and all who run, though each goes on to its
+    limit: they end one after another, and what one gives back another grows into.
+
+    All are taken to gain a token a step, so demand is largest when one of them ends. Pages that
+    several hold count for each.
+    """
+    rows = (*running, seq)
+    at = np.array([len(row.tokens) + row.unread for row in rows])
+    left = np.array([row.limit for row in rows]) - at
+    longest_first = np.argsort(-left)
+    left, together = left[longest_first], np.cumsum(at[longest_first])
+    going = np.arange(1, len(rows) + 1)  # those that go on when each ends, itself included
+    # The last page of each is partly empty.
+    demand = (together + going * left) // cache.page_size + going
+    return int(demand.max()) <= cache.total
 
 
 def gives_way(running: Ranked[Sequence], queue: FairQueue) -> Sequence:

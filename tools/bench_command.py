@@ -10,6 +10,7 @@ import importlib
 
 BENCHES = {
     "throughput": "output tokens per second over a trace, all requests submitted at once",
+    "pages": "a run at the limit of KV pages, beside one without that limit",
     "latency": "decode step by batch, time to first token, prefix hits",
     "serve": "a running server under load, as its callers see it",
     "soak": "whether a server leaks under callers of every kind",

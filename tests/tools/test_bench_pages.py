@@ -1,0 +1,101 @@
+"""`quire bench pages`: that both runs are counted right, and that what must not happen is said. No
+figure is held against a clock."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.tools.bench import pages
+from quire.tools.cli import main
+
+SMALL = ["--no-warmup", "--max-num-seqs=4", "--max-batched-tokens=32", "--page-size=16"]
+
+
+@pytest.fixture(autouse=True)
+def collector() -> Iterator[None]:
+    """Benchmarks settle the garbage collector of their process, which here is the tests'."""
+    before = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    file = tmp_path / "trace.json"
+    file.write_text("[[20, 60], [5, 90], [9, 70]]")
+    return file
+
+
+def test_both_runs(
+    folder: Path,
+    trace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A machine that is busy with other tests may be slower in one run than in the other.
+    monkeypatch.setattr(pages, "MIN_RATIO", 0.0)
+    monkeypatch.setattr(pages, "MAX_THRASH", 9.0)
+    plot = tmp_path / "pages.png"
+    argv = [f"--model={folder}", f"--trace={trace}", "--share=0.45", f"--plot={plot}", "--json"]
+    argv += ["--seconds=3", "--unlimited-seconds=3", *SMALL]
+    assert main(["bench", "pages", *argv]) == 0
+    said = json.loads(capsys.readouterr().out)
+    free, tight = said["unlimited"], said["limited"]
+    assert said["streams"] == 4 and said["problems"] == []
+    assert free["preemptions"] == 0 and free["pages_most"] < free["pages"]
+    assert tight["pages"] == said["pages"] == round(0.45 * free["pages_most"])
+    assert 0 < tight["pages_most"] <= tight["pages"]
+    assert tight["preemptions"] > 0 and tight["running_mean"] < free["running_mean"]
+    assert tight["thrash"] == pytest.approx(
+        tight["recomputed_tokens"]
+        / (tight["output_tok_s"] * (tight["seconds"] - tight["settled_after"]))
+    )
+    assert tight["answers"] > 0 and tight["failed_steps"] == 0
+    assert said["ratio"] == pytest.approx(tight["output_tok_s"] / free["output_tok_s"])
+    assert said["at_rest"] == {"running": 0, "waiting": 0, "pages_used": 0}
+    assert said["kv_memory"] % (said["pages"] + 1) == 0
+    looks = tight["over_time"]
+    assert all(look["pages_used"] <= said["pages"] for look in looks) and len(looks) > 5
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_must_not_happen_is_said() -> None:
+    fine = {"thrash": 0.01, "failed_steps": 0}
+    rest = {"running": 0, "waiting": 0, "pages_used": 0}
+    results: dict[str, Any] = {
+        "ratio": 0.95, "pages": 100, "unlimited": fine, "limited": fine, "at_rest": rest,
+    }  # fmt: skip
+    assert pages._problems(results) == []
+    wrong = {
+        "with 100 pages 50.0% of": {"ratio": 0.5},
+        "0.30 tokens computed again": {"limited": {**fine, "thrash": 0.3}},
+        "2 steps failed in the limited run": {"limited": {**fine, "failed_steps": 2}},
+        "at rest there are {'pages_used': 3}": {"at_rest": {**rest, "pages_used": 3}},
+    }
+    for says, change in wrong.items():
+        (problem,) = pages._problems({**results, **change})
+        assert problem.startswith(says)
+
+
+@pytest.mark.parametrize("share", ["0", "1.1", "half", "nan"])
+def test_shares_that_are_none(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "pages", f"--share={share}"])
+    assert f"got '{share}', must be a number above 0, at most 1" in capsys.readouterr().err
+
+
+def test_too_few_pages_for_one_request(
+    folder: Path, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--model={folder}", f"--trace={trace}", "--share=0.1", *SMALL]
+    assert main(["bench", "pages", *argv, "--seconds=1", "--unlimited-seconds=1"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "share: got 0.1, which makes " in said and "longest request of the trace needs" in said
