@@ -149,6 +149,11 @@ def settle(
     if config.prefill_chunk is not None and config.prefill_chunk > chunk:
         notes.append(f"prefill_chunk is {chunk}: what a step holds (got {config.prefill_chunk})")
     longest = longest_wanted(config, model)
+    if longest > model.max_served_positions:
+        notes.append(
+            f"max_model_len is {longest}, beyond the {model.max_served_positions} tokens that the "
+            "checkpoint was made for: what it answers there may mean nothing"
+        )
 
     weights = weight_bytes(local_config(model, shards), dtype)
     table = MemoryTable(
@@ -263,17 +268,19 @@ def _kv_setting(config: EngineConfig) -> str:
 
 
 def longest_wanted(config: EngineConfig, model: ModelConfig) -> int:
-    """The longest sequence: what the user wants, at most what the checkpoint serves; memory may
-    hold less (`settle`)."""
+    """The longest sequence: what the user wants, at most what the checkpoint serves unless that
+    limit is lifted; memory may hold less (`settle`)."""
     allowed = model.max_served_positions
     if config.max_model_len is None:
         return allowed
     if config.max_model_len > allowed:
-        reason = (
-            "dynamic rope scaling is served up to the original length"
-            if model.rope.kind == "dynamic"
-            else "max_position_embeddings"
-        )
+        # Its result there would depend on the history of the batch (model/rope.py).
+        if model.rope.kind == "dynamic":
+            reason = "dynamic rope scaling is served up to the original length"
+        elif not config.lift_context_limit:
+            reason = "max_position_embeddings; lift_context_limit lets it go beyond"
+        else:
+            return config.max_model_len
         raise InvalidConfig(
             f"max_model_len: got {config.max_model_len}, must be at most {allowed} ({reason})"
         )

@@ -12,6 +12,7 @@ BENCHES = {
     "throughput": "output tokens per second over a trace, all requests submitted at once",
     "pages": "a run at the limit of KV pages, beside one without that limit",
     "latency": "decode step by batch, time to first token, prefix hits",
+    "long": "a very long prompt, cold and again from the prefix cache",
     "serve": "a running server under load, as its callers see it",
     "soak": "whether a server leaks under callers of every kind",
     "fairness": "what a tenant sees while another asks for 50 times its share",

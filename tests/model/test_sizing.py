@@ -114,8 +114,21 @@ def test_a_default_length_shrinks_to_what_fits_and_says_so():
 def test_a_length_that_was_asked_for_never_shrinks():
     with pytest.raises(InvalidConfig, match=r"max_model_len: got 20000, but .* hold 8160 tokens"):
         sizes(kv_memory=1 * GIB, max_model_len=20000)
-    with pytest.raises(InvalidConfig, match=r"must be at most 131072 \(max_position_embeddings\)"):
+    with pytest.raises(
+        InvalidConfig, match=r"must be at most 131072 \(max_position_embeddings; lift"
+    ):
         sizes(max_model_len=131073)
+
+
+def test_the_context_limit_is_lifted_by_name_alone_and_said():
+    got = sizes(max_model_len=200_064, lift_context_limit=True)
+    assert got.spec.max_model_len == 200_064 and got.spec.max_pages_per_seq == 6252
+    assert any("beyond the 131072 tokens that the checkpoint was made" in n for n in got.notes)
+    assert not any("beyond" in n for n in sizes(max_model_len=9, lift_context_limit=True).notes)
+    rope = RopeConfig("dynamic", 10000.0, 4.0, 2048)
+    model = dataclasses.replace(LLAMA_8B, rope=rope, max_positions=8192)
+    with pytest.raises(InvalidConfig, match=r"at most 2048 \(dynamic rope"):
+        sizes(model, max_model_len=4096, lift_context_limit=True)
 
 
 def test_dynamic_rope_is_refused_beyond_its_original_length():

@@ -81,7 +81,7 @@ def test_the_data_speak_of_the_same_figures() -> None:
     for model in shipped_configs():
         peers = data.of(model, "bfloat16")
         assert peers is not None and peers == data.of(f"/some/where/{model.upper()}/", "auto")
-        extra = {"trace_output_tok_s", "long_hit_ms/200000", "page_limit_ratio"}
+        extra = {"trace_output_tok_s", "long_hit_ms/200000", "page_limit_ratio"}  # not the peers'
         assert set(peers.goals) <= set(peers.figures) | extra, set(peers.goals) - set(peers.figures)
         for goal in peers.goals.values():
             steps = [g for g in (goal.target, goal.stretch, goal.limit) if g is not None]
@@ -154,6 +154,17 @@ def test_online(compare: Any, write: Write, refused: Any) -> None:
     assert "2 of 375 requests failed" in refused(file)
     file = write("llama_latency", bench="serve", **served(25, 375))
     assert "online/25/tpot_ms_p50" in by_name(compare(file)["models"]["llama-3.1-8b bf16"])
+
+
+def test_what_the_peers_were_not_asked_has_a_target(compare: Any, write: Write) -> None:
+    hits = {"all": [90.0, 95.0, 130.0]}
+    long = write("llama_latency", bench="long", prompt_tokens=200_000, hit_ms=hits, cold_ms=9e3)
+    pages = write("llama_throughput", "pages.json", bench="pages", ratio=0.89)
+    lines = by_name(compare(long, pages)["models"]["llama-3.1-8b bf16"])
+    line = lines["long_hit_ms/200000"]
+    assert (line["ours"], line["peer"], line["target"], line["is_met"]) == (95.0, None, 100, True)
+    assert lines["long_cold_ms/200000"]["metric"] == "200,000 tokens, the first time, ms"
+    assert lines["page_limit_ratio"]["is_met"] is False
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ _TITLES = {
     "ttft_ms": "first token, {} prompt tokens, ms",
     "prefix_10k_ms/cold": "10,000 tokens, the first time, ms",
     "prefix_10k_ms/hit": "the same 10,000 tokens again, ms",
+    "long_cold_ms": "{} tokens, the first time, ms",
+    "long_hit_ms": "the same {} tokens again, ms",
+    "page_limit_ratio": "at the limit of pages, of the tokens a second with all",
     "start_to_first_token_s/cold_caches": "start to first token, nothing stored, s",
     "start_to_first_token_s/warm_compile_cache": "start to first token, stored programs, s",
 }
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="what --json of throughput, latency, startup, online or serve wrote",
+        help="what --json of throughput, latency, startup, online, serve, long or pages wrote",
     )
     parser.add_argument(
         "--any-device",
@@ -118,7 +121,7 @@ def _lines(peers: Peers, files: list[Findings]) -> list[dict[str, Any]]:
         theirs, whose = _theirs(name, first[name], peers)
         goal = peers.goals.get(name, Goal())
         ours_median = median(ours)
-        higher = name.endswith("tok_s")
+        higher = name.endswith(("tok_s", "ratio"))
         line: dict[str, Any] = {
             "name": name,
             "metric": _title(name) + (f" (peers' at {whose})" if whose else ""),

@@ -164,10 +164,26 @@ def _served(found: Findings, peers: Peers, run: dict[str, Any]) -> dict[str, lis
     return figures
 
 
+def _long(found: Findings, peers: Peers) -> dict[str, list[float]]:
+    report = found.report
+    size = report["prompt_tokens"]
+    return {
+        f"long_cold_ms/{size}": [report["cold_ms"]],
+        f"long_hit_ms/{size}": report["hit_ms"]["all"],
+    }
+
+
+def _pages(found: Findings, peers: Peers) -> dict[str, list[float]]:
+    _same(found, "trace", found.report["trace"]["name"], "sharegpt-like")
+    return {"page_limit_ratio": [found.report["ratio"]]}
+
+
 _READERS = {
     "throughput": _throughput,
     "latency": _latency,
     "startup": _startup,
     "serve": _serve,
     "online": _online,
+    "long": _long,
+    "pages": _pages,
 }
