@@ -14,6 +14,7 @@ BENCHES = {
     "latency": "decode step by batch, time to first token, prefix hits",
     "long": "a very long prompt, cold and again from the prefix cache",
     "serve": "a running server under load, as its callers see it",
+    "online": "a server of its own at several rates of requests",
     "soak": "whether a server leaks under callers of every kind",
     "fairness": "what a tenant sees while another asks for 50 times its share",
     "startup": "seconds from process start to first token, by phase, cold and warm",

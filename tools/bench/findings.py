@@ -143,7 +143,8 @@ def _serve(found: Findings, peers: Peers) -> dict[str, list[float]]:
 def _online(found: Findings, peers: Peers) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {}
     for run in found.report["rates"]:
-        figures |= _served(found, peers, run)
+        for name, values in _served(found, peers, run).items():
+            figures.setdefault(name, []).extend(values)
     return figures
 
 
