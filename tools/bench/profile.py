@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from ..flags import positives
 from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
-from .trace import draw_prompts, read_trace
 
 if TYPE_CHECKING:
     from .engine_run import TokenEngine
@@ -58,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ...serving.progress import Terminal
     from .engine_run import TokenEngine
+    from .trace import draw_prompts
 
     draw = np.random.default_rng(0)
     reporter = Terminal()
@@ -80,6 +80,8 @@ def _scenarios(
     args: argparse.Namespace, engine: TokenEngine, draw: Any
 ) -> Iterable[tuple[str, list[tuple[int, ...]], list[int], float]]:
     """Name, prompts, output tokens, and from which share of the time on it counts."""
+    from .trace import draw_prompts, read_trace
+
     vocab = engine.vocab
     for batch in args.batch:
         prompts = draw_prompts([64] * batch, vocab, draw)
