@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from .contract import Extras, Options, RaggedBatch
 from .gpu_decode import DecodeShape, decode
 from .gpu_pallas import Heads
+from .gpu_mosaic import MosaicShape
 from .gpu_prefill import PrefillShape, prefill
+from . import gpu_mosaic
 
 
 def _decode_shape(heads: Heads) -> DecodeShape:
@@ -56,7 +58,7 @@ def _attend(
     *,
     interpret: bool,
     decode_shape: DecodeShape | None = None,
-    prefill_shape: PrefillShape | None = None,
+    prefill_shape: PrefillShape | MosaicShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See api.py. The shapes are for tuning; None takes the defaults."""
     # An argument, so that all layers of a program share one trace and one kernel.
@@ -80,7 +82,7 @@ def _traced_once(
     options: Options,
     interpret: bool,
     decode_shape: DecodeShape | None,
-    prefill_shape: PrefillShape | None,
+    prefill_shape: PrefillShape | MosaicShape | None,
 ) -> tuple[jax.Array, jax.Array]:
     num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
@@ -108,11 +110,13 @@ def _traced_once(
         queries, tokens, first_page, batch, extras, heads, decode_shape or _decode_shape(heads),
         alone=options.decode_only,
     )  # fmt: skip
-    if not options.decode_only:
-        out = prefill(
-            queries, tokens, first_page, batch, extras, heads,
-            prefill_shape or _prefill_shape(heads, num_tokens), out,
-        )  # fmt: skip
+    if options.decode_only:
+        pass
+    elif isinstance(prefill_shape, MosaicShape):
+        out = gpu_mosaic.prefill(queries, slab, first_page, batch, heads, prefill_shape, out)
+    else:
+        shape = prefill_shape or _prefill_shape(heads, num_tokens)
+        out = prefill(queries, tokens, first_page, batch, extras, heads, shape, out)
     o, lse = out
     return o.reshape(q.shape), lse.reshape(q.shape[:2])
 

@@ -41,26 +41,23 @@ from .gpu_pallas import (
     when,
 )
 
-_UNUSED, _REAL, _EMPTY, _PART = range(4)
+UNUSED, REAL, EMPTY, PART = range(4)  # kinds of items
 _MERGED_QUERIES = 16  # of a tile, that one program of the merge takes
 
 
-@dataclass(frozen=True)
-class PrefillShape:
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
     """How the work is cut.
 
     Attributes:
       queries: (token, query head) pairs in a tile.
       block: KV tokens per turn of the loop.
-      num_warps, num_stages: see Launch.
       programs: how many (tile, KV head) pairs fill the device.
       least_blocks: a part of a tile that is cut has at least about this many blocks.
     """
 
     queries: int
     block: int
-    num_warps: int
-    num_stages: int
     programs: int = 132  # one on each multiprocessor of an H200
     least_blocks: int = 16
 
@@ -78,6 +75,18 @@ class PrefillShape:
         return max(1, self.programs // heads.num_kv_heads)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefillShape(Tiling):
+    """How the work is cut and run.
+
+    Attributes:
+      num_warps, num_stages: see Launch.
+    """
+
+    num_warps: int
+    num_stages: int
+
+
 class PrefillPlan(NamedTuple):
     """What runs where; the same for all layers of one window, so XLA computes it once a step."""
 
@@ -85,10 +94,13 @@ class PrefillPlan(NamedTuple):
     splits: jax.Array  # [S, 4] of each tile that is cut: first part, parts, first and end query
 
 
-def tiles(batch: RaggedBatch, heads: Heads, num_tokens: int, tile: int) -> jax.Array:
+def tiles(
+    batch: RaggedBatch, heads: Heads, num_tokens: int, tile: int, align: int = 1
+) -> jax.Array:
     """The tiles of all prompt rows, computed once a step: the same for every layer of one window.
 
-    The tokens after the last row make one row more, which sees nothing.
+    The tokens after the last row make one row more, which sees nothing. Tiles are counted from a
+    multiple of `align`: the first of a row may begin within one, and is the shorter for it.
 
     Returns:
       [tiles at most, 7] int32, the last of a row first (those see most): kind, row, first and end
@@ -101,19 +113,22 @@ def tiles(batch: RaggedBatch, heads: Heads, num_tokens: int, tile: int) -> jax.A
     rest = rows == batch.num_seqs
     begins = cu
     ends = jnp.where(rest, num_tokens, jnp.append(cu[1:], num_tokens))
-    counts = jnp.where(prompt | rest, cdiv(jnp.maximum(ends - begins, 0), tile), 0)
+    lead = begins % align
+    counts = jnp.where((prompt | rest) & (ends > begins), cdiv(ends - begins + lead, tile), 0)
     sums = jnp.cumsum(counts)
     total = sums[-1]
 
-    item = total - 1 - jnp.arange(num_tokens // tile + num_rows + 1)
+    most = (num_tokens + (align - 1) * (num_rows + 1)) // tile + num_rows + 1
+    item = total - 1 - jnp.arange(most)
     row = jnp.minimum(jnp.sum(sums <= item[:, None], axis=1), num_rows)
-    low = begins[row] + (item - (sums - counts)[row]) * tile
+    low = (begins - lead)[row] + (item - (sums - counts)[row]) * tile
     high = jnp.minimum(low + tile, ends[row])
+    low = jnp.maximum(low, begins[row])
     kv_len = jnp.append(batch.kv_lens, 0)[row]
     offset = kv_len - ends[row]
-    kind = jnp.where(rest[row], _EMPTY, _REAL)
-    kind = jnp.where(item >= 0, kind, _UNUSED)
-    kv_end = jnp.where(kind == _REAL, jnp.maximum(high + offset, 0), 0)
+    kind = jnp.where(rest[row], EMPTY, REAL)
+    kind = jnp.where(item >= 0, kind, UNUSED)
+    kv_end = jnp.where(kind == REAL, jnp.maximum(high + offset, 0), 0)
     kv_first = jnp.zeros_like(low)
     if heads.window is not None:
         kv_first = jnp.maximum(low + offset - heads.window + 1, 0)
@@ -121,7 +136,7 @@ def tiles(batch: RaggedBatch, heads: Heads, num_tokens: int, tile: int) -> jax.A
     return jnp.stack([kind, row, low, high, offset, kv_first, kv_end], axis=1)
 
 
-def plan(work: jax.Array, shape: PrefillShape, budget: int) -> PrefillPlan:
+def plan(work: jax.Array, shape: Tiling, budget: int) -> PrefillPlan:
     """Cuts tiles into items.
 
     A tile of B blocks is cut if B > 5/4 · share, into less than B / share + 3/4 parts; the shares
@@ -136,11 +151,11 @@ def plan(work: jax.Array, shape: PrefillShape, budget: int) -> PrefillPlan:
         return PrefillPlan(jnp.pad(work, ((0, 0), (0, 1))), jnp.zeros((0, 4), jnp.int32))
     kind, row, low, high, offset, kv_first, kv_end = work.T
     first = kv_first // shape.block
-    blocks = jnp.where(kind == _REAL, jnp.maximum(cdiv(kv_end, shape.block) - first, 0), 0)
+    blocks = jnp.where(kind == REAL, jnp.maximum(cdiv(kv_end, shape.block) - first, 0), 0)
     share = jnp.maximum(cdiv(jnp.sum(blocks), budget), shape.least_blocks)
     count = jnp.maximum(cdiv(4 * blocks - share, 4 * share), 1)
     each = jnp.maximum(cdiv(blocks, count), 1)
-    count = jnp.where(kind == _UNUSED, 0, jnp.maximum(cdiv(blocks, each), 1))
+    count = jnp.where(kind == UNUSED, 0, jnp.maximum(cdiv(blocks, each), 1))
     parts = jnp.where(count > 1, count, 0)
     ends, part_ends, cuts = (jnp.cumsum(x) for x in (count, parts, parts > 0))
 
@@ -149,9 +164,9 @@ def plan(work: jax.Array, shape: PrefillShape, budget: int) -> PrefillPlan:
     used, owner = owner < len(work), jnp.minimum(owner, len(work) - 1)
     nth = item - (ends - count)[owner]
     begin = first[owner] + nth * each[owner]
-    kind = jnp.where(parts[owner] > 0, _PART, kind[owner])
+    kind = jnp.where(parts[owner] > 0, PART, kind[owner])
     items = [
-        jnp.where(used, kind, _UNUSED),
+        jnp.where(used, kind, UNUSED),
         *(x[owner] for x in (row, low, high, offset)),
         jnp.maximum(kv_first[owner], begin * shape.block),
         jnp.minimum(kv_end[owner], (begin + each[owner]) * shape.block),
@@ -162,6 +177,14 @@ def plan(work: jax.Array, shape: PrefillShape, budget: int) -> PrefillPlan:
     there = jnp.where(cut < cuts[-1], parts[owner], 0)
     splits = [(part_ends - parts)[owner], there, low[owner], high[owner]]
     return PrefillPlan(jnp.stack(items, axis=1), jnp.stack(splits, axis=1))
+
+
+def longest_first(items: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Items [N, 8] in the order of how many KV blocks they have, and how many are used, [1]."""
+    used = items[:, 0] != UNUSED
+    blocks = cdiv(items[:, 6], block) - items[:, 5] // block
+    order = jnp.argsort(jnp.where(used, -jnp.maximum(blocks, 0), 1))
+    return items[order], jnp.sum(used, dtype=jnp.int32)[None]
 
 
 def prefill(
@@ -204,7 +227,7 @@ def prefill(
         head, item = program_id(0), program_id(1)
         kind, row, low, high, offset, kv_first, kv_end, part = (items[item, c] for c in range(8))
 
-        @when(kind != _UNUSED)
+        @when(kind != UNUSED)
         def work_off() -> None:
             lane, d = jnp.arange(size), jnp.arange(heads.dims)
             token, g = low + div(lane, groups), rem(lane, groups)
@@ -258,19 +281,19 @@ def prefill(
             _, m, l, acc = state  # noqa: E741
             if budget:
 
-                @when(kind == _PART)
+                @when(kind == PART)
                 def write_part() -> None:
                     acc_ref, m_ref, l_ref = parts
                     store(acc_ref, (part, head, lane[:, None], d[None, :]), acc, here)
                     store(m_ref, (part, head, lane), m, real)
                     store(l_ref, (part, head, lane), l, real)
 
-            @when(kind != _PART)
+            @when(kind != PART)
             def write_result() -> None:
                 sink = None
                 if sinks is not None:
                     sink = load(sinks, (head * group + g,), g < group)
-                    sink = jnp.where(kind == _REAL, sink, -jnp.inf)
+                    sink = jnp.where(kind == REAL, sink, -jnp.inf)
                 o, lse = finish(m, l, acc, sink, 1.0 if v_scale is None else v_scale[head])
                 store(o_ref, at, o, here)
                 store(lse_ref, (token, head, g), lse, real)
@@ -287,23 +310,32 @@ def prefill(
     )
     if not budget:
         return o, lse
-    return _merge(o, lse, sums, work.splits, extras, Launch(heads.interpret, 4, 2))
+    return merge(o, lse, sums, work.splits, extras, Launch(heads.interpret, 4, 2))
 
 
-def _merge(
+def merge(
     o: jax.Array,
     lse: jax.Array,
     sums: list[jax.Array],
     splits: jax.Array,
     extras: Extras,
     launch: Launch,
+    *,
+    align: int = 1,
+    head_major: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Fills in the tokens of tiles that were cut, in place."""
+    """Fills in the tokens of tiles that were cut, in place.
+
+    Args:
+      sums: acc [parts, KH, queries, D], m and l [parts, KH, queries]: of (token, query head), or
+        if `head_major` of (query head, token), from the last multiple of `align` tokens on.
+    """
     _, kv_heads, group, head_dim = o.shape
     used = [x for x in (extras.sinks, extras.v_scale) if x is not None]
     groups, dims = power_of_2(group), power_of_2(head_dim, 16)
     size = sums[0].shape[2]
     width = min(size, _MERGED_QUERIES)
+    tile = size // groups
 
     def merge_tile(*refs: Any) -> None:
         splits_ref, acc_ref, m_ref, l_ref, *rest = refs
@@ -315,8 +347,11 @@ def _merge(
         @when(count > 0)
         def merge() -> None:
             lane, d = stretch * width + jnp.arange(width), jnp.arange(dims)
-            token, g = low + div(lane, groups), rem(lane, groups)
-            real = (token < high) & (g < group)
+            t, g = (rem(lane, tile), div(lane, tile)) if head_major else (
+                div(lane, groups), rem(lane, groups)
+            )  # fmt: skip
+            token = div(low, align) * align + t
+            real = (token >= low) & (token < high) & (g < group)
             here = real[:, None] & (d < head_dim)[None, :]
 
             def turn(part: jax.Array, state: Any) -> Any:
