@@ -217,7 +217,19 @@ def _call(
                 lax.fori_loop(begin, stop, copy_block, None)
                 return step0 + stop - begin, loaded + some.astype(jnp.int32)
 
-            each_item(copy_item, (jnp.int32(0), jnp.int32(0)))
+            steps, loaded = each_item(copy_item, (jnp.int32(0), jnp.int32(0)))
+
+            # Every arrival is awaited: the interpreter checks that they match.
+            @when(loaded > 0)
+            def last_queries() -> None:
+                mosaic.barrier_wait(q_used)
+
+            for slot in range(stages):
+
+                @when(steps > slot)
+                def last_blocks(slot: int = slot) -> None:
+                    mosaic.barrier_wait(k_used.at[slot])
+                    mosaic.barrier_wait(v_used.at[slot])
 
         def take_turns() -> None:
             mosaic.barrier_arrive(turn_barrier)
