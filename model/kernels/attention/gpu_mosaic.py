@@ -139,7 +139,7 @@ def _call(
         q_ref, slab_ref, table_ref, page_ref, items_ref, used_ref, o_ref, *rest = refs
         sums = rest[: len(partial_sums)]
         q_smem, k_smem, v_smem, o_smem, ml_smem, *barriers = rest[len(partial_sums) :]
-        q_there, q_used, k_there, k_used, v_there, v_used, turn_barrier = barriers
+        q_there, q_used, k_there, k_used, v_there, v_used, turns, cleared = barriers
         mine, wg = lax.axis_index("block"), lax.axis_index("warpgroup")
         pairs = used_ref[0] * kv_heads
 
@@ -231,187 +231,211 @@ def _call(
                     mosaic.barrier_wait(k_used.at[slot])
                     mosaic.barrier_wait(v_used.at[slot])
 
-        def take_turns() -> None:
-            mosaic.barrier_arrive(turn_barrier)
-            mosaic.barrier_wait(turn_barrier)
-
         @when(wg < _COPYING)
         def compute() -> None:
             mosaic.set_max_registers(232, action="increase")
             by_row = mosaic.Layout.WGMMA.reduce(1)
 
+            @when(wg == 1)
+            def let_the_other_begin() -> None:
+                mosaic.barrier_arrive(turns.at[0])
+
             def full(value: float, *size: int) -> jax.Array:
                 layout = mosaic.Layout.WGMMA if len(size) > 1 else by_row
                 return mosaic.layout_cast(jnp.full(size, value, f32), layout)
 
+            def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+                layout = mosaic.Layout.WGMMA if len(shape) > 1 else by_row
+                return mosaic.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
             def attend_item(head: Any, fields: Any, begin: Any, stop: Any, step0: Any) -> Any:
                 kind, _, low, high, offset, kv_first, kv_end, part = fields
-                some = stop > begin
                 base = div(low, ALIGN) * ALIGN
-                lane = mosaic.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
-                position = rem(lane + wg * ROWS, tile) + (base + offset)
+                position = rem(iota((ROWS,), 0) + wg * ROWS, tile) + (base + offset)
 
-                def turn(masked: bool) -> Callable[[Any, Any], Any]:
+                def mask(i: Any, s: jax.Array) -> jax.Array:
+                    key = iota(s.shape, 1) + i * block
+                    at = lax.broadcast_in_dim(position, s.shape, (0,))
+                    sees = key <= at
+                    if heads.window is not None:
+                        sees &= key > at - heads.window
+                    return jnp.where(sees, s, -jnp.inf)
+
+                def clear_unseen(i: Any, slot: Any) -> None:
+                    """Zeros where a block's V has positions that the tile does not see: a weight
+                    of 0 does not drop what is not finite. Each warpgroup clears its share."""
+                    unseen = (i + 1) * block > kv_end
+                    if heads.window is not None:
+                        unseen |= i * block < kv_first
+
+                    def clear_rows(here: Any) -> None:
+                        rows = v_smem.at[slot, pl.ds(here, ROWS)]
+                        v = mosaic.load(rows, layout=mosaic.Layout.WGMMA)
+                        key = iota(v.shape, 0) + (i * block + here)
+                        keep = key < kv_end
+                        if heads.window is not None:
+                            keep &= key >= kv_first
+                        rows[...] = jnp.where(keep, v, jnp.zeros_like(v))
+
+                    @when(unseen)
+                    def clear() -> None:
+                        for at in range(0, block, COMPUTING * ROWS):
+                            here = at + wg * ROWS
+                            when(here < block)(lambda here=here: clear_rows(here))
+                        mosaic.commit_smem()
+                        mosaic.barrier_arrive(cleared)
+                        mosaic.barrier_wait(cleared)
+
+                def turn(*, masked: bool, last: bool = False) -> Callable[[Any, Any], Any]:
                     def body(i: Any, state: Any) -> Any:
-                        m, l, acc = state  # noqa: E741
+                        s, m, l, acc = state  # noqa: E741
                         step = step0 + i - begin
-                        slot = slot_of(step)
+                        slot, next_slot = slot_of(step), slot_of(step + 1)
                         if masked:
-                            mosaic.barrier_wait(v_there.at[slot])
-                            clear_unseen(i, slot)
-                        s = product(q_smem.at[wg], k_smem.at[slot], take_turns)
-                        mosaic.barrier_arrive(k_used.at[slot])
-                        if masked:
-                            key = mosaic.broadcasted_iota(
-                                jnp.int32, s.shape, 1, layout=mosaic.Layout.WGMMA
-                            ) + i * block
-                            at = lax.broadcast_in_dim(position, s.shape, (0,))
-                            sees = key <= at
-                            if heads.window is not None:
-                                sees &= key > at - heads.window
-                            s = jnp.where(sees, s, -jnp.inf)
+                            s = mask(i, s)
                         c = heads.scale * LOG2_E
                         top = jnp.maximum(m, jnp.max(s, axis=1) * c)
                         decay = jnp.exp2(m - top)
                         p = jnp.exp2(s * c - lax.broadcast_in_dim(top, s.shape, (0,)))
                         acc *= lax.broadcast_in_dim(decay, acc.shape, (0,))
                         l = l * decay + jnp.sum(p, axis=1)  # noqa: E741
-                        weights = p.astype(dtype)
-                        # What is above does not move below.
-                        acc, l, top, weights = lax.optimization_barrier((acc, l, top, weights))  # noqa: E741
-                        mosaic.barrier_arrive(turn_barrier)
-                        if not masked:
-                            mosaic.barrier_wait(v_there.at[slot])
-                        mosaic.barrier_wait(turn_barrier)
-
-                        def meanwhile() -> None:
-                            @when(i + 1 < stop)
-                            def next_k() -> None:
-                                mosaic.barrier_wait(k_there.at[slot_of(step + 1)])
-
-                        acc = add_product(acc, weights, v_smem.at[slot], meanwhile)
+                        # What is above does not move below, into the other's time.
+                        acc, l, top, p = lax.optimization_barrier((acc, l, top, p.astype(dtype)))  # noqa: E741
+                        mosaic.barrier_wait(v_there.at[slot])
+                        if masked:
+                            clear_unseen(i, slot)
+                        if not last:
+                            mosaic.barrier_wait(k_there.at[next_slot])
+                        mosaic.barrier_wait(turns.at[wg])
+                        next_k = None if last else k_smem.at[next_slot]
+                        acc, s = products(acc, p, v_smem.at[slot], q_smem.at[wg], next_k, give_turn)
                         mosaic.barrier_arrive(v_used.at[slot])
-                        return top, l, acc
+                        if not last:
+                            mosaic.barrier_arrive(k_used.at[next_slot])
+                        return s, top, l, acc
 
                     return body
 
-                def clear_unseen(i: Any, slot: Any) -> None:
-                    """Zeros where a block's V has positions that the tile does not see: a weight
-                    of 0 does not drop what is not finite. Half a block by each warpgroup; the
-                    order of turns has both halves done before either multiplies."""
-                    unseen = (i + 1) * block > kv_end
-                    if heads.window is not None:
-                        unseen |= i * block < kv_first
+                def give_turn() -> None:
+                    mosaic.barrier_arrive(turns.at[1 - wg])
 
-                    @when(unseen)
-                    def clear() -> None:
-                        for at in range(0, block // COMPUTING, ROWS):
-                            here = wg * (block // COMPUTING) + at
-                            half = v_smem.at[slot, pl.ds(here, ROWS)]
-                            v = mosaic.load(half, layout=mosaic.Layout.WGMMA)
-                            key = mosaic.broadcasted_iota(
-                                jnp.int32, v.shape, 0, layout=mosaic.Layout.WGMMA
-                            ) + (i * block + here)
-                            keep = key < kv_end
-                            if heads.window is not None:
-                                keep &= key >= kv_first
-                            half[...] = jnp.where(keep, v, jnp.zeros_like(v))
-                        mosaic.commit_smem()
-
-                # Blocks in [whole, cut) are seen whole by the first token and by the last.
-                cut = div(jnp.maximum(low + offset + 1, 0), block)
-                cut = jnp.minimum(jnp.maximum(cut, begin), stop)
-                whole = begin
-                if heads.window is not None:
-                    last = jnp.maximum(high + offset - heads.window, 0)
-                    whole = jnp.minimum(jnp.maximum(cdiv(last, block), begin), cut)
-
-                @when(some)
-                def start() -> None:
-                    mosaic.barrier_wait(q_there)
-                    mosaic.barrier_wait(k_there.at[slot_of(step0)])
-                    when(wg == 1)(take_turns)
-
-                state = full(LOWEST, ROWS), full(0, ROWS), full(0, ROWS, dim)
-                if heads.window is not None:
-                    state = lax.fori_loop(begin, whole, turn(masked=True), state)
-                state = lax.fori_loop(whole, cut, turn(masked=False), state)
-                state = lax.fori_loop(cut, stop, turn(masked=True), state)
-                m, l, acc = state  # noqa: E741
-
-                @when(some)
-                def end() -> None:
-                    when(wg == 0)(take_turns)
-                    mosaic.barrier_arrive(q_used)
-
-                if sums:
-
-                    @when(kind == PART)
-                    def write_part() -> None:
-                        acc_ref, *ml_refs = sums
-                        lanes = pl.ds(wg * ROWS, ROWS)
-                        acc_ref[part, head, lanes] = acc
-                        mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-                        for at, value in enumerate((m, l)):
-                            ml_smem[wg, at] = value
-                        mosaic.commit_smem()
-                        for at, ref in enumerate(ml_refs):
-                            mosaic.copy_smem_to_gmem(ml_smem.at[wg, at], ref.at[part, head, lanes])
-
-                @when((kind != PART) & (kind != UNUSED))
-                def write_result() -> None:
-                    some = jnp.where(l != 0.0, l, 1.0)  # NaN stays
-                    o = acc * lax.broadcast_in_dim(1.0 / some, acc.shape, (0,))
+                def write(o: jax.Array) -> None:
+                    """Stores the tile's tokens among o's rows; in powers of two where the tile is
+                    not full."""
                     mosaic.wait_smem_to_gmem(0, wait_read_only=True)
                     o_smem[wg] = o.astype(dtype)
                     mosaic.commit_smem()
                     t = base + rem(wg * ROWS, tile)
-                    begin = jnp.clip(low - t, 0, span)
-                    tokens = jnp.clip(high - t, 0, span) - begin
+                    at = jnp.clip(low - t, 0, span)
+                    tokens = jnp.clip(high - t, 0, span) - at
                     size = span
                     while size:
 
                         @when((tokens & size) != 0)
-                        def store(size: int = size, begin: Any = begin) -> None:
-                            for at in range(0, ROWS, span):
-                                g = div(wg * ROWS + at, tile)
+                        def store(size: int = size, at: Any = at) -> None:
+                            for lane in range(0, ROWS, span):
+                                g = div(wg * ROWS + lane, tile)
 
                                 @when(g < group)
-                                def store_head() -> None:
+                                def store_head(lane: int = lane, g: Any = g) -> None:
                                     mosaic.copy_smem_to_gmem(
-                                        o_smem.at[wg, pl.ds(at + begin, size)],
-                                        o_ref.at[pl.ds(t + begin, size), head, g],
+                                        o_smem.at[wg, pl.ds(lane + at, size)],
+                                        o_ref.at[pl.ds(t + at, size), head, g],
                                     )
 
-                        begin += tokens & size
+                        at += tokens & size
                         size //= 2
+
+                def write_part(m: jax.Array, l: jax.Array, acc: jax.Array) -> None:  # noqa: E741
+                    acc_ref, *ml_refs = sums
+                    lanes = pl.ds(wg * ROWS, ROWS)
+                    acc_ref[part, head, lanes] = acc
+                    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+                    for at, value in enumerate((m, l)):
+                        ml_smem[wg, at] = value
+                    mosaic.commit_smem()
+                    for at, ref in enumerate(ml_refs):
+                        mosaic.copy_smem_to_gmem(ml_smem.at[wg, at], ref.at[part, head, lanes])
+
+                # Blocks in [whole, cut) are seen whole by the first token and by the last; the last
+                # block is worked off by itself, since no product of a next one goes with it.
+                last = stop - 1
+                cut = div(jnp.maximum(low + offset + 1, 0), block)
+                cut = jnp.minimum(jnp.maximum(cut, begin), last)
+                whole = begin
+                if heads.window is not None:
+                    most = jnp.maximum(high + offset - heads.window, 0)
+                    whole = jnp.minimum(jnp.maximum(cdiv(most, block), begin), cut)
+
+                @when(stop > begin)
+                def attend() -> None:
+                    slot = slot_of(step0)
+                    mosaic.barrier_wait(q_there)
+                    mosaic.barrier_wait(k_there.at[slot])
+                    s = product(q_smem.at[wg], k_smem.at[slot])
+                    mosaic.barrier_arrive(k_used.at[slot])
+                    state: Any = s, full(LOWEST, ROWS), full(0, ROWS), full(0, ROWS, dim)
+                    if heads.window is not None:
+                        state = lax.fori_loop(begin, whole, turn(masked=True), state)
+                    state = lax.fori_loop(whole, cut, turn(masked=False), state)
+                    state = lax.fori_loop(cut, last, turn(masked=True), state)
+                    mosaic.barrier_arrive(q_used)
+                    _, m, l, acc = turn(masked=True, last=True)(last, state)  # noqa: E741
+                    if sums:
+                        when(kind == PART)(lambda: write_part(m, l, acc))
+
+                    @when(kind != PART)
+                    def write_result() -> None:
+                        some = jnp.where(l != 0.0, l, 1.0)  # NaN stays
+                        write(acc * lax.broadcast_in_dim(1.0 / some, acc.shape, (0,)))
+
+                @when((stop <= begin) & (kind != UNUSED))
+                def nothing_seen() -> None:
+                    write(full(0, ROWS, dim))
 
                 return step0 + stop - begin
 
             each_item(attend_item, jnp.int32(0))
             mosaic.wait_smem_to_gmem(0)
 
-    def product(a: Any, b: Any, meanwhile: Callable[[], None]) -> jax.Array:
+            @when(wg == 0)
+            def last_turn() -> None:
+                mosaic.barrier_wait(turns.at[0])
+
+    def product(a: Any, b: Any) -> jax.Array:
         """a · bᵀ in float32, of arrays in shared memory."""
 
         def into(ref: Any) -> jax.Array:
             mosaic.wgmma(ref, a, b.transpose((1, 0)))
-            meanwhile()
             return ref[...]
 
         return pl.run_scoped(into, mosaic.ACC((a.shape[0], b.shape[0]), f32))
 
-    def add_product(acc: jax.Array, a: jax.Array, b: Any, meanwhile: Callable[[], None]) -> Any:
-        """acc + a · b, where a is in registers and b in shared memory."""
-        if heads.interpret:  # knows neither such an `a` nor pl.run_state
-            meanwhile()
-            return acc + jnp.dot(a, b[...], preferred_element_type=f32)
+    def products(
+        acc: jax.Array, p: jax.Array, v: Any, q: Any, k: Any | None, issued: Callable[[], None]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(acc + p · v, q · kᵀ) with p in registers, the others in shared memory."""
+        if heads.interpret:  # knows neither such a p nor pl.run_state
+            acc += jnp.dot(p, v[...], preferred_element_type=f32)
+            s = None if k is None else jnp.dot(q[...], k[...].T, preferred_element_type=f32)
+            issued()
+            return acc, s
+        if k is None:
 
-        def into(ref: Any) -> None:
-            mosaic.wgmma(ref, a, b)
-            meanwhile()
+            def into(ref: Any) -> None:
+                mosaic.wgmma(ref, p, v)
+                issued()
 
-        return pl.run_state(into)(mosaic.ACC.init(acc))
+            return pl.run_state(into)(mosaic.ACC.init(acc)), None
+
+        def into_both(refs: Any) -> None:
+            acc_ref, s_ref = refs
+            mosaic.wgmma(acc_ref, p, v)
+            mosaic.wgmma(s_ref, q, k.transpose((1, 0)))
+            issued()
+
+        zeros = mosaic.layout_cast(jnp.zeros((ROWS, block), f32), mosaic.Layout.WGMMA)
+        return pl.run_state(into_both)((mosaic.ACC.init(acc), mosaic.ACC.init(zeros)))
 
     tiled = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
     barrier = mosaic.Barrier
@@ -439,6 +463,7 @@ def _call(
             barrier(num_arrivals=COMPUTING, num_barriers=stages),
             barrier(num_arrivals=pages, num_barriers=stages),
             barrier(num_arrivals=COMPUTING, num_barriers=stages),
+            barrier(num_arrivals=1, num_barriers=COMPUTING),
             barrier(num_arrivals=COMPUTING),
         ],
     )(q, slab, page_table, first_page, items, used, filled)
