@@ -28,18 +28,19 @@ import jax.numpy as jnp
 from ..model.kernels.attention.contract import Extras, Options, RaggedBatch
 from ..model.kernels.attention.gpu import attend
 from ..model.kernels.attention.gpu_decode import DecodeShape
+from ..model.kernels.attention.gpu_mosaic import MosaicShape
 from ..model.kernels.attention.gpu_prefill import PrefillShape
 from .bench.kernel_cases import Case, Inputs, float64_error, make_inputs
 from .compile_check import compile_for, gpu_mesh
 
 LAYERS = 8  # calls in one program, each over its own copy of K and V
 MAX_PAGES = 4096  # of a row: 131,072 tokens
-SHAPES = DecodeShape | PrefillShape
+SHAPES = DecodeShape | PrefillShape | MosaicShape
 
 _QWEN: dict[str, Any] = {"heads": 12, "kv_heads": 2}
 CASES = {
     "prefill": [
-    Case(rows=1, context=10_000, queries=16), Case(rows=1, context=10_000, queries=64),
+    Case(rows=1, context=10_000, queries=64), Case(rows=1, context=10_000, queries=16),
     Case(rows=1, context=128, queries=128), Case(rows=1, context=512, queries=512),
     Case(rows=1, context=8704, queries=512), Case(rows=1, context=1024, queries=1024),
     Case(rows=1, context=2048, queries=2048), Case(rows=1, context=8192, queries=2048),
@@ -69,6 +70,8 @@ CANDIDATES: dict[str, list[SHAPES]] = {
         replace(_SMALL, num_stages=4), replace(_SMALL, block=32, num_stages=4),
         replace(_SMALL, least_blocks=8), replace(_SMALL, least_blocks=4),
         replace(_SMALL, queries=32, least_blocks=8), replace(_SMALL, programs=528, least_blocks=4),
+        MosaicShape(), MosaicShape(least_blocks=8), MosaicShape(least_blocks=4),
+        MosaicShape(block=64, num_stages=4), MosaicShape(block=64, num_stages=2, least_blocks=16),
     ],
     "decode": [
         _DECODE,
@@ -143,14 +146,31 @@ def measure(kinds: list[str], seconds: float) -> Iterator[dict[str, Any]]:
                 copies = max(1, min(LAYERS, (1 << 29) // case.slab_bytes(2)))
                 inputs = make_inputs(case, jnp.bfloat16, copies=copies, seed=time.time_ns() % 2**32)
                 args = padded(case, inputs)
-                lowered = [jax.jit(program(case, s)).lower(*args) for s in CANDIDATES[kind]]
-                compiled = [pool.submit(x.compile) for x in lowered]
+                compiled = [begin_compiling(pool, case, s, args) for s in CANDIDATES[kind]]
                 wait(compiled)
                 for shape, future in zip(CANDIDATES[kind], compiled, strict=True):
                     yield {
-                        "kind": kind, "case": case.name, "shape": asdict(shape),
+                        "kind": kind, "case": case.name, **described(shape),
                         **figures(case, inputs, args, future),
                     }  # fmt: skip
+
+
+def described(shape: SHAPES) -> dict[str, Any]:
+    kernel = "mosaic" if isinstance(shape, MosaicShape) else "triton"
+    return {"kernel": kernel, "shape": asdict(shape)}
+
+
+def begin_compiling(
+    pool: ThreadPoolExecutor, case: Case, shape: SHAPES, args: tuple[Any, ...]
+) -> Future[Any]:
+    """Lowers here, and compiles in the pool; what fails does so in the result."""
+    try:
+        lowered = jax.jit(program(case, shape)).lower(*args)
+    except Exception as fault:  # others need not suffer from it
+        failed: Future[Any] = Future()
+        failed.set_exception(fault)
+        return failed
+    return pool.submit(lowered.compile)
 
 
 def figures(
@@ -187,13 +207,13 @@ def compile_only(kinds: list[str]) -> Iterator[dict[str, Any]]:
                 lowered = traced.lower(lowering_platforms=mesh.lowering_platforms)
             compile_for(lowered, "gpu")
             yield {
-                "kind": kind, "case": case.name, "shape": asdict(shape),
+                "kind": kind, "case": case.name, **described(shape),
                 "compile_seconds": time.monotonic() - begin,
             }  # fmt: skip
 
 
 def shown(figure: dict[str, Any]) -> str:
-    shape = "/".join(map(str, figure.get("shape", {}).values()))
+    shape = f"{figure.get('kernel', '')} " + "/".join(map(str, figure.get("shape", {}).values()))
     if "us" not in figure:
         return f"  {shape:28} {figure.get('failed') or figure.get('compile_seconds')}"
     return (

@@ -22,7 +22,10 @@ BACKENDS: dict[str, Attend] = {
     "reference": reference.attend,
     "blockwise": blockwise.attend,
     "gpu": gpu.attend,
+    "gpu_triton": gpu.attend_by_triton,  # these two to compare kernels for prompt rows
+    "gpu_mosaic": gpu.attend_by_mosaic,  # where that cannot serve, Triton does
     "gpu_interpret": gpu.attend_interpreted,  # for tests: slow, on any device
+    "gpu_mosaic_interpret": gpu.attend_interpreted_mosaic,  # likewise, on CPU
     "tpu": tpu.attend,
     "tpu_interpret": tpu.attend_interpreted,  # for tests, on CPU
 }

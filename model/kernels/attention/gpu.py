@@ -1,8 +1,9 @@
-"""Ragged paged attention on GPUs, by Quire's own Pallas kernels (through Triton).
+"""Ragged paged attention on GPUs, by Quire's own Pallas kernels.
 
 Decode rows go through gpu_decode.py, prompt rows through gpu_prefill.py, which fills its tokens
-into the array that the first has begun; gpu_pallas.py holds what they share. Page counts and
-lengths are data: one program serves any of them.
+into the array that the first has begun; gpu_pallas.py holds what they share. Both are lowered
+through Triton. On Hopper, gpu_mosaic.py can stand in for gpu_prefill.py. Page counts and lengths
+are data: one program serves any of them.
 
 `attend` needs a GPU; `attend_interpreted` is the same evaluated as plain JAX, for tests.
 """
@@ -11,16 +12,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from . import gpu_mosaic
 from .contract import Extras, Options, RaggedBatch
 from .gpu_decode import DecodeShape, decode
-from .gpu_pallas import Heads
 from .gpu_mosaic import MosaicShape
+from .gpu_pallas import Heads
 from .gpu_prefill import PrefillShape, prefill
-from . import gpu_mosaic
+
+PROMPTS_BY: Literal["triton", "mosaic"] = "triton"
+"""The kernel for prompt rows where both can serve. No GPU has run Mosaic's yet: see tune_kernels
+and `quire bench kernels --backends gpu_triton,gpu_mosaic`."""
 
 
 def _decode_shape(heads: Heads) -> DecodeShape:
@@ -57,16 +63,42 @@ def _attend(
     options: Options,
     *,
     interpret: bool,
+    prompts_by: Literal["triton", "mosaic"] | None = None,
     decode_shape: DecodeShape | None = None,
     prefill_shape: PrefillShape | MosaicShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See api.py. The shapes are for tuning; None takes the defaults."""
+    """See api.py. The shapes are for tuning; None takes the defaults.
+
+    Raises:
+      NotImplementedError: a MosaicShape was given, and that kernel cannot serve.
+    """
+    if prefill_shape is None and not options.decode_only:
+        if (prompts_by or PROMPTS_BY) == "mosaic":
+            prefill_shape = MosaicShape()
+            if _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret) is not None:
+                prefill_shape = None
+    elif isinstance(prefill_shape, MosaicShape):
+        reason = _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret)
+        if reason is not None:
+            raise NotImplementedError(f"prefill by Mosaic: cannot serve {reason}")
     # An argument, so that all layers of a program share one trace and one kernel.
     first_page = jnp.full((1,), options.first_page, jnp.int32)
     return _traced_once(
         q, slab, batch, extras, first_page, options=replace(options, first_page=0),
         interpret=interpret, decode_shape=decode_shape, prefill_shape=prefill_shape,
     )  # fmt: skip
+
+
+def _why_not_mosaic(
+    q: jax.Array,
+    slab: jax.Array,
+    extras: Extras,
+    options: Options,
+    shape: MosaicShape,
+    interpret: bool,
+) -> str | None:
+    reason = gpu_mosaic.why_not(q, slab, extras, options, shape)
+    return reason if interpret else reason or gpu_mosaic.why_not_here()
 
 
 # Tracing and lowering a kernel takes longer than all else of a layer: under a `jit` of its own that
@@ -127,4 +159,7 @@ def _compute_dtype(q: jnp.dtype, slab: jnp.dtype) -> jnp.dtype:
 
 
 attend = partial(_attend, interpret=False)
-attend_interpreted = partial(_attend, interpret=True)
+attend_by_triton = partial(_attend, interpret=False, prompts_by="triton")
+attend_by_mosaic = partial(_attend, interpret=False, prompts_by="mosaic")
+attend_interpreted = partial(_attend, interpret=True, prompts_by="triton")
+attend_interpreted_mosaic = partial(_attend, interpret=True, prompts_by="mosaic")

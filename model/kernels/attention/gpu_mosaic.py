@@ -33,6 +33,7 @@ ROWS = 64  # of a warpgroup: what one wgmma instruction takes
 COMPUTING = 2  # warpgroups
 ALIGN = 8  # tokens; rows of a tile of shared memory
 _COPYING = COMPUTING  # its index
+_HOPPER = ("H100", "H200", "H800", "H20")  # in the names of devices of capability 9.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class MosaicShape(Tiling):
 def why_not(
     q: jax.Array, slab: jax.Array, extras: Extras, options: Options, shape: MosaicShape
 ) -> str | None:
-    """Why this kernel cannot serve, None if it can. The device is not looked at."""
+    """Why this kernel cannot serve, None if it can; the device is why_not_here's matter."""
     num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
     group = power_of_2(num_heads // kv_heads)
@@ -72,6 +73,19 @@ def why_not(
     if any(x is not None for x in extras):
         return "sinks or kv_scales"
     return None
+
+
+def why_not_here() -> str | None:
+    """Why the device that is traced for cannot run this kernel, None if it can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:
+        return f"{mesh.size} devices"
+    if mesh.abstract_device is not None:  # perhaps not here: only its name is known
+        kind = mesh.abstract_device.device_kind
+        return None if any(name in kind for name in _HOPPER) else kind
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    return None if capability.startswith("9.") else f"{device.device_kind} {capability}"
 
 
 def prefill(
