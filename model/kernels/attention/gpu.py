@@ -55,6 +55,10 @@ def _prefill_shape(heads: Heads, num_tokens: int) -> PrefillShape:
     return PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
 
 
+def _mosaic_shape() -> MosaicShape:
+    return MosaicShape()
+
+
 def _attend(
     q: jax.Array,
     slab: jax.Array,
@@ -74,7 +78,7 @@ def _attend(
     """
     if prefill_shape is None and not options.decode_only:
         if (prompts_by or PROMPTS_BY) == "mosaic":
-            prefill_shape = MosaicShape()
+            prefill_shape = _mosaic_shape()
             if _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret) is not None:
                 prefill_shape = None
     elif isinstance(prefill_shape, MosaicShape):
