@@ -45,6 +45,7 @@ class MosaicShape(Tiling):
 
     queries: int = COMPUTING * ROWS
     block: int = 128
+    least_blocks: int = 8
     num_stages: int = 2
 
 

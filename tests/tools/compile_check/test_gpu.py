@@ -15,6 +15,7 @@ from described_engines import config_of, engine
 from quire.model.compile import compiler_options
 from quire.model.config import ModelConfig
 from quire.model.inputs import ADMIT_ROOM
+from quire.model.kernels.attention import gpu
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
@@ -167,3 +168,23 @@ def test_own_kernels_are_used() -> None:
     assert decode.kernels("attention_decode") == mixed.kernels("attention_decode") == layers
     assert decode.kernels("attention_prefill") == 0
     assert mixed.kernels("attention_prefill") == layers
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernel needs JAX 0.11")
+def test_prompts_by_mosaic_are_no_less_in_place_and_one_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel is built to the last instruction, by wgmma and TMA, where it can serve."""
+    monkeypatch.setattr(gpu, "PROMPTS_BY", "mosaic")
+    config = replace(small(), head_dim=64)
+    made, _ = engine(
+        config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS
+    )
+    lowered = made.lower(MIXED)
+    assert lowered.as_text().count("mosaic_gpu") >= 1
+    got = compile_for(lowered, "gpu")
+    state = made.abstract_state()
+    assert got.passes_over(state[0]["kv"]) == []
+    assert got.alias_bytes >= nbytes(state)
+    assert got.thunks == ["CommandBuffer"]
+    assert got.temp_bytes <= temp_bound(config, MIXED)
