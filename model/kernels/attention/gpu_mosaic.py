@@ -15,8 +15,10 @@ at multiples of 8 tokens, as copies into wgmma's layout must.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -108,8 +110,8 @@ def prefill(
     num_tokens, kv_heads, _, head_dim = q.shape
     budget = shape.budget(heads, num_tokens)
     work = tiles(batch, heads, num_tokens, shape.tile(heads.group), align=ALIGN)
-    work = plan(work, shape, budget)
-    items, used = longest_first(work.items, shape.block)
+    planned = plan(work, shape, budget)
+    items, used = longest_first(planned.items, shape.block)
     o, lse = out
     filled = jax.new_ref(o)
     partial_sums = [
@@ -117,12 +119,14 @@ def prefill(
         for last in ((head_dim,), (), ())
         if budget
     ]
-    sums = _call(q, slab, batch.page_table, first_page, items, used, filled, heads, shape, partial_sums)
+    sums = _call(
+        q, slab, batch.page_table, first_page, items, used, filled, heads, shape, partial_sums
+    )
     o = jax.freeze(filled)
     if budget:
         launch = Launch(heads.interpret, 4, 2)
         o, lse = merge(
-            o, lse, list(sums), work.splits, Extras(None, None, None), launch, align=ALIGN,
+            o, lse, list(sums), planned.splits, Extras(None, None, None), launch, align=ALIGN,
             head_major=True,
         )  # fmt: skip
     return o, lse
@@ -141,8 +145,9 @@ def _call(
     partial_sums: list[jax.ShapeDtypeStruct],
 ) -> Any:
     """The kernel: writes into `filled`, and gives the sums of parts."""
-    # Here, since it takes a quarter of a second that who runs none of this should not pay.
-    import jax.experimental.pallas.mosaic_gpu as mosaic
+    # Here, since it takes a quarter of a second that who runs none of this should not pay. Untyped:
+    # its names move between JAX versions.
+    mosaic: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
     _, kv_heads, group, dim = q.shape
     dtype, block, stages = q.dtype, shape.block, shape.num_stages
@@ -299,7 +304,7 @@ def _call(
                     def clear() -> None:
                         for at in range(0, block, COMPUTING * ROWS):
                             here = at + wg * ROWS
-                            when(here < block)(lambda here=here: clear_rows(here))
+                            when(here < block)(partial(clear_rows, here))
                         mosaic.commit_smem()
                         mosaic.barrier_arrive(cleared)
                         mosaic.barrier_wait(cleared)

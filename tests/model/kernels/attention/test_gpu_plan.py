@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from quire.model.kernels.attention.contract import RaggedBatch
-from quire.model.kernels.attention.gpu_pallas import Heads
 from quire.model.kernels.attention.gpu_mosaic import ALIGN, MosaicShape
+from quire.model.kernels.attention.gpu_pallas import Heads
 from quire.model.kernels.attention.gpu_prefill import (
     EMPTY,
     PART,
