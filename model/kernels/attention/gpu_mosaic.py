@@ -173,21 +173,22 @@ def _call(
             """Calls body(head, fields, begin, end, state) for this block's share of the items:
             every programs-th, in turn from the front and from the back."""
 
-            def body_at(nth: Any, state: Any) -> Any:
+            def item(nth: Any) -> Any:
                 at = jnp.where(rem(nth, 2) == 0, mine, programs - 1 - mine) + nth * programs
                 there = at < pairs
                 at = jnp.where(there, at, 0)
-                item, head = div(at, kv_heads), rem(at, kv_heads)
-                kind, row, low, high, offset, first, end, part = (
-                    items_ref[item, c] for c in range(8)
-                )
-                begin = div(first, block)
-                stop = jnp.where(there, jnp.maximum(cdiv(end, block), begin), begin)
-                kind = jnp.where(there, kind, UNUSED)
-                fields = kind, row, low, high, offset, first, end, part
-                return body(head, fields, begin, stop, state)
+                row_of_items, head = div(at, kv_heads), rem(at, kv_heads)
+                kind, *fields = (items_ref[row_of_items, c] for c in range(8))
+                begin = div(fields[4], block)
+                stop = jnp.where(there, jnp.maximum(cdiv(fields[5], block), begin), begin)
+                return head, (jnp.where(there, kind, UNUSED), *fields), begin, stop
 
-            return lax.fori_loop(0, cdiv(pairs, programs), body_at, state)
+            def body_at(nth: Any, carry: Any) -> Any:
+                this, state = carry
+                return item(nth + 1), body(*this, state)  # read one turn ahead
+
+            start = item(jnp.int32(0)), state
+            return lax.fori_loop(0, cdiv(pairs, programs), body_at, start)[1]
 
         @when(wg == _COPYING)
         def copy() -> None:
