@@ -11,6 +11,7 @@ import pytest
 
 from quire.model.kernels.attention import gpu
 from quire.model.kernels.attention.gpu_decode import DecodeShape
+from quire.model.kernels.attention.gpu_mosaic import MosaicShape
 from quire.model.kernels.attention.gpu_prefill import PrefillShape
 from quire.tools import tune_kernels
 from quire.tools.bench.kernel_cases import Case
@@ -58,7 +59,11 @@ def test_errors_are_those_of_the_first_call_and_one_failure_is_not_all(
     monkeypatch.setattr(tune_kernels, "LAYERS", 2)
     monkeypatch.setattr(tune_kernels, "MAX_PAGES", 16)
     monkeypatch.setattr(tune_kernels, "attend", gpu.attend_interpreted)
+    monkeypatch.setitem(SHAPES, "prefill", [MosaicShape(), *SHAPES["prefill"]])
     found = figures("--kinds", "decode,prefill")
+    assert [f["kernel"] for f in found] == ["triton", "mosaic", "triton"]
+    # A head dim of 32: refused before anything is compiled.
+    assert str(found.pop(1)["failed"]).startswith("NotImplementedError: prefill by Mosaic")
     assert [f["kind"] for f in found] == ["decode", "prefill"]
     for figure in found:
         assert 0 < float(str(figure["error"])) < 0.01 and float(str(figure["us"])) > 0
