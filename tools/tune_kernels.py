@@ -70,7 +70,7 @@ CANDIDATES: dict[str, list[SHAPES]] = {
         replace(_SMALL, num_stages=4), replace(_SMALL, block=32, num_stages=4),
         replace(_SMALL, least_blocks=8), replace(_SMALL, least_blocks=4),
         replace(_SMALL, queries=32, least_blocks=8), replace(_SMALL, programs=528, least_blocks=4),
-        MosaicShape(), MosaicShape(least_blocks=16), MosaicShape(least_blocks=4),
+        MosaicShape(), MosaicShape(least_blocks=4),
         MosaicShape(block=64, num_stages=4, least_blocks=16),
     ],
     "decode": [
