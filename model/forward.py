@@ -18,6 +18,7 @@ from .cache import CacheGroup, Slabs, fit, unfit
 from .inputs import InputLayout, StepInputs
 from .kernels.attention.api import ragged_paged_attention
 from .kernels.kv_write import write_kv
+from .projection import projection as choose_projection
 from .slots import SlotRows, Slots
 from .weights import Params
 
@@ -59,11 +60,12 @@ def make_forward(
     logit_rows: int,
     attention: str,
     writer: str,
+    projection: str,
 ) -> Forward:
     """The pass of one bucket, to be called while tracing.
 
     It leaves `logit_rows` rows of logits, the bucket's or more. `attention` is a backend of
-    kernels/attention, `writer` one of kernels/kv_write.
+    kernels/attention, `writer` one of kernels/kv_write, `projection` one of model/projection.py.
     """
     config = decoder.config
     bucket = layout.bucket
@@ -104,12 +106,14 @@ def make_forward(
             return unfit(out, heads, q)
 
         model = decoder.bind(params)
-        hidden = model(placed.tokens, placed.positions, attend)
+        project = choose_projection(projection, bucket.tokens)
+        hidden = model(placed.tokens, placed.positions, attend, project)
         last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
         as_it_is = bucket.decode_only and logit_rows == bucket.rows
         at_last = hidden if as_it_is else hidden[last]
         pools = bucket.apart and not bucket.decode_only
-        passed = Passed(hidden, model.logits(at_last), model.pooled(at_last) if pools else None)
+        logits = model.logits(at_last, choose_projection(projection, logit_rows))
+        passed = Passed(hidden, logits, model.pooled(at_last) if pools else None)
         return {group.name: slab}, placed, passed
 
     return forward

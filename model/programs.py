@@ -26,6 +26,7 @@ from .kernels.kv_write import default_writer
 from .mesh import Mesh
 from .plan import Bucket, RunnerSpec, Sampler
 from .program_store import environment
+from .projection import default_projection
 from .sampling.control_inputs import BUFFER_WORDS, make_fill
 from .sampling.controls import Controls, abstract_controls
 from .score import SCORE_ROWS, SCORE_WORDS, make_score
@@ -72,6 +73,7 @@ class Programs:
       mesh: the devices, present or described by a topology.
       attention: a backend of kernels/attention; None is the platform's own.
       writer: one of kernels/kv_write, likewise.
+      projection: one of model/projection.py, likewise.
     """
 
     def __init__(
@@ -82,10 +84,14 @@ class Programs:
         *,
         attention: str | None = None,
         writer: str | None = None,
+        projection: str | None = None,
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
         self._writer = writer or default_writer(mesh.platform)
+        self._projection = projection or default_projection(
+            mesh.platform, decoder.dtype, mesh.shards
+        )
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
 
@@ -169,6 +175,7 @@ class Programs:
                 "sizes": json.dumps(sizes, sort_keys=True),
                 "attention": self._attention,
                 "writer": self._writer,
+                "projection": self._projection,
             }
         return {**self._facts, "program": str(key)}
 
@@ -247,6 +254,7 @@ class Programs:
             self.logit_rows(layout.bucket),
             self._attention,
             self._writer,
+            self._projection,
         )
 
     @property

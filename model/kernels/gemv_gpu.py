@@ -8,6 +8,7 @@ memory's latency is how many programs a multiprocessor holds, not a pipeline wit
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,14 @@ class GemvShape:
     num_warps: int = 4
 
 
+# Under a jit of its own: traced and lowered once a program, not once a layer.
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "out_dtype", "shape", "interpret"))
 def gemv(
     x: jax.Array,
     weight: jax.Array,
     *,
-    norm: tuple[jax.Array, float] | None = None,
+    scale: jax.Array | None = None,
+    eps: float = 0.0,
     gated: bool = False,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
@@ -55,7 +59,8 @@ def gemv(
     Args:
       x: [T, K], T at most MAX_TOKENS.
       weight: [N, K].
-      norm: RMSNorm of x before the product: its scale [K] and its epsilon.
+      scale: [K], of an RMSNorm of x before the product; None: x is taken as it is.
+      eps: of that norm.
       gated: the weight is [2·N, K], gates first: f is silu(gate) · up; else f changes nothing.
       bias: [N], or [2·N] with `gated`.
       residual: [T, N].
@@ -69,14 +74,14 @@ def gemv(
     shape = shape or GemvShape()
     block = min(shape.block, 1 << (size - 1).bit_length())
     turns, whole = cdiv(size, block), size // block
-    scale = None if norm is None else norm[0][None, :]
-    extras = [a for a in (scale, bias, residual) if a is not None]
+    scales = None if scale is None else scale[None, :]
+    extras = [a for a in (scales, bias, residual) if a is not None]
 
     def kernel(x_ref: Any, w_ref: Any, *refs: Any) -> None:
         rest = list(refs[:-1])
-        scale_ref = rest.pop(0) if norm is not None else None
-        bias_ref = rest.pop(0) if bias is not None else None
-        residual_ref = rest.pop(0) if residual is not None else None
+        scale_ref = None if scale is None else rest.pop(0)
+        bias_ref = None if bias is None else rest.pop(0)
+        residual_ref = None if residual is None else rest.pop(0)
         out = refs[-1]
         n = program_id(0) * shape.rows + jnp.arange(shape.rows)
         real = n < num_out
@@ -97,12 +102,12 @@ def gemv(
                 # As tiles of equal rows, which costs reads of the L1 cache: a row would have to
                 # pass through shared memory and a barrier to get to the threads that need it.
                 everywhere = jnp.zeros((shape.rows, 1), jnp.int32)
-                scale = None if scale_ref is None else tile(scale_ref, everywhere, i)
+                factors = None if scale_ref is None else tile(scale_ref, everywhere, i)
                 for t in range(num_tokens):
                     value = tile(x_ref, everywhere + t, i).astype(jnp.float32)
-                    if scale is not None:
+                    if factors is not None:
                         powers = _put(powers, t, powers[t] + value * value)
-                        value = value * scale.astype(jnp.float32)
+                        value = value * factors.astype(jnp.float32)
                     for j, part in enumerate(tiles, t * len(halves)):
                         sums = _put(sums, j, sums[j] + part.astype(jnp.float32) * value)
             return sums, powers
@@ -110,7 +115,7 @@ def gemv(
         zero = jnp.zeros((shape.rows, block), jnp.float32)
         carry: Any = (
             (zero,) * (num_tokens * len(halves)),
-            (zero,) * (num_tokens if norm is not None else 0),
+            (zero,) * (0 if scale is None else num_tokens),
         )
         rounds = whole // shape.unroll
         if rounds > 1:
@@ -126,8 +131,8 @@ def gemv(
         sums, powers = carry
         for t in range(num_tokens):
             y = [jnp.sum(sums[t * len(halves) + i], axis=1) for i in range(len(halves))]
-            if norm is not None:
-                factor = jax.lax.rsqrt(jnp.sum(powers[t], axis=1) / size + norm[1])
+            if scale is not None:
+                factor = jax.lax.rsqrt(jnp.sum(powers[t], axis=1) / size + eps)
                 y = [value * factor for value in y]
             if bias_ref is not None:
                 y = [

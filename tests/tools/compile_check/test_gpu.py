@@ -23,6 +23,7 @@ from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
 PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
 DECODE, MIXED = Bucket(ROWS, ROWS, Sampler.GREEDY), Bucket(TOKENS, ROWS, Sampler.GREEDY)
+ONE = Bucket(1, 1, Sampler.GREEDY)
 pytestmark = pytest.mark.xdist_group("compile for gpu")  # programs are compiled once a process
 SLACK = 4 << 20
 """For what is small and many: the page table of a step, the plan of the attention, rotations."""
@@ -131,7 +132,7 @@ def test_copying_pages_needs_one_copy_of_them(model: str) -> None:
     assert report(model, ADMIT).temp_bytes <= ADMIT_ROOM.copies * page + SLACK
 
 
-@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("bucket", [ONE, DECODE, MIXED], ids=["one", "decode", "mixed"])
 @pytest.mark.parametrize("model", CONFIGS)
 def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
     """The whole step is one command buffer (CUDA graph), Pallas kernels included."""
@@ -188,3 +189,13 @@ def test_prompts_by_mosaic_are_no_less_in_place_and_one_launch(
     assert got.alias_bytes >= nbytes(state)
     assert got.thunks == ["CommandBuffer"]
     assert got.temp_bytes <= temp_bound(config, MIXED)
+
+
+def test_the_products_of_one_token_are_own_kernels() -> None:
+    """Four in a layer and the logits; XLA has no product left to do."""
+    layers = programs("llama-3.1-8b")[2].num_layers
+    one = report("llama-3.1-8b", ONE)
+    assert one.kernels("gemv") == 4 * layers + 1
+    assert one.kernels("attention_decode") == layers
+    assert " dot(" not in one.hlo and "__cublas" not in one.hlo
+    assert report("llama-3.1-8b", DECODE).kernels("gemv") == 0
