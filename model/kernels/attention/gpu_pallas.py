@@ -81,6 +81,16 @@ def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: jax.Array) -
     triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
+def add_one(ref: Any, at: Any, *, interpret: bool) -> jax.Array:
+    """ref[at] += 1 for all programs to see; returns what it was.
+
+    Whoever finds a later count sees what this program stored before.
+    """
+    if not interpret:
+        triton.debug_barrier()  # of this program's threads, each of which stored a part
+    return triton.atomic_add(ref, (at,), jnp.int32(1))
+
+
 def dot(a: jax.Array, b: jax.Array, *, b_transposed: bool = False) -> jax.Array:
     """a · b (or a · bᵀ) in float32: float32 factors in full, not rounded to tf32."""
     dims = (((1,), (1 if b_transposed else 0,)), ((), ()))
