@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from ..model.decoder import RMSNorm
-from ..model.kernels.gemm_gpu import COUNTERS, GemmShape, gemm
+from ..model.kernels.gemm_gpu import GemmShape, gemm
 from ..model.kernels.gemv_gpu import MAX_TOKENS, GemvShape, gemv
 from ..model.projection import in_parts
 from .compile_check import compile_for, gpu_mesh
@@ -87,7 +87,6 @@ class Mixed:
 
     def __init__(self, chosen: str, shape: Shape | None):
         self._chosen, self._shape = chosen, shape
-        self._counters = jnp.zeros(COUNTERS, jnp.int32)
 
     def __call__(self, name: str, x: jax.Array, matrix: Any, **given: Any) -> jax.Array:
         if self._shape is None or name != self._chosen:
@@ -95,10 +94,8 @@ class Mixed:
         norm = given.pop("norm", None)
         given |= {"scale": norm and norm.scale[...], "eps": norm.eps if norm else 0.0}
         given |= {"bias": matrix.bias, "shape": self._shape}
-        if isinstance(self._shape, GemvShape):
-            return gemv(x, matrix.weight, **given)
-        y, self._counters = gemm(x, matrix.weight, self._counters, **given)
-        return y
+        multiply = gemv if isinstance(self._shape, GemvShape) else gemm
+        return multiply(x, matrix.weight, **given)
 
 
 def norm_of(scale: jax.Array) -> Any:

@@ -31,8 +31,6 @@ from .attention.gpu_pallas import (
 )
 
 MAX_TOKENS = 64
-COUNTERS = 1 << 14
-"""Rows of a matrix are cut into at most so many tiles."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class GemmShape:
 def gemm(
     x: jax.Array,
     weight: jax.Array,
-    counters: jax.Array,
     *,
     scale: jax.Array | None = None,
     eps: float = 0.0,
@@ -75,13 +72,12 @@ def gemm(
     out_dtype: Any = None,
     shape: GemmShape | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """residual + f(norm(x) · weightᵀ + bias), but for the factors of the product in float32.
 
     Args:
       x: [T, K], T at most MAX_TOKENS.
       weight: [N, K].
-      counters: int32 [COUNTERS], zero; updated in place where the caller has no use for them.
       scale: [K], of an RMSNorm of x before the product; None: x is taken as it is.
       eps: of that norm.
       gated: the weight is [2·N, K], gates first: f is silu(gate) · up; else f changes nothing.
@@ -90,7 +86,7 @@ def gemm(
       out_dtype: of the result; x's where None.
 
     Returns:
-      [T, N], and the counters, zero again.
+      [T, N].
     """
     num_tokens, size = x.shape
     num_out = weight.shape[0] // (2 if gated else 1)
@@ -99,16 +95,16 @@ def gemm(
     width, block = power_of_2(num_tokens, 16), shape.block
     tiles, parts = cdiv(num_out, shape.rows), shape.parts(num_out, size)
     turns = cdiv(cdiv(size, block), parts)
-    if tiles > COUNTERS:
-        raise ValueError(f"weight: got {num_out} rows, must be at most {COUNTERS * shape.rows}")
     extras = [a for a in (scale, bias, residual) if a is not None]
+    # Whoever finishes last leaves its counter at zero again: to XLA, the kernel only reads them.
+    counters = [jnp.zeros(tiles, jnp.int32)] if parts > 1 else []
 
-    def kernel(x_ref: Any, w_ref: Any, counter_ref: Any, *refs: Any) -> None:
-        inputs, outputs = list(refs[: len(extras)]), refs[len(extras) :]
+    def kernel(x_ref: Any, w_ref: Any, *refs: Any) -> None:
+        inputs = list(refs[: len(extras) + len(counters)])
+        out, *partial = refs[len(inputs) :]
         scale_ref = None if scale is None else inputs.pop(0)
         bias_ref = None if bias is None else inputs.pop(0)
         residual_ref = None if residual is None else inputs.pop(0)
-        out, _, *partial = outputs
         tile, part = program_id(0), program_id(1)
         t = jnp.arange(width)
         real = t < num_tokens
@@ -161,7 +157,7 @@ def gemm(
             finish(sums, powers)
             return
 
-        sums_ref, powers_ref = partial
+        (counter_ref,), (sums_ref, powers_ref) = inputs, partial
 
         def place(which: Any, i: int) -> tuple[Any, ...]:
             return which, i, t[:, None], n[None, :]
@@ -183,20 +179,18 @@ def gemm(
 
     out_shape = [
         jax.ShapeDtypeStruct((num_tokens, num_out), out_dtype or x.dtype),
-        jax.ShapeDtypeStruct(counters.shape, counters.dtype),
     ]
     if parts > 1:
         out_shape += [
             jax.ShapeDtypeStruct((parts, len(halves), num_tokens, num_out), jnp.float32),
             jax.ShapeDtypeStruct((parts, tiles, num_tokens), jnp.float32),
         ]
-    result, counters, *_ = call(
+    result, *_ = call(
         kernel,
         Launch(interpret=interpret, num_warps=shape.num_warps, num_stages=shape.num_stages),
         name="gemm",
         grid=(tiles, parts),
         out=out_shape,
-        args=[x, weight, counters, *extras],
-        aliases={2: 1},
+        args=[x, weight, *extras, *counters],
     )
-    return result, counters
+    return result
