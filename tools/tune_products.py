@@ -99,8 +99,9 @@ class Mixed:
 
 
 def norm_of(scale: jax.Array) -> Any:
-    norm: Any = partial(RMSNorm.__call__, SimpleNamespace(scale=scale, eps=1e-5))
-    norm.scale, norm.eps = scale, 1e-5
+    itself: Any = SimpleNamespace(scale=scale, eps=1e-5)
+    norm: Any = partial(RMSNorm.__call__, itself)
+    norm.scale, norm.eps = itself.scale, itself.eps
     return norm
 
 

@@ -169,8 +169,7 @@ def decode(
 
     def attend_item(*refs: Any) -> None:
         items, table, page, q_ref, slab_ref, *rest = refs
-        parts_ref, counter_ref = rest[: len(inside)] or (None, None)
-        rest = rest[len(inside) :]
+        shared, rest = rest[: len(inside)], rest[len(inside) :]
         sinks, k_scale, v_scale = optional_refs(rest, extras)
         o_ref, lse_ref, *parts = rest[len(extra) :]
         head, item = program_id(0), program_id(1)
@@ -217,8 +216,9 @@ def decode(
                     store(acc_ref, (item, *at), acc, real)
                     store(m_ref, (item, head, g), m, g < group)
                     store(l_ref, (item, head, g), l, g < group)
-                    if counter_ref is None:
+                    if not shared:
                         return
+                    parts_ref, counter_ref = shared
                     mine, count = row * kv_heads + head, parts_ref[row, 1]
 
                     @when(add_one(counter_ref, mine, interpret=heads.interpret) == count - 1)
@@ -328,7 +328,7 @@ def _merge(
         first, count = parts_ref[row, 0], parts_ref[row, 1]
 
         @when(count > 1)
-        def _() -> None:
+        def merge_parts() -> None:
             merge_row(
                 row, head, first, count, (acc_ref, m_ref, l_ref), (sinks, v_scale), refs[-2:],
                 values=_VALUES_ALONE,
