@@ -229,7 +229,7 @@ def test_on_cpu_half_of_what_weights_leave_and_memory_in_full():
 
 def test_the_compile_pool_is_bounded_by_memory_as_well_as_cores(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    assert compile_threads(32, 1000 * GIB) == 8
+    assert compile_threads(32, 1000 * GIB) == 16
     assert compile_threads(32, 8 * GIB) == 3  # of about 0.55 GB, in a quarter of it
     assert compile_threads(32, GIB) == 1
     monkeypatch.setattr("os.cpu_count", lambda: 2)
