@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from .kernels import gemv_gpu
+from .kernels import gemv_gpu, switches
 from .mesh import TENSOR
 from .weights import contract
 
@@ -128,7 +128,8 @@ def default_projection(platform: str, dtype: str, shards: int) -> str:
 
     Not for float32: whoever asks for it wants the same tokens in every batch.
     """
-    return "gemv" if platform == "gpu" and dtype != "float32" and shards == 1 else "xla"
+    both = platform == "gpu" and dtype != "float32" and shards == 1
+    return switches.PROJECTION if both else "xla"
 
 
 def projection(name: str, num_tokens: int) -> Project:

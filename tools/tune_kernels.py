@@ -75,7 +75,7 @@ CANDIDATES: dict[str, list[SHAPES]] = {
     ],
     "decode": [
         _DECODE,
-        replace(_DECODE, merge_inside=False),
+        replace(_DECODE, merge_inside=not _DECODE.merge_inside),
         replace(_DECODE, num_warps=1), replace(_DECODE, num_warps=4),
         replace(_DECODE, num_stages=3), replace(_DECODE, num_stages=6),
         replace(_DECODE, block=64, num_warps=4, num_stages=3), replace(_DECODE, block=16),

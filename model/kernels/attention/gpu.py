@@ -17,16 +17,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from .. import switches
 from . import gpu_mosaic
 from .contract import Extras, Options, RaggedBatch
 from .gpu_decode import DecodeShape, decode
 from .gpu_mosaic import MosaicShape
 from .gpu_pallas import Heads
 from .gpu_prefill import PrefillShape, prefill
-
-PROMPTS_BY: Literal["triton", "mosaic"] = "triton"
-"""The kernel for prompt rows where both can serve. No GPU has run Mosaic's yet: see tune_kernels
-and `quire bench kernels --backends gpu_triton,gpu_mosaic`."""
 
 
 def _decode_shape(heads: Heads) -> DecodeShape:
@@ -68,16 +65,17 @@ def _attend(
     *,
     interpret: bool,
     prompts_by: Literal["triton", "mosaic"] | None = None,
+    merge_inside: bool | None = None,
     decode_shape: DecodeShape | None = None,
     prefill_shape: PrefillShape | MosaicShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See api.py. The shapes are for tuning; None takes the defaults.
+    """See api.py. What is None is as kernels/switches.py says; the shapes are for tuning.
 
     Raises:
       NotImplementedError: a MosaicShape was given, and that kernel cannot serve.
     """
     if prefill_shape is None and not options.decode_only:
-        if (prompts_by or PROMPTS_BY) == "mosaic":
+        if (prompts_by or switches.PROMPTS_BY) == "mosaic":
             prefill_shape = _mosaic_shape()
             if _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret) is not None:
                 prefill_shape = None
@@ -89,7 +87,8 @@ def _attend(
     first_page = jnp.full((1,), options.first_page, jnp.int32)
     return _traced_once(
         q, slab, batch, extras, first_page, options=replace(options, first_page=0),
-        interpret=interpret, decode_shape=decode_shape, prefill_shape=prefill_shape,
+        interpret=interpret, merge_inside=merge_inside, decode_shape=decode_shape,
+        prefill_shape=prefill_shape,
     )  # fmt: skip
 
 
@@ -107,7 +106,10 @@ def _why_not_mosaic(
 
 # Tracing and lowering a kernel takes longer than all else of a layer: under a `jit` of its own that
 # is done once a program and not once a layer. XLA inlines the calls.
-@partial(jax.jit, static_argnames=("options", "interpret", "decode_shape", "prefill_shape"))
+@partial(
+    jax.jit,
+    static_argnames=("options", "interpret", "merge_inside", "decode_shape", "prefill_shape"),
+)
 def _traced_once(
     q: jax.Array,
     slab: jax.Array,
@@ -117,6 +119,7 @@ def _traced_once(
     *,
     options: Options,
     interpret: bool,
+    merge_inside: bool | None,
     decode_shape: DecodeShape | None,
     prefill_shape: PrefillShape | MosaicShape | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -140,12 +143,14 @@ def _traced_once(
         compute=_compute_dtype(q.dtype, slab.dtype),
         interpret=interpret,
     )
+    decode_shape = decode_shape or _decode_shape(heads)
+    if merge_inside is not None:
+        decode_shape = replace(decode_shape, merge_inside=merge_inside)
     queries = q.reshape(num_tokens, kv_heads, heads.group, head_dim)
     tokens = slab.reshape(-1, 2 * kv_heads, head_dim)
     out = decode(
-        queries, tokens, first_page, batch, extras, heads, decode_shape or _decode_shape(heads),
-        alone=options.decode_only,
-    )  # fmt: skip
+        queries, tokens, first_page, batch, extras, heads, decode_shape, alone=options.decode_only
+    )
     if options.decode_only:
         pass
     elif isinstance(prefill_shape, MosaicShape):
@@ -165,5 +170,7 @@ def _compute_dtype(q: jnp.dtype, slab: jnp.dtype) -> jnp.dtype:
 attend = partial(_attend, interpret=False)
 attend_by_triton = partial(_attend, interpret=False, prompts_by="triton")
 attend_by_mosaic = partial(_attend, interpret=False, prompts_by="mosaic")
-attend_interpreted = partial(_attend, interpret=True, prompts_by="triton")
+attend_merging_inside = partial(_attend, interpret=False, merge_inside=True)
+attend_interpreted = partial(_attend, interpret=True, prompts_by="triton", merge_inside=False)
 attend_interpreted_mosaic = partial(_attend, interpret=True, prompts_by="mosaic")
+attend_interpreted_merging_inside = partial(attend_interpreted, merge_inside=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import switches
 from .contract import Extras, RaggedBatch
 from .gpu_pallas import (
     LOWEST,
@@ -61,7 +62,7 @@ class DecodeShape:
     num_stages: int = 4
     programs: int = 4 * 132  # four on each multiprocessor of an H200
     least_blocks: int = 4
-    merge_inside: bool = True
+    merge_inside: bool = switches.MERGE_INSIDE
 
 
 class DecodePlan(NamedTuple):

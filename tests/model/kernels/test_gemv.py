@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from products import ALL, EPS, operands, wide
 
+from quire.model.kernels import switches
 from quire.model.kernels.gemv_gpu import MAX_TOKENS, GemvShape, gemv
 from quire.model.projection import default_projection, in_parts, projection
 
@@ -73,9 +74,11 @@ def test_both_ways_of_projecting_agree() -> None:
         np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (one, parts)), atol=0.06)
 
 
-def test_which_way_is_taken() -> None:
+def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert projection("gemv", MAX_TOKENS + 1) is in_parts is projection("xla", 1)
     assert projection("gemv", MAX_TOKENS) is not in_parts
+    assert default_projection("gpu", "bfloat16", 1) == switches.PROJECTION
+    monkeypatch.setattr(switches, "PROJECTION", "gemv")
     assert default_projection("gpu", "bfloat16", 1) == "gemv"
     # float32: the same tokens in every batch; a share of the matrix; other devices
     for platform, dtype, shards in (

@@ -15,7 +15,7 @@ from described_engines import config_of, engine
 from quire.model.compile import compiler_options
 from quire.model.config import ModelConfig
 from quire.model.inputs import ADMIT_ROOM
-from quire.model.kernels.attention import gpu
+from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
@@ -47,11 +47,13 @@ def compiler(needs_compiler: Callable[[str], None]) -> None:
     needs_compiler("gpu")
 
 
+SIZES = {"page_size": PAGE, "num_pages": NUM_PAGES, "rows": ROWS, "tokens": TOKENS}
+
+
 @cache
 def programs(model: str) -> tuple[Programs, RunnerSpec, ModelConfig]:
     config = CONFIGS[model]()
-    made = engine(config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS)
-    return *made, config
+    return *engine(config, gpu_mesh(), **SIZES), config
 
 
 @cache
@@ -150,9 +152,7 @@ def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
 def kernels(model: str, layers: int, bucket: Bucket) -> set[str]:
     """Names of the kernels in a program of so many layers of a model, each of which is compiled."""
     config = replace(CONFIGS[model](), num_layers=layers, windows=(None,) * layers)
-    made, _ = engine(
-        config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS
-    )
+    made, _ = engine(config, gpu_mesh(), **SIZES)
     return set(compile_for(made.lower(bucket), "gpu", bucket.tokens).launched)
 
 
@@ -172,30 +172,48 @@ def test_own_kernels_are_used() -> None:
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernel needs JAX 0.11")
-def test_prompts_by_mosaic_are_no_less_in_place_and_one_launch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_prompts_by_mosaic_are_no_less_in_place_and_one_launch() -> None:
     """The kernel is built to the last instruction, by wgmma and TMA, where it can serve."""
-    monkeypatch.setattr(gpu, "PROMPTS_BY", "mosaic")
     config = replace(small(), head_dim=64)
-    made, _ = engine(
-        config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS
-    )
+    made, _ = engine(config, gpu_mesh(), **SIZES, attention="gpu_mosaic")
     lowered = made.lower(MIXED)
     assert lowered.as_text().count("mosaic_gpu") >= 1
-    got = compile_for(lowered, "gpu")
+    check_in_place_and_one_launch(made, config, MIXED, compile_for(lowered, "gpu"))
+
+
+def check_in_place_and_one_launch(
+    made: Programs, config: ModelConfig, bucket: Bucket, got: ProgramReport
+) -> None:
     state = made.abstract_state()
     assert got.passes_over(state[0]["kv"]) == []
     assert got.alias_bytes >= nbytes(state)
     assert got.thunks == ["CommandBuffer"]
-    assert got.temp_bytes <= temp_bound(config, MIXED)
+    assert got.temp_bytes <= temp_bound(config, bucket)
 
 
-def test_the_products_of_one_token_are_own_kernels() -> None:
+def test_parts_merged_inside_are_no_less_in_place_and_one_launch() -> None:
+    made, _ = engine(small(), gpu_mesh(), **SIZES, attention="gpu_merge_inside")
+    got = compile_for(made.lower(DECODE), "gpu", DECODE.tokens)
+    check_in_place_and_one_launch(made, small(), DECODE, got)
+    assert got.kernels("attention_decode") == small().num_layers
+    assert got.kernels("attention_merge") == 0
+
+
+def test_the_products_of_one_token_may_be_own_kernels() -> None:
     """Four in a layer and the logits; XLA has no product left to do."""
-    layers = programs("llama-3.1-8b")[2].num_layers
-    one = report("llama-3.1-8b", ONE)
-    assert one.kernels("gemv") == 4 * layers + 1
-    assert one.kernels("attention_decode") == layers
+    config = CONFIGS["llama-3.1-8b"]()
+    made, _ = engine(config, gpu_mesh(), **SIZES, projection="gemv")
+    one = compile_for(made.lower(ONE), "gpu", ONE.tokens)
+    assert one.kernels("gemv") == 4 * config.num_layers + 1
+    assert one.kernels("attention_decode") == config.num_layers
     assert " dot(" not in one.hlo and "__cublas" not in one.hlo
-    assert report("llama-3.1-8b", DECODE).kernels("gemv") == 0
+    assert one.thunks == ["CommandBuffer"]
+    assert made.lower(DECODE).as_text().count("gemv") == 0
+
+
+@pytest.mark.parametrize("bucket", [ONE, DECODE, MIXED], ids=["one", "decode", "mixed"])
+def test_kernels_that_are_switched_off_are_in_no_program(bucket: Bucket) -> None:
+    got = report("small", bucket)
+    assert switches.PROJECTION == "gemv" or got.kernels("gemv") == 0
+    assert switches.PROMPTS_BY == "mosaic" or "mosaic_gpu" not in got.hlo
+    assert (got.kernels("attention_merge") == 0) == switches.MERGE_INSIDE

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from quire.model.kernels import switches
 from quire.model.kernels.attention import gpu, gpu_mosaic
 from quire.model.kernels.attention.api import BACKENDS, ragged_paged_attention
 from quire.model.kernels.attention.contract import Extras, Options
@@ -30,7 +31,9 @@ PLATFORM = jax.default_backend()
 
 def is_here(name: str) -> bool:
     platform = name.split("_")[0]
-    if name == f"gpu_{gpu.PROMPTS_BY}":
+    if name == f"gpu_{switches.PROMPTS_BY}" or (
+        name == "gpu_merge_inside" and switches.MERGE_INSIDE
+    ):
         return False  # that is "gpu"
     if name.endswith("_interpret"):
         # Before 0.11 Mosaic's cannot serve, and Triton's would be tested twice.
@@ -126,9 +129,13 @@ MOSAIC_FACTORS = FACTORS | {
     "sinks": (False,),
     "return_lse": (False,),
 }
+# Where decode rows are cut.
+MERGE_FACTORS = FACTORS | {"mode": ("decode", "mixed"), "lengths": ("long",)}
 CASES_OF = {
     "tpu_interpret": pairwise_cover(TPU_FACTORS),
     "gpu_mosaic": pairwise_cover(MOSAIC_FACTORS),
+    "gpu_merge_inside": pairwise_cover(MERGE_FACTORS),
+    "gpu_merge_inside_interpret": pairwise_cover(MERGE_FACTORS)[:4],
     "gpu_mosaic_interpret": [
         {**dict.fromkeys(("kv_scales", "soft_cap")), "sinks": False, "return_lse": False}
         | dict(zip(list(FACTORS)[:7], values[:7], strict=True)) | {"cached": values[7]}
@@ -284,7 +291,8 @@ def numpy_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def compiler_options(backend: str) -> dict[str, Any] | None:
     """An interpreted kernel takes long to compile and no time to run."""
-    return {"xla_backend_optimization_level": 0} if backend == "gpu_interpret" else None
+    triton = backend in ("gpu_interpret", "gpu_merge_inside_interpret")
+    return {"xla_backend_optimization_level": 0} if triton else None
 
 
 def program(backend: str, problem: Problem, **kwargs: Any) -> Any:
