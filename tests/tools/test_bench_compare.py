@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,13 +195,39 @@ def test_what_is_not_alike_is_refused(
     assert says in said and file in said
 
 
+BAD_RATE = served("x", 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("llama_throughput", {"repetitions": []}, "trace_output_tok_s: got [], must be numbers"),
+        ("llama_throughput", {"repetitions": [{"output_tok_s": "x"}]}, "got ['x'], must be numbe"),
+        ("llama_throughput", {"repetitions": [{"output_tok_s": math.nan}]}, "got [nan], must be"),
+        ("llama_latency", {"decode_step_ms": {"1": {"all": [0.0]}}}, "decode_step_ms/1: got [0.0]"),
+        ("llama_latency", {"decode_step_ms": {"1": {"all": 5}}}, "decode_step_ms/1: got 5, must"),
+        ("llama_latency", {"decode_step_ms": {"x": {"all": [1.0]}}}, "is not what this version's"),
+        ("llama_latency", {"decode_step_ms": {}, "ttft_ms": {}, "prefix_ms": None}, "has no figur"),
+        ("llama_latency", {"settings__model": 5}, "5 is no name"),
+        ("llama_latency", {"settings__sizes__dtype": ["x"]}, "['x'] is no name"),
+        ("llama_latency", {"bench": ["latency"]}, "must be a file that a benchmark's --json wrote"),
+        ("llama_latency", {"bench": "online", "rates": [BAD_RATE]}, "is not what this version's"),
+        ("llama_latency", {"bench": "long", "prompt_tokens": "x"}, "is not what this version's"),
+    ],
+)  # fmt: skip
+def test_what_is_no_figure_is_refused(
+    refused: Any, write: Write, kind: str, changes: dict[str, Any], says: str
+) -> None:
+    assert says in refused(write(kind, **changes))
+
+
 def test_another_device_only_by_name(compare: Any, write: Write) -> None:
     said = compare(write("llama_latency", device__kind="NVIDIA A100"), "--any-device")
     assert "ours NVIDIA A100, the peers' NVIDIA H200" in said["notes"][0]
     assert said["models"]["llama-3.1-8b bf16"]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00", "[" * 100_000])
 def test_files_of_somebody_else(refused: Any, tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.json"
     file.write_text(text)

@@ -7,6 +7,7 @@ same.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,12 @@ def read_findings(name: str) -> Findings:
     """
     try:
         report = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidConfig(
             f"{name}: must be a file that a benchmark's --json wrote: {error}"
         ) from error
     bench = report.get("bench") if isinstance(report, dict) else None
-    if bench is None:
+    if not isinstance(bench, str):
         raise InvalidConfig(f"{name}: must be a file that a benchmark's --json wrote; is not")
     if bench not in _READERS:
         raise InvalidConfig(
@@ -67,8 +68,8 @@ def read_findings(name: str) -> Findings:
         return Findings(
             file=name,
             bench=bench,
-            model=settings["model"],
-            dtype=settings.get("dtype", "auto"),
+            model=_text(settings["model"]),
+            dtype=_text(settings.get("dtype", "auto")),
             device=(report.get("device") or {}).get("kind", ""),
             devices=settings.get("tensor_parallel", 1),
             settings={key: settings[key] for key in _SETTINGS if settings.get(key) is not None},
@@ -76,6 +77,12 @@ def read_findings(name: str) -> Findings:
         )
     except (LookupError, TypeError, AttributeError) as error:
         raise _unknown(name, bench, error) from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 def _unknown(name: str, bench: str, error: Exception) -> InvalidConfig:
@@ -88,13 +95,25 @@ def figures_in(found: Findings, peers: Peers) -> dict[str, list[float]]:
     """Every repetition of each figure, by the peers' name.
 
     Raises:
-      InvalidConfig: it was measured in another way than the peers were, or lacks what this
-        version writes.
+      InvalidConfig: it was measured in another way than the peers were, lacks what this version
+        writes, or has no figure.
     """
     try:
-        return _READERS[found.bench](found, peers)
-    except (LookupError, TypeError, AttributeError) as error:
+        figures = _READERS[found.bench](found, peers)
+    except InvalidConfig:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise _unknown(found.file, found.bench, error) from error
+    if not figures:
+        raise InvalidConfig(f"{found.file}: has no figure to compare")
+    for name, values in figures.items():
+        if not (isinstance(values, list) and values and all(map(_is_figure, values))):
+            raise InvalidConfig(f"{found.file}: {name}: got {values!r}, must be numbers above 0")
+    return figures
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _same(found: Findings, what: str, got: Any, theirs: Any) -> None:
@@ -121,7 +140,7 @@ def _latency(found: Findings, peers: Peers) -> dict[str, list[float]]:
         _same(found, "prompt_tokens of the decode steps", report["prompt_tokens"], 128)
         _same(found, "output_tokens of the decode steps", report["output_tokens"], 272)
     for name in ("decode_step_ms", "ttft_ms"):
-        figures |= {f"{name}/{size}": each["all"] for size, each in report[name].items()}
+        figures |= {f"{name}/{int(size)}": each["all"] for size, each in report[name].items()}
     if (prefix := report["prefix_ms"]) is not None:
         _same(found, "prefix_tokens", prefix["tokens"], 10_000)
         figures["prefix_10k_ms/cold"] = [prefix["cold"]]
@@ -169,8 +188,8 @@ def _long(found: Findings, peers: Peers) -> dict[str, list[float]]:
     report = found.report
     size = report["prompt_tokens"]
     return {
-        f"long_cold_ms/{size}": [report["cold_ms"]],
-        f"long_hit_ms/{size}": report["hit_ms"]["all"],
+        f"long_cold_ms/{size:d}": [report["cold_ms"]],
+        f"long_hit_ms/{size:d}": report["hit_ms"]["all"],
     }
 
 
