@@ -157,15 +157,44 @@ def test_online(compare: Any, write: Write, refused: Any) -> None:
     assert "online/25/tpot_ms_p50" in by_name(compare(file)["models"]["llama-3.1-8b bf16"])
 
 
+LONG = {"bench": "long", "prompt_tokens": 200_000, "cold_ms": 9e3, "hit_tokens": 199_968}
+PAGES = {"bench": "pages", "limited": {"seconds": 600.1}, "problems": []}
+
+
 def test_what_the_peers_were_not_asked_has_a_target(compare: Any, write: Write) -> None:
-    hits = {"all": [90.0, 95.0, 130.0]}
-    long = write("llama_latency", bench="long", prompt_tokens=200_000, hit_ms=hits, cold_ms=9e3)
-    pages = write("llama_throughput", "pages.json", bench="pages", ratio=0.89)
+    long = write("llama_latency", **LONG, hit_ms={"all": [90.0, 95.0, 130.0]})
+    missed = {**PAGES, "problems": ["with 10 pages 89% of"]}
+    pages = write("llama_throughput", "pages.json", **missed, ratio=0.89)
     lines = by_name(compare(long, pages)["models"]["llama-3.1-8b bf16"])
     line = lines["long_hit_ms/200000"]
     assert (line["ours"], line["peer"], line["target"], line["is_met"]) == (95.0, None, 100, True)
     assert lines["long_cold_ms/200000"]["metric"] == "200,000 tokens, the first time, ms"
     assert lines["page_limit_ratio"]["is_met"] is False
+    pages = write("llama_throughput", "pages.json", **PAGES, ratio=0.91)
+    assert compare(pages)["models"]["llama-3.1-8b bf16"][0]["is_met"] is True
+
+
+def test_a_target_is_not_met_by_a_run_that_was_none(refused: Any, write: Write) -> None:
+    file = write("llama_latency", **{**LONG, "hit_tokens": 0}, hit_ms={"all": [1.0]})
+    assert "hit_tokens: got 0 of 200000" in refused(file)
+    wrong = {
+        "seconds: got 25 at the limit, must be at least 600": {"limited": {"seconds": 25.0}},
+        "3 steps failed": {"problems": ["3 steps failed"]},
+        "trace: clipped: ours 1, the peers' 0": {"trace__clipped": 1},
+    }
+    for says, change in wrong.items():
+        assert says in refused(write("llama_throughput", **{**PAGES, **change}, ratio=0.95))
+    run = served(25, 375, warmup_errors=2)
+    file = write("llama_latency", bench="online", rates=[run])
+    assert "2 requests of the warm-up failed" in refused(file)
+
+
+def test_callers_that_were_too_slow_are_noted(compare: Any, write: Write) -> None:
+    runs = [served(25, 375, late_ms_p99=2.0), served(50, 750, late_ms_p99=40.0)]
+    file = write("llama_latency", bench="online", rates=runs)
+    assert compare(file, file)["notes"] == [
+        f"{file}: sent late, 40.0 ms at p99: the callers were too slow for the rate"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args)
-    from .findings import read_findings
+    from .findings import read_findings, remarks_on
     from .peers import PeerData
 
     data = PeerData()
@@ -70,10 +70,12 @@ def run(args: argparse.Namespace) -> None:
             notes.append(f"not the same device: {other}")
         by_model.setdefault(peers.section, (peers, []))[1].append(found)
     models = {name: _lines(peers, all_of) for name, (peers, all_of) in by_model.items()}
+    for _, all_of in by_model.values():
+        notes += [remark for found in all_of for remark in remarks_on(found)]
     results = {
         "peers": {"engine": data.engine, "hardware": data.hardware},
         "files": list(args.files),
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
         "models": models,
     }
     tables = [_table(name, lines, results) for name, lines in models.items()]

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidConfig
+from .pages import MIN_RATIO
 from .peers import Peers
+from .serve import LATE_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,16 @@ def _unknown(name: str, bench: str, error: Exception) -> InvalidConfig:
     )
 
 
+def remarks_on(found: Findings) -> list[str]:
+    """What a reader of its figures should know: which load was not sent as it should have been."""
+    runs = found.report.get("rates", []) if found.bench == "online" else [found.report]
+    return [
+        f"{found.file}: sent late, {late:.1f} ms at p99: the callers were too slow for the rate"
+        for run in runs
+        if (late := run.get("late_ms_p99", 0.0)) > LATE_MS
+    ]
+
+
 def figures_in(found: Findings, peers: Peers) -> dict[str, list[float]]:
     """Every repetition of each figure, by the peers' name.
 
@@ -123,6 +135,9 @@ def _same(found: Findings, what: str, got: Any, theirs: Any) -> None:
 
 TRACE = {"requests": 1000, "prompt_tokens": 207_595, "output_tokens": 215_747, "clipped": 0}
 """What the peers ran: the shipped sharegpt-like, whole."""
+
+LIMITED_SECONDS = 600
+"""What a run at the limit of pages must last, for its target."""
 
 
 def _throughput(found: Findings, peers: Peers) -> dict[str, list[float]]:
@@ -173,6 +188,8 @@ def _served(found: Findings, peers: Peers, run: dict[str, Any]) -> dict[str, lis
     _same(found, "trace: clipped", run["trace"]["clipped"], 0)
     if run["errors"]:
         raise InvalidConfig(f"{found.file}: {run['errors']} of {run['requests']} requests failed")
+    if failed := run.get("warmup_errors", 0):  # of `online`
+        raise InvalidConfig(f"{found.file}: {failed} requests of the warm-up failed")
     rate = "inf" if run["rate_req_s"] is None else f"{run['rate_req_s']:g}"
     if rate in peers.online_requests:
         _same(found, f"requests at {rate}/s", run["requests"], peers.online_requests[rate])
@@ -186,7 +203,12 @@ def _served(found: Findings, peers: Peers, run: dict[str, Any]) -> dict[str, lis
 
 def _long(found: Findings, peers: Peers) -> dict[str, list[float]]:
     report = found.report
-    size = report["prompt_tokens"]
+    size, hit = report["prompt_tokens"], report["hit_tokens"]
+    if hit < size - report["settings"]["sizes"]["page_size"]:
+        raise InvalidConfig(
+            f"{found.file}: hit_tokens: got {hit} of {size}, must be all but a page's: else the "
+            "second time is none"
+        )
     return {
         f"long_cold_ms/{size:d}": [report["cold_ms"]],
         f"long_hit_ms/{size:d}": report["hit_ms"]["all"],
@@ -194,8 +216,18 @@ def _long(found: Findings, peers: Peers) -> dict[str, list[float]]:
 
 
 def _pages(found: Findings, peers: Peers) -> dict[str, list[float]]:
-    _same(found, "trace", found.report["trace"]["name"], "sharegpt-like")
-    return {"page_limit_ratio": [found.report["ratio"]]}
+    """Whatever else went wrong, a target must not look met."""
+    report = found.report
+    _same(found, "trace", report["trace"]["name"], "sharegpt-like")
+    _same(found, "trace: clipped", report["trace"]["clipped"], 0)
+    if (seconds := report["limited"]["seconds"]) < LIMITED_SECONDS:
+        raise InvalidConfig(
+            f"{found.file}: seconds: got {seconds:.0f} at the limit, must be at least "
+            f"{LIMITED_SECONDS}"
+        )
+    if report["problems"] and report["ratio"] >= MIN_RATIO:
+        raise InvalidConfig(f"{found.file}: {'; '.join(report['problems'])}")
+    return {"page_limit_ratio": [report["ratio"]]}
 
 
 _READERS = {
