@@ -270,3 +270,24 @@ def test_the_cause_is_kept() -> None:
     with pytest.raises(InvalidConfig) as caught:
         read_findings("nowhere.json")
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_picture_has_every_number_within_its_axes(compare: Any, write: Write) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from quire.tools.bench.compare import _draw
+
+    names = ("llama_latency", "llama_throughput", "qwen_latency")
+    results = compare(*(str(MEASURED / f"{name}.json") for name in names))
+    results["models"]["nothing"] = []
+    figure = Figure(layout="constrained")
+    _draw(figure, results)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        assert axes.texts
+        for box in (text.get_window_extent() for text in axes.texts):
+            assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        label = axes.xaxis.label.get_window_extent()
+        assert label.x0 >= 0 and label.x1 <= figure.bbox.x1
+    assert figure.axes[-1].texts[0].get_text() == "no figure that the peers have"
