@@ -113,7 +113,7 @@ class Ladder:
             else:
                 self._mixed[b.sampler].append(b)
         self._sampled_rows = sorted({b.rows for b in self.buckets if b.apart and b.decode_only})
-        self._chunks = sorted({b.tokens for b in self._mixed[Sampler.GREEDY]})
+        self._chunks = {s: sorted({b.tokens for b in self._mixed[s]}) for s in Sampler}
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
         self.max_k = max(b.k for b in self.buckets)
@@ -157,10 +157,12 @@ class Ladder:
         fits = (b.k for b in self.buckets if b.k > 1 and b.rows >= rows and b.sampler >= sampler)
         return max(fits, default=1)
 
-    def chunk_size(self, tokens: int) -> int:
-        """Tokens of the smallest GREEDY rung for prompts that holds so many; at most max_tokens."""
-        at = bisect_left(self._chunks, tokens)
-        return self._chunks[at] if at < len(self._chunks) else self.max_tokens
+    def chunk_size(self, tokens: int, sampler: Sampler) -> int:
+        """Tokens of the sampler's smallest rung for prompts that holds so many; at most
+        max_tokens."""
+        sizes = self._chunks[sampler]
+        at = bisect_left(sizes, tokens)
+        return sizes[at] if at < len(sizes) else self.max_tokens
 
     def choose(
         self, tokens: int, rows: int, sampler: Sampler, *, decode_only: bool, k: int = 1

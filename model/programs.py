@@ -166,7 +166,8 @@ class Programs:
         """What a stored program is found by, traced or not: whatever `lower` looks at is here."""
         if self._facts is None:
             sizes = asdict(self._spec)
-            # Each program is one rung; of the others only the largest matters to it.
+            # Each program is one rung; of the others only the largest matters to it, and those that
+            # say how many rows of logits it leaves.
             sizes["ladder"] = self._spec.ladder.max_tokens
             self._facts = {
                 **environment(self._mesh),
@@ -177,7 +178,8 @@ class Programs:
                 "writer": self._writer,
                 "projection": self._projection,
             }
-        return {**self._facts, "program": str(key)}
+        logits = {"logit rows": str(self.logit_rows(key))} if isinstance(key, Bucket) else {}
+        return {**self._facts, **logits, "program": str(key)}
 
     def lowerings(self) -> dict[Key, Callable[[], Lowered]]:
         """Every program, the costliest first."""

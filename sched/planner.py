@@ -103,7 +103,10 @@ class Planner:
         running, prefilling = self._roster.running, self._roster.prefilling
         pressure, k, rows_left = self.pressure, step.k, self._max_rows
         decoding = len(running) - len(prefilling)
-        most = policy.step_tokens(self._spec.ladder, self._max_tokens, decoding)
+        most = self._max_tokens
+        if decoding and (prefilling or self._roster.waiting):
+            sampler = max(seq.sampler for seq in running)
+            most = policy.step_tokens(self._spec.ladder, most, decoding, sampler)
         room = PromptRoom(most, self._spec.num_slots, decoding, self._roster)
         for seq in tuple(running):
             try:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import Ladder, RunnerSpec
+from ..model.plan import Ladder, RunnerSpec, Sampler
 from .fairness import OUTPUT_COST, FairQueue
 from .ranked import Ranked
 from .sequence import Sequence
@@ -63,17 +63,20 @@ def decode_tokens(
     return spec.ladder.most_k(len(running), max(seq.sampler for seq in running))
 
 
-def step_tokens(ladder: Ladder, most: int, decoding: int) -> int:
+def step_tokens(ladder: Ladder, most: int, decoding: int, sampler: Sampler) -> int:
     """Tokens that a step may have: fewer than it could hold while answers wait for their next token
-    behind the prompts of others. A whole rung, so that none of it is padding while prompts wait.
+    behind the prompts of others. A whole rung of the step's sampler (richer ones have
+    fewer), so that none of it is padding while prompts wait.
 
     Args:
+      ladder: all rungs.
       most: tokens that any step may have.
       decoding: rows that decode.
+      sampler: the richest that these need.
     """
     if not decoding:
         return most
-    return min(most, ladder.chunk_size(max(BUSY_TOKENS, BUSY_TOKENS_PER_ROW * decoding)))
+    return min(most, ladder.chunk_size(max(BUSY_TOKENS, BUSY_TOKENS_PER_ROW * decoding), sampler))
 
 
 def reserved_pages(

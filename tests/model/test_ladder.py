@@ -89,8 +89,12 @@ def test_default_ladder_of_a_gpu():
 
 def test_chunks_are_cut_to_rungs():
     ladder = make_ladder(1024, 2048)
-    assert [ladder.chunk_size(n) for n in (1, 64, 65, 769, 2048, 9999)] == [
-        64, 64, 128, 1024, 2048, 2048
+    wanted = (1, 64, 65, 129, 768, 769, 2048, 9999)
+    assert [ladder.chunk_size(n, Sampler.GREEDY) for n in wanted] == [
+        64, 64, 128, 192, 768, 1024, 2048, 2048
+    ]  # fmt: skip
+    assert [ladder.chunk_size(n, Sampler.SAMPLE) for n in wanted] == [
+        64, 64, 128, 256, 1024, 1024, 2048, 2048
     ]  # fmt: skip
 
 

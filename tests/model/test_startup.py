@@ -3,6 +3,7 @@ the same, and the memory table is what the device holds."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from quire.model import programs, startup
 from quire.model.compile import CompileCounter
 from quire.model.config import ModelConfig, RopeConfig
 from quire.model.devices import DeviceMemory, compared, measured
-from quire.model.ladder import Bucket, Sampler
+from quire.model.ladder import Bucket, Ladder, Sampler
 from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, SlotInit, StepPlan
 from quire.model.program_store import ProgramStore, make_private
@@ -119,6 +120,17 @@ def test_other_sizes_find_nothing(folder: Path, cold: Any) -> None:
     assert store.get(other._programs(other.sizes().spec).facts(bucket)) is None
     facts = {str(mine._programs(sizes.spec).facts(key)) for key in sizes.spec.ladder.buckets}
     assert len(facts) == len(sizes.spec.ladder)
+
+
+def test_rungs_beside_a_forward_that_say_how_many_logits_it_leaves_are_among_its_facts() -> None:
+    starting = start(None)
+    spec = starting.sizes().spec
+    forward, most = Bucket(64, 3, Sampler.FULL), Bucket(128, 8, Sampler.FULL)
+    ladders = [Ladder([forward, most, Bucket(n, n, Sampler.FULL)]) for n in (4, 8)]
+    assert [ladder.logit_rows(forward) for ladder in ladders] == [4, 8]
+    made = [starting._programs(dataclasses.replace(spec, ladder=ladder)) for ladder in ladders]
+    assert made[0].facts(forward) != made[1].facts(forward)
+    assert made[0].facts(SCORE) == made[1].facts(SCORE)
 
 
 def test_one_damaged_program_is_compiled_and_the_rest_loaded(folder: Path, cold: Any) -> None:

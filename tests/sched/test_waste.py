@@ -14,10 +14,11 @@ import pytest
 import quire
 from quire.config import EngineConfig
 from quire.model.ladder import make_ladder
-from quire.model.plan import Emit, RunnerSpec, StepOutputs, StepPlan
+from quire.model.plan import Emit, RunnerSpec, Sampler, StepOutputs, StepPlan
 from quire.sched.policy import step_tokens
 from quire.sched.request import Request, SamplingParams
 from quire.sched.scheduler import Scheduler
+from quire.tools.bench.null_runner import null_spec
 
 TRACE = Path(quire.__file__).parent / "tools" / "bench" / "data" / "trace_sharegpt_like.json"
 VOCAB, LONGEST = 1000, 4096
@@ -82,6 +83,23 @@ def test_little_of_what_steps_compute_is_padding(capsys: pytest.CaptureFixture[s
 
 def test_prompts_hold_up_answers_for_one_rung_at_most() -> None:
     ladder = make_ladder(1024, 2048)
-    sizes = {n: step_tokens(ladder, 2048, n) for n in (0, 1, 192, 193, 257, 500, 1000)}
+    greedy = Sampler.GREEDY
+    sizes = {n: step_tokens(ladder, 2048, n, greedy) for n in (0, 1, 192, 193, 257, 500, 1000)}
     assert sizes == {0: 2048, 1: 768, 192: 768, 193: 1024, 257: 1536, 500: 2048, 1000: 2048}
-    assert step_tokens(ladder, 512, 8) == 512
+    assert step_tokens(ladder, 512, 8, greedy) == 512
+
+
+@pytest.mark.parametrize("sampler", [Sampler.GREEDY, Sampler.SAMPLE])
+def test_steps_that_hold_answers_up_are_full_of_prompts_whatever_the_sampler(
+    sampler: Sampler,
+) -> None:
+    spec = null_spec(256, page_size=32, max_model_len=4096, pages=1000)
+    scheduler = Scheduler(spec, max_batched_tokens=2048, prefill_chunk=2048, clock=lambda: 0.0)
+    sampling = SamplingParams(temperature=float(sampler), seed=0, max_tokens=9, ignore_eos=True)
+    assert sampling.sampler == sampler
+    scheduler.submit(Request(id="a", prompt=(1, 2), sampling=sampling))
+    assert (first := scheduler.schedule()) is not None
+    scheduler.update(first, outputs(first))
+    scheduler.submit(Request(id="b", prompt=(3,) * 4000, sampling=sampling))
+    assert (busy := scheduler.schedule()) is not None
+    assert busy.num_decode == 1 and busy.num_tokens == busy.bucket.tokens < 2048

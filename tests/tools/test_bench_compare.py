@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,15 +157,44 @@ def test_online(compare: Any, write: Write, refused: Any) -> None:
     assert "online/25/tpot_ms_p50" in by_name(compare(file)["models"]["llama-3.1-8b bf16"])
 
 
+LONG = {"bench": "long", "prompt_tokens": 200_000, "cold_ms": 9e3, "hit_tokens": 199_968}
+PAGES = {"bench": "pages", "limited": {"seconds": 600.1}, "problems": []}
+
+
 def test_what_the_peers_were_not_asked_has_a_target(compare: Any, write: Write) -> None:
-    hits = {"all": [90.0, 95.0, 130.0]}
-    long = write("llama_latency", bench="long", prompt_tokens=200_000, hit_ms=hits, cold_ms=9e3)
-    pages = write("llama_throughput", "pages.json", bench="pages", ratio=0.89)
+    long = write("llama_latency", **LONG, hit_ms={"all": [90.0, 95.0, 130.0]})
+    missed = {**PAGES, "problems": ["with 10 pages 89% of"]}
+    pages = write("llama_throughput", "pages.json", **missed, ratio=0.89)
     lines = by_name(compare(long, pages)["models"]["llama-3.1-8b bf16"])
     line = lines["long_hit_ms/200000"]
     assert (line["ours"], line["peer"], line["target"], line["is_met"]) == (95.0, None, 100, True)
     assert lines["long_cold_ms/200000"]["metric"] == "200,000 tokens, the first time, ms"
     assert lines["page_limit_ratio"]["is_met"] is False
+    pages = write("llama_throughput", "pages.json", **PAGES, ratio=0.91)
+    assert compare(pages)["models"]["llama-3.1-8b bf16"][0]["is_met"] is True
+
+
+def test_a_target_is_not_met_by_a_run_that_was_none(refused: Any, write: Write) -> None:
+    file = write("llama_latency", **{**LONG, "hit_tokens": 0}, hit_ms={"all": [1.0]})
+    assert "hit_tokens: got 0 of 200000" in refused(file)
+    wrong = {
+        "seconds: got 25 at the limit, must be at least 600": {"limited": {"seconds": 25.0}},
+        "3 steps failed": {"problems": ["3 steps failed"]},
+        "trace: clipped: ours 1, the peers' 0": {"trace__clipped": 1},
+    }
+    for says, change in wrong.items():
+        assert says in refused(write("llama_throughput", **{**PAGES, **change}, ratio=0.95))
+    run = served(25, 375, warmup_errors=2)
+    file = write("llama_latency", bench="online", rates=[run])
+    assert "2 requests of the warm-up failed" in refused(file)
+
+
+def test_callers_that_were_too_slow_are_noted(compare: Any, write: Write) -> None:
+    runs = [served(25, 375, late_ms_p99=2.0), served(50, 750, late_ms_p99=40.0)]
+    file = write("llama_latency", bench="online", rates=runs)
+    assert compare(file, file)["notes"] == [
+        f"{file}: sent late, 40.0 ms at p99: the callers were too slow for the rate"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -194,13 +224,39 @@ def test_what_is_not_alike_is_refused(
     assert says in said and file in said
 
 
+BAD_RATE = served("x", 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("llama_throughput", {"repetitions": []}, "trace_output_tok_s: got [], must be numbers"),
+        ("llama_throughput", {"repetitions": [{"output_tok_s": "x"}]}, "got ['x'], must be numbe"),
+        ("llama_throughput", {"repetitions": [{"output_tok_s": math.nan}]}, "got [nan], must be"),
+        ("llama_latency", {"decode_step_ms": {"1": {"all": [0.0]}}}, "decode_step_ms/1: got [0.0]"),
+        ("llama_latency", {"decode_step_ms": {"1": {"all": 5}}}, "decode_step_ms/1: got 5, must"),
+        ("llama_latency", {"decode_step_ms": {"x": {"all": [1.0]}}}, "is not what this version's"),
+        ("llama_latency", {"decode_step_ms": {}, "ttft_ms": {}, "prefix_ms": None}, "has no figur"),
+        ("llama_latency", {"settings__model": 5}, "5 is no name"),
+        ("llama_latency", {"settings__sizes__dtype": ["x"]}, "['x'] is no name"),
+        ("llama_latency", {"bench": ["latency"]}, "must be a file that a benchmark's --json wrote"),
+        ("llama_latency", {"bench": "online", "rates": [BAD_RATE]}, "is not what this version's"),
+        ("llama_latency", {"bench": "long", "prompt_tokens": "x"}, "is not what this version's"),
+    ],
+)  # fmt: skip
+def test_what_is_no_figure_is_refused(
+    refused: Any, write: Write, kind: str, changes: dict[str, Any], says: str
+) -> None:
+    assert says in refused(write(kind, **changes))
+
+
 def test_another_device_only_by_name(compare: Any, write: Write) -> None:
     said = compare(write("llama_latency", device__kind="NVIDIA A100"), "--any-device")
     assert "ours NVIDIA A100, the peers' NVIDIA H200" in said["notes"][0]
     assert said["models"]["llama-3.1-8b bf16"]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00", "[" * 100_000])
 def test_files_of_somebody_else(refused: Any, tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.json"
     file.write_text(text)
@@ -214,3 +270,24 @@ def test_the_cause_is_kept() -> None:
     with pytest.raises(InvalidConfig) as caught:
         read_findings("nowhere.json")
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_picture_has_every_number_within_its_axes(compare: Any, write: Write) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from quire.tools.bench.compare import _draw
+
+    names = ("llama_latency", "llama_throughput", "qwen_latency")
+    results = compare(*(str(MEASURED / f"{name}.json") for name in names))
+    results["models"]["nothing"] = []
+    figure = Figure(layout="constrained")
+    _draw(figure, results)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        assert axes.texts
+        for box in (text.get_window_extent() for text in axes.texts):
+            assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        label = axes.xaxis.label.get_window_extent()
+        assert label.x0 >= 0 and label.x1 <= figure.bbox.x1
+    assert figure.axes[-1].texts[0].get_text() == "no figure that the peers have"

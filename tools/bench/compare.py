@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args)
-    from .findings import read_findings
+    from .findings import read_findings, remarks_on
     from .peers import PeerData
 
     data = PeerData()
@@ -70,10 +70,12 @@ def run(args: argparse.Namespace) -> None:
             notes.append(f"not the same device: {other}")
         by_model.setdefault(peers.section, (peers, []))[1].append(found)
     models = {name: _lines(peers, all_of) for name, (peers, all_of) in by_model.items()}
+    for _, all_of in by_model.values():
+        notes += [remark for found in all_of for remark in remarks_on(found)]
     results = {
         "peers": {"engine": data.engine, "hardware": data.hardware},
         "files": list(args.files),
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
         "models": models,
     }
     tables = [_table(name, lines, results) for name, lines in models.items()]
@@ -208,17 +210,27 @@ def _number(value: float | None) -> str:
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:
     """How far ours are ahead of the peers' (above 1), whatever the unit."""
-    models = results["models"]
-    panes = figure.subplots(1, len(models), squeeze=False)[0]
-    for axes, (model, lines) in zip(panes, models.items(), strict=True):
-        both = [line for line in lines if line["ratio"] is not None]
+    both = {
+        model: [line for line in lines if line["ratio"] is not None]
+        for model, lines in results["models"].items()
+    }
+    rows = [max(len(lines), 1) + 2 for lines in both.values()]
+    figure.set_size_inches(9, max(5.0, 0.25 * sum(rows)))
+    panes = figure.subplots(len(both), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for axes, (model, lines) in zip(panes, both.items(), strict=True):
+        axes.set_title(model)
+        if not lines:
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "no figure that the peers have", ha="center")
+            continue
         ahead = [
-            line["ratio"] if line["better"] == "higher" else 1 / line["ratio"] for line in both
+            line["ratio"] if line["better"] == "higher" else 1 / line["ratio"] for line in lines
         ]
-        bars = axes.barh([line["metric"] for line in both], ahead)
-        axes.bar_label(bars, fmt=" {:.2f}", fontsize=8)
-        axes.axvline(1, color="0.4", linestyle=":")
+        axes.axvline(1, color="0.4", linestyle=":", zorder=0)
+        bars = axes.barh([line["metric"] for line in lines], ahead)
+        readable = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=3, bbox=readable)
+        axes.set_xlim(0, 1.1 * max(1.0, *ahead))
         axes.invert_yaxis()
-        axes.margins(x=0.12)
-        axes.set(title=model, xlabel="times as good as the peers")
+        axes.set_xlabel("times as good as the peers")
         axes.tick_params(axis="y", labelsize=8)
