@@ -135,8 +135,8 @@ class EngineConfig:
     )
     max_num_seqs: int | None = setting(
         None,
-        "requests that run at once (default: 1024 on accelerators of 40 GiB or more, 256 on "
-        "others, 16 on CPU)",
+        "requests that run at once (default: 1024 on accelerators with 24 GiB or more beside the "
+        "weights, 256 on others, 16 on CPU)",
         low=1,
     )
     max_batched_tokens: int | None = setting(

@@ -39,9 +39,10 @@ class Defaults:
 _DEFAULTS = {"cpu": Defaults(16, 256, 15)}  # compiling is slow there, padding cheap
 _ACCELERATOR = Defaults(256, 2048, MAX_PROGRAMS)
 _LARGE = Defaults(1024, 2048, MAX_PROGRAMS)
-_LARGE_BYTES = 40 * 2**30
-"""An accelerator's memory, or what the user allows of it, from which on it is large: more requests
-at once then raise what it does a second, and what they take besides pages does not show."""
+_LARGE_BYTES = 24 * 2**30
+"""An accelerator's memory beside the weights, or what the user allows of it, from which on it is
+large: more requests at once then raise what it does a second, and what they take besides pages,
+about 2 GiB, is little of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ def settle(
     dtype = serving_dtype(config, model, platform)
     if dtype != model.dtype:
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
-    defaults = _defaults(platform, min(capacity, config.memory or capacity))
+    weights = weight_bytes(local_config(model, shards), dtype)
+    defaults = _defaults(platform, min(capacity, config.memory or capacity) - weights)
     num_seqs = config.max_num_seqs or defaults.num_seqs
     if config.max_num_seqs is None and config.max_batched_tokens is not None:
         num_seqs = max(1, min(num_seqs, config.max_batched_tokens // 2))
@@ -155,7 +157,6 @@ def settle(
             "checkpoint was made for: what it answers there may mean nothing"
         )
 
-    weights = weight_bytes(local_config(model, shards), dtype)
     table = MemoryTable(
         capacity=capacity - capacity % CAPACITY_GRAIN,
         budget=0,
@@ -215,8 +216,8 @@ def settle(
     )
 
 
-def _defaults(platform: str, memory: int) -> Defaults:
-    return _DEFAULTS.get(platform, _LARGE if memory >= _LARGE_BYTES else _ACCELERATOR)
+def _defaults(platform: str, beside_weights: int) -> Defaults:
+    return _DEFAULTS.get(platform, _LARGE if beside_weights >= _LARGE_BYTES else _ACCELERATOR)
 
 
 def _ladder(config: EngineConfig, defaults: Defaults, num_seqs: int) -> Ladder:

@@ -95,6 +95,10 @@ def test_small_models_take_no_more_than_every_slot_can_use():
 
 def test_fewer_requests_at_once_where_memory_is_short():
     assert sizes(memory=30 * GIB).spec.num_slots == 256
+    assert sizes(memory=40 * GIB).spec.num_slots == 1024
+    # A device may be large, and its model take most of it.
+    larger = dataclasses.replace(LLAMA_8B, num_layers=84, windows=(None,) * 84)
+    assert sizes(larger, memory=45 * GIB).spec.num_slots == 256
     got = sizes(max_batched_tokens=512).spec
     assert (got.num_slots, got.ladder.max_tokens) == (256, 512)
 
