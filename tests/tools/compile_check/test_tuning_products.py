@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -79,10 +79,20 @@ def test_products_are_timed_as_an_engine_compiles_them_when_all_are_compiled(
         given.append(tokens)
         return {}
 
+    timed = threading.Event()
+
+    def microseconds(*_: object) -> float:
+        said.append("timed")
+        timed.set()
+        return 1.0
+
     class Slow(ThreadPoolExecutor):
-        def submit(self, run: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        def submit(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+            last = len(given) == 6
+
             def late() -> Any:
-                time.sleep(0.3)
+                if last:  # ends after the first figure, if that does not wait for it
+                    timed.wait(4)
                 done = run(*args, **kwargs)
                 said.append("compiled")
                 return done
@@ -91,7 +101,7 @@ def test_products_are_timed_as_an_engine_compiles_them_when_all_are_compiled(
 
     monkeypatch.setattr(tune_products, "compiler_options", options)
     monkeypatch.setattr(tune_products, "ThreadPoolExecutor", Slow)
-    monkeypatch.setattr(tune_products, "microseconds", lambda *_: said.append("timed") or 1.0)
+    monkeypatch.setattr(tune_products, "microseconds", microseconds)
     figures("--tokens=8")
     assert said == ["compiled"] * 6 + ["timed"] * 6
     assert given == [8] * 6
