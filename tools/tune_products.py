@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..model.compile import compiler_options
 from ..model.decoder import RMSNorm
 from ..model.kernels.gemm_gpu import GemmShape, gemm
 from ..model.kernels.gemv_gpu import MAX_TOKENS, GemvShape, gemv
@@ -171,16 +172,30 @@ def microseconds(compiled: Any, x: jax.Array, weights: Any) -> float:
     return 1e6 * median(run(times) for _ in range(5))
 
 
+def begin_compiling(
+    pool: ThreadPoolExecutor, run: Callable[..., Any], x: jax.Array, weights: Any
+) -> Future[Any]:
+    """Lowers here, and compiles in the pool as an engine does; what fails does so in the result."""
+    try:
+        lowered = jax.jit(run).lower(x, weights)
+    except Exception as fault:  # others need not suffer from it
+        failed: Future[Any] = Future()
+        failed.set_exception(fault)
+        return failed
+    options = compiler_options(jax.default_backend(), len(x))
+    return pool.submit(lowered.compile, compiler_options=options)
+
+
 def measure(model_name: str, tokens: int, pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
     model = MODELS[model_name]
     weights = make_weights(model)
     x = jax.random.normal(jax.random.key(1), (tokens, model.hidden), jnp.bfloat16)
     wanted = choices(tokens)
-    lowered = [jax.jit(program(model, *choice)).lower(x, weights) for choice in wanted]
-    compiled = [pool.submit(each.compile) for each in lowered]
+    compiled = [begin_compiling(pool, program(model, *choice), x, weights) for choice in wanted]
     with jax.default_matmul_precision("highest"):
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
         exact = jax.jit(program(model, "", None))(x.astype(jnp.float32), wide)
+    wait(compiled)  # XLA times its own candidates on the device while it compiles
     base = 0.0
     for (product, shape), future in zip(wanted, compiled, strict=True):
         said = {"model": model_name, "tokens": tokens, "product": product}
@@ -209,7 +224,7 @@ def compile_only(model_name: str, tokens: int) -> Iterator[dict[str, Any]]:
         with jax.sharding.use_abstract_mesh(mesh.abstract):
             traced = jax.jit(program(model, product, shape)).trace(x, weights)
             lowered = traced.lower(lowering_platforms=mesh.lowering_platforms)
-        compile_for(lowered, "gpu")
+        compile_for(lowered, "gpu", tokens)
         yield {
             "model": model_name, "tokens": tokens, "product": product,
             "shape": shape and asdict(shape), "compile_seconds": time.monotonic() - begin,

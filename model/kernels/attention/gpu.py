@@ -125,11 +125,11 @@ def _traced_once(
 ) -> tuple[jax.Array, jax.Array]:
     num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
-    if slab.size >= 2**31 > slab.size * slab.dtype.itemsize // 2:
+    if slab.size > 2**31 >= slab.size * slab.dtype.itemsize // 2:
         # Pallas counts elements in 32 bits up to 4 GiB, which only one-byte types outgrow.
         raise NotImplementedError(
-            f"slab: {slab.dtype} of {slab.size} elements, on GPUs must be below {2**31} or above "
-            f"{2**32}"
+            f"slab: {slab.dtype} of {slab.size} elements, on GPUs must be at most {2**31} or "
+            f"above {2**32}"
         )
     heads = Heads(
         num_kv_heads=kv_heads,

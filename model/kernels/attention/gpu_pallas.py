@@ -204,6 +204,10 @@ def finish(
 Pages = tuple[jax.Array, ...] | jax.Array
 """Where a block's positions lie: the id of each page, or of the page of each position."""
 
+_SCALAR_PAGES = 8
+"""Pages of a block, up to which each has an id of its own. A step with pages of one token and 64
+ids a block took three times as long to compile."""
+
 
 def page_ids(
     table: Any,
@@ -221,7 +225,9 @@ def page_ids(
     cost the pipeline half its depth. Few pages are so many scalars, which cost no registers.
     """
     start = block * size
-    if heads.page_size % size == 0 or size % heads.page_size == 0:
+    if heads.page_size % size == 0 or (
+        size % heads.page_size == 0 and size <= _SCALAR_PAGES * heads.page_size
+    ):
         starts = range(0, size, heads.page_size)
         return tuple(
             load(table, (row, div(start + at, heads.page_size)), start + at < end) + first_page

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +64,56 @@ def test_each_candidate_replaces_one_product_and_one_failure_is_not_all(
 
     monkeypatch.setattr(tune_products, "microseconds", broken)
     assert {f["failed"] for f in figures("--tokens=2")} == {"RuntimeError: no such device"}
+
+
+def test_products_are_timed_as_an_engine_compiles_them_when_all_are_compiled(
+    figures: Callable[..., Figures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA times candidates of its own on the device while it compiles, which would be in the
+    figures; and an engine's products of many tokens are the vendor's."""
+    said: list[str] = []
+    given: list[int] = []
+    monkeypatch.setattr(tune_products, "gemm", partial(gemm, interpret=True))
+
+    def options(_: str, tokens: int) -> dict[str, object]:
+        given.append(tokens)
+        return {}
+
+    timed = threading.Event()
+
+    def microseconds(*_: object) -> float:
+        said.append("timed")
+        timed.set()
+        return 1.0
+
+    class Slow(ThreadPoolExecutor):
+        def submit(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+            last = len(given) == 6
+
+            def late() -> Any:
+                if last:  # ends after the first figure, if that does not wait for it
+                    timed.wait(4)
+                done = run(*args, **kwargs)
+                said.append("compiled")
+                return done
+
+            return super().submit(late)
+
+    monkeypatch.setattr(tune_products, "compiler_options", options)
+    monkeypatch.setattr(tune_products, "ThreadPoolExecutor", Slow)
+    monkeypatch.setattr(tune_products, "microseconds", microseconds)
+    figures("--tokens=8")
+    assert said == ["compiled"] * 6 + ["timed"] * 6
+    assert given == [8] * 6
+
+
+def test_a_candidate_that_cannot_be_lowered_fails_alone(
+    figures: Callable[..., Figures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gemv(*_: object, **__: object) -> None:
+        raise NotImplementedError("no such product")
+
+    monkeypatch.setattr(tune_products, "gemv", gemv)
+    first, *others = figures("--tokens=1")
+    assert "us" in first and len(others) == 5
+    assert {f["failed"] for f in others} == {"NotImplementedError: no such product"}

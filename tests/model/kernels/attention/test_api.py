@@ -156,3 +156,32 @@ def test_layers_that_write_and_attend_never_copy_the_slab(decode_only: bool) -> 
     slab_bytes = 2 * pages * page * 2 * kv_heads * dim * 4
     assert memory.alias_size_in_bytes >= slab_bytes
     assert memory.temp_size_in_bytes < slab_bytes / 4
+
+
+@pytest.mark.parametrize(
+    ("gib", "dtype", "served"),
+    [(2, "float8_e4m3fn", True), (3, "float8_e4m3fn", False), (4, "float8_e4m3fn", False),
+     (5, "float8_e4m3fn", True), (4, "bfloat16", True), (6, "bfloat16", True)],
+)  # fmt: skip
+def test_gpu_slabs_whose_offsets_do_not_fit_are_refused(gib: int, dtype: str, served: bool) -> None:
+    """Pallas counts in signed 32 bits up to 4 GiB, that many included."""
+
+    def shape(*size: int, of: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, of)
+
+    pages = gib * 2**30 // (32 * 8 * 128) // jnp.dtype(dtype).itemsize
+    args = (
+        shape(8, 16, 128, of=jnp.bfloat16), shape(pages, 32, 8, 128, of=jnp.dtype(dtype)),
+        shape(8), shape(8, 4), shape(9), shape(), shape(),
+    )  # fmt: skip
+
+    def attend() -> Any:
+        return jax.eval_shape(
+            lambda *a: ragged_paged_attention(*a, scale=1.0, backend="gpu", decode_only=True), *args
+        )
+
+    if served:
+        assert attend().shape == (8, 16, 128)
+    else:
+        with pytest.raises(NotImplementedError, match="slab: float8"):
+            attend()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from quire.model.kernels.attention.contract import RaggedBatch
 from quire.model.kernels.attention.gpu_mosaic import ALIGN, MosaicShape
-from quire.model.kernels.attention.gpu_pallas import Heads
+from quire.model.kernels.attention.gpu_pallas import Heads, page_ids
 from quire.model.kernels.attention.gpu_prefill import (
     EMPTY,
     PART,
@@ -138,3 +140,18 @@ def test_only_what_would_leave_the_device_idle_is_cut(kernel: str) -> None:
     whole = ("short", "many", "nothing", "a long chunk", "a chunk over a long cache")
     assert [counts[name] for name in whole] == [0] * 5
     assert counts["a hit"] >= 8 and counts["ragged"] >= 8 and counts["a window"] >= 8
+
+
+@pytest.mark.parametrize(("page", "scalars"), [(128, 1), (32, 2), (8, 8), (4, 0), (1, 0), (48, 0)])
+def test_only_few_pages_of_a_block_have_an_id_each(page: int, scalars: int) -> None:
+    """Others are read as one array: 64 scalars of pages of one token are 64 loads in each turn."""
+    h = replace(heads(), page_size=page)
+    found: list[Any] = []
+
+    def kernel(table: Any, out: Any) -> None:
+        found.append(page_ids(table, jnp.int32(0), jnp.int32(0), jnp.int32(0), 64, 64, h))
+        out[...] = jnp.zeros(8, jnp.int32)
+
+    shape = jax.ShapeDtypeStruct((8,), jnp.int32)
+    jax.eval_shape(pl.pallas_call(kernel, out_shape=shape), jnp.zeros((1, 64), jnp.int32))
+    assert (len(found[0]) if isinstance(found[0], tuple) else 0) == scalars
