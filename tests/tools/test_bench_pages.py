@@ -163,3 +163,21 @@ def test_an_unlimited_run_that_is_too_short(
     assert main(["bench", "pages", *argv, "--streams=8"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "unlimited_seconds: got 1, too short for 8 requests under way" in said
+
+
+def test_a_picture_whose_requests_are_not_dwarfed_by_preemptions() -> None:
+    from matplotlib.figure import Figure
+
+    looks = [
+        {"at": at, "pages_used": 9, "running": 12, "waiting": 4, "preemptions": 7 + 900 * at}
+        for at in range(9)
+    ]
+    limited = {"over_time": looks, "output_tok_s": 1.0}
+    figure = Figure()
+    pages._draw(figure, {"pages": 10, "ratio": 1.0, "limited": limited})
+    _, requests, preemptions = figure.axes
+    assert requests.get_ylim()[1] < 20
+    (line,) = preemptions.get_lines()
+    assert list(line.get_ydata())[:2] == [0, 900]
+    legend = requests.get_legend()
+    assert legend is not None and len(legend.get_texts()) == 3

@@ -291,10 +291,19 @@ def _draw(figure: Any, results: dict[str, Any]) -> None:
     above.axhline(results["pages"], color="0.4", linestyle=":", label="all there are")
     above.set(ylabel="pages", ylim=(0, 1.1 * results["pages"]))
     above.legend(loc="lower right")
-    for name in ("running", "waiting", "preemptions"):
+    for name in ("running", "waiting"):
         below.plot(seconds, [look[name] for look in looks], label=name)
     below.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
-    below.legend(loc="lower right")
+    # A count of all so far outgrows what runs: it has an axis of its own.
+    before = looks[0]["preemptions"]
+    counts = below.twinx()
+    counts.plot(
+        seconds, [look["preemptions"] - before for look in looks], "C2--", label="preemptions"
+    )
+    counts.set(ylabel="preemptions so far", ylim=(0, None))
+    counts.yaxis.get_major_locator().set_params(integer=True)
+    lines = [*below.get_lines(), *counts.get_lines()]
+    below.legend(lines, [line.get_label() for line in lines], loc="center right")
     figure.suptitle(
         f"{results['pages']:,} pages: {results['limited']['output_tok_s']:,.0f} output tokens/s, "
         f"{results['ratio']:.1%} of the unlimited"
