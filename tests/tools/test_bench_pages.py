@@ -20,7 +20,7 @@ from quire.sched.engine import Engine
 from quire.sched.request import Request
 from quire.sched.scheduler import Scheduler
 from quire.serving.assemble import Assembled
-from quire.tools.bench import engine_run, pages
+from quire.tools.bench import closed_loop, engine_run, pages
 from quire.tools.bench.null_runner import NullRunner, null_spec
 from quire.tools.cli import main
 
@@ -86,6 +86,7 @@ def test_both_runs(
     # Steps that cost nothing say nothing of how fast either is.
     monkeypatch.setattr(pages, "MIN_RATIO", 0.0)
     monkeypatch.setattr(pages, "MAX_THRASH", 9.0)
+    monkeypatch.setattr(pages, "MIN_ANSWERS", 0)
     plot = tmp_path / "pages.png"
     argv = [f"--model={folder}", f"--trace={trace}", "--share=0.45", f"--plot={plot}", "--json"]
     argv += ["--seconds=1", "--unlimited-seconds=1"]
@@ -111,10 +112,13 @@ def test_both_runs(
 
 
 def test_what_must_not_happen_is_said() -> None:
-    fine = {"thrash": 0.01, "failed_steps": 0}
+    fine = {"thrash": 0.01, "failed_steps": 0, "preemptions": 0}
+    free = {**fine, "answers": 9, "running_mean": 7.9}
+    fine["running_mean"] = 4.0
     rest = {"running": 0, "waiting": 0, "pages_used": 0}
     results: dict[str, Any] = {
-        "ratio": 0.95, "pages": 100, "unlimited": fine, "limited": fine, "at_rest": rest,
+        "ratio": 0.95, "pages": 100, "streams": 8, "unlimited": free, "limited": fine,
+        "at_rest": rest,
     }  # fmt: skip
     assert pages._problems(results) == []
     wrong = {
@@ -122,6 +126,9 @@ def test_what_must_not_happen_is_said() -> None:
         "0.30 tokens computed again": {"limited": {**fine, "thrash": 0.3}},
         "2 steps failed in the limited run": {"limited": {**fine, "failed_steps": 2}},
         "at rest there are {'pages_used': 3}": {"at_rest": {**rest, "pages_used": 3}},
+        "7 answers of 8 requests under way": {"unlimited": {**free, "answers": 7}},
+        "the unlimited run was short of pages": {"unlimited": {**free, "preemptions": 1}},
+        "100 pages were no limit: 7.8 requests": {"limited": {**fine, "running_mean": 7.8}},
     }
     for says, change in wrong.items():
         (problem,) = pages._problems({**results, **change})
@@ -142,3 +149,35 @@ def test_too_few_pages_for_one_request(
     assert main(["bench", "pages", *argv, "--seconds=1", "--unlimited-seconds=1"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "share: got 0.02, which makes " in said and "longest request of the trace needs" in said
+
+
+def test_an_unlimited_run_that_is_too_short(
+    folder: Path,
+    trace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends while its first requests are still being submitted."""
+    monkeypatch.setattr(closed_loop.ClosedLoop, "_submit", lambda self: time.sleep(0.15))
+    argv = [f"--model={folder}", f"--trace={trace}", "--seconds=1", "--unlimited-seconds=1"]
+    assert main(["bench", "pages", *argv, "--streams=8"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "unlimited_seconds: got 1, too short for 8 requests under way" in said
+
+
+def test_a_picture_whose_requests_are_not_dwarfed_by_preemptions() -> None:
+    from matplotlib.figure import Figure
+
+    looks = [
+        {"at": at, "pages_used": 9, "running": 12, "waiting": 4, "preemptions": 7 + 900 * at}
+        for at in range(9)
+    ]
+    limited = {"over_time": looks, "output_tok_s": 1.0}
+    figure = Figure()
+    pages._draw(figure, {"pages": 10, "ratio": 1.0, "limited": limited})
+    _, requests, preemptions = figure.axes
+    assert requests.get_ylim()[1] < 20
+    (line,) = preemptions.get_lines()
+    assert list(line.get_ydata())[:2] == [0, 900]
+    legend = requests.get_legend()
+    assert legend is not None and len(legend.get_texts()) == 3

@@ -30,6 +30,12 @@ MIN_RATIO = 0.9
 MAX_THRASH = 0.1
 """Tokens that may be computed again for each that is generated."""
 
+MIN_ANSWERS = 1
+"""Of each request under way, what the unlimited run must see, or its most pages are not known."""
+
+MOST_RUNNING = 0.95
+"""Of the unlimited run's requests at once: where more run at the limit, it was none."""
+
 SETTLED_AFTER = 0.2
 """Share of a run that fills the engine and counts for nothing."""
 
@@ -106,6 +112,13 @@ def run(args: argparse.Namespace) -> None:
         with reporter.phase("all pages") as update:
             loop = ClosedLoop(engine, trace, streams, draw)
             unlimited = _figures(engine, loop.run(args.unlimited_seconds, update), loop.answered)
+        if not unlimited["output_tok_s"]:
+            raise InvalidConfig(
+                f"unlimited_seconds: got {args.unlimited_seconds}, too short for {streams} "
+                "requests under way: no token came after the first fifth"
+            )
+        for problem in _not_unlimited(unlimited, streams):
+            reporter.note(problem)  # now, and not only when the run at the limit is over
         peak = unlimited["pages_most"]
         longest = max(p + o for p, o in zip(trace.prompts, trace.outputs, strict=True))
         least = -(-longest // spec.page_size)
@@ -163,7 +176,7 @@ def _figures(engine: TokenEngine, looks: list[Look], answered: int) -> dict[str,
     return {
         "seconds": last.at,
         "settled_after": first.at,
-        "output_tok_s": tokens / seconds,
+        "output_tok_s": tokens / seconds if seconds else 0.0,
         "answers": answered,
         "steps": steps,
         "running_mean": mean(look.stats.running for look in settled),
@@ -190,8 +203,31 @@ def _figures(engine: TokenEngine, looks: list[Look], answered: int) -> dict[str,
     }
 
 
+def _not_unlimited(unlimited: dict[str, Any], streams: int) -> list[str]:
+    """Why the first run says little of what there is without a limit."""
+    problems = []
+    if unlimited["answers"] < MIN_ANSWERS * streams:
+        problems.append(
+            f"{unlimited['answers']:,} answers of {streams:,} requests under way ended in the "
+            "unlimited run, must be at least one of each; give it more --unlimited-seconds"
+        )
+    if unlimited["preemptions"]:
+        problems.append(
+            f"the unlimited run was short of pages itself ({unlimited['preemptions']:,} "
+            "preemptions); give it fewer --streams, or more memory"
+        )
+    return problems
+
+
 def _problems(results: dict[str, Any]) -> list[str]:
-    limited, problems = results["limited"], []
+    limited, unlimited = results["limited"], results["unlimited"]
+    problems = _not_unlimited(unlimited, results["streams"])
+    most = MOST_RUNNING * unlimited["running_mean"]
+    if not limited["preemptions"] and limited["running_mean"] > most:
+        problems.append(
+            f"{results['pages']:,} pages were no limit: {limited['running_mean']:.1f} requests ran "
+            f"at once, {unlimited['running_mean']:.1f} without it; lower --share"
+        )
     if results["ratio"] < MIN_RATIO:
         problems.append(
             f"with {results['pages']:,} pages {results['ratio']:.1%} of the unlimited run's tokens "
@@ -255,10 +291,19 @@ def _draw(figure: Any, results: dict[str, Any]) -> None:
     above.axhline(results["pages"], color="0.4", linestyle=":", label="all there are")
     above.set(ylabel="pages", ylim=(0, 1.1 * results["pages"]))
     above.legend(loc="lower right")
-    for name in ("running", "waiting", "preemptions"):
+    for name in ("running", "waiting"):
         below.plot(seconds, [look[name] for look in looks], label=name)
     below.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
-    below.legend(loc="lower right")
+    # A count of all so far outgrows what runs: it has an axis of its own.
+    before = looks[0]["preemptions"]
+    counts = below.twinx()
+    counts.plot(
+        seconds, [look["preemptions"] - before for look in looks], "C2--", label="preemptions"
+    )
+    counts.set(ylabel="preemptions so far", ylim=(0, None))
+    counts.yaxis.get_major_locator().set_params(integer=True)
+    lines = [*below.get_lines(), *counts.get_lines()]
+    below.legend(lines, [line.get_label() for line in lines], loc="center right")
     figure.suptitle(
         f"{results['pages']:,} pages: {results['limited']['output_tok_s']:,.0f} output tokens/s, "
         f"{results['ratio']:.1%} of the unlimited"
