@@ -10,6 +10,7 @@ treat apart. The largest error of each backend and dtype is printed at the end (
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,9 +59,8 @@ errors: dict[tuple[str, str], list[float]] = defaultdict(list)
 def print_errors() -> Iterator[None]:
     yield
     for (backend, dtype), seen in sorted(errors.items()):
-        print(
-            f"\n{backend} {dtype}: largest error {max(seen):.2e}, bound {BOUNDS[dtype]:.2e}", end=""
-        )
+        said = f"\n{backend} {dtype}: largest error {max(seen):.2e}, bound {BOUNDS[dtype]:.2e}\n"
+        sys.stderr.write(said)  # which xdist's workers share with who started them
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
