@@ -1,13 +1,14 @@
 """`quire bench profile`: where each millisecond of decode steps, prompts and mixtures goes.
 
-Each scenario runs on one engine under JAX's profiler. Read off the device's streams are the union
-of kernel intervals over the time from the first to the last of them (memory copies do not count),
-and the time of each kind of kernel per step. With --keep the traces stay, for tools that draw them.
+Each scenario runs on one engine under JAX's profiler. Read off the streams of a GPU (the first, of
+several) are the union of kernel intervals over the time from the first to the last of them (memory
+copies do not count), and the time of each kind of kernel per step. With --keep the traces stay, for
+tools that draw them.
 
     decode N     the second half of N requests' 128 output tokens, all decoding by then
     first N      a prompt of N tokens, one output token
     hit N        the same once more, from the prefix cache
-    mixed        the first 120 requests of the trace
+    mixed        the first 120 requests of the trace sharegpt-like, shortened where they must be
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import InvalidConfig
 from ..flags import positives
 from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
+from .throughput import bucket_name
 
 if TYPE_CHECKING:
+    from ...config import EngineConfig
+    from ...serving.progress import Reporter
     from .engine_run import TokenEngine
 
 Interval = tuple[str, float, float]
@@ -53,27 +58,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_output(args)
     config = engine_config(args)
-    import numpy as np
-
+    _check_gpu(config)
+    if args.keep is not None:
+        _make(args.keep)
     from ...serving.progress import Terminal
     from .engine_run import TokenEngine
-    from .trace import draw_prompts
 
-    draw = np.random.default_rng(0)
     reporter = Terminal()
     with TokenEngine(config, reporter) as engine:
-        spec = engine.parts.sizes.spec
-        found = {}
-        for name, prompts, outputs, part in _scenarios(args, engine, draw):
-            longest = max(len(p) + n for p, n in zip(prompts, outputs, strict=True))
-            if longest > engine.longest:
-                reporter.note(f"{name}: longer than the engine's limit of {engine.longest}")
-                continue
-            if not name.startswith("hit"):  # a shape's first run is no one's
-                engine.run(draw_prompts([*map(len, prompts)], spec.vocab_size, draw), outputs)
-            found[name] = _traced(engine, prompts, outputs, part, args.keep and args.keep / name)
-        results = {"settings": engine.described(), "scenarios": found}
+        found, left_out = _profile(engine, args, reporter)
+        results = {"settings": engine.described(), "scenarios": found, "left_out": left_out}
     finish(args, results, [_table(n, f) for n, f in found.items()], lambda f: _draw(f, results))
+
+
+def _check_gpu(config: EngineConfig) -> None:
+    """Before the minutes that an engine takes to start."""
+    from ...serving.assemble import open_checkpoint, start_devices
+
+    platform = start_devices(config, open_checkpoint(config)).platform
+    if platform != "gpu":
+        raise InvalidConfig(
+            f"platform: got {platform}, must be gpu: kernels are read off the streams of GPUs"
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidConfig(f"--keep: got {str(folder)!r}, must be a folder: {error}") from error
+
+
+def _profile(
+    engine: TokenEngine, args: argparse.Namespace, reporter: Reporter
+) -> tuple[dict[str, Any], list[str]]:
+    """What each scenario showed, by name; and those that this engine cannot run, and why."""
+    import numpy as np
+
+    from .trace import draw_prompts
+
+    draw, found, left_out = np.random.default_rng(0), {}, []
+    slots = engine.parts.sizes.spec.num_slots
+    for name, prompts, outputs, part in _scenarios(args, engine, draw):
+        longest = max(len(p) + n for p, n in zip(prompts, outputs, strict=True))
+        if longest > engine.longest:
+            left_out.append(f"{name}: the engine's limit is {engine.longest} tokens")
+        elif name.startswith("decode") and len(prompts) > slots:
+            left_out.append(f"{name}: the engine runs {slots} requests at once")
+        else:
+            with reporter.phase(name):
+                if not name.startswith("hit"):  # a shape's first run is no one's
+                    engine.run(draw_prompts([*map(len, prompts)], engine.vocab, draw), outputs)
+                keep = args.keep and args.keep / name
+                found[name] = _traced(engine, prompts, outputs, part, keep)
+            continue
+        reporter.note(f"left out: {left_out[-1]}")
+    return found, left_out
 
 
 def _scenarios(
@@ -119,17 +159,16 @@ def _traced(
         found = kernels(jax.profiler.ProfileData.from_file(str(file)))
     return {
         "wall_ms": 1e3 * seconds,
-        "steps": {f"{b.tokens}x{b.rows}": n for b, n in steps.items()},
+        "steps": {bucket_name(bucket): n for bucket, n in steps.items()},
         **summary(found, part, round(steps.total() * (1 - part)) or 1),
     }
 
 
 def kernels(profile: Any) -> list[Interval]:
-    """What ran on the streams of GPUs, memory copies excluded."""
-    found = []
-    for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
+    """What ran on the streams of the first GPU that ran any, memory copies excluded."""
+    gpus = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
+    for plane in sorted(gpus, key=lambda plane: plane.name):
+        found = []
         for line in plane.lines:
             if not line.name.startswith("Stream"):
                 continue
@@ -137,7 +176,9 @@ def kernels(profile: Any) -> list[Interval]:
                 if not event.name.lower().startswith(("memcpy", "memset")):
                     begin = event.start_ns / 1e6
                     found.append((event.name, begin, begin + event.duration_ns / 1e6))
-    return sorted(found, key=lambda interval: interval[1])
+        if found:  # of several, each has as much to do; together they would hide who waits
+            return sorted(found, key=lambda interval: interval[1])
+    return []
 
 
 def summary(found: list[Interval], part: float, steps: int) -> dict[str, Any]:
@@ -184,12 +225,25 @@ def _table(name: str, found: dict[str, Any]) -> Any:
 
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:
-    axes = figure.subplots()
+    """Each scenario's step, the kinds of kernels that cost most by name."""
     scenarios = results["scenarios"]
-    for at, found in enumerate(scenarios.values()):
-        left = 0.0
-        for cost in list(found["kernels"].values())[:SHOWN]:
-            axes.barh(at, cost["ms"], left=left)
-            left += cost["ms"]
-    axes.set_yticks(range(len(scenarios)), list(scenarios))
-    axes.set_xlabel("ms of a step, by kind of kernel")
+    total: defaultdict[str, float] = defaultdict(float)
+    for found in scenarios.values():
+        for kernel, cost in found["kernels"].items():
+            total[kernel] += cost["ms"]
+    shown = sorted(total, key=lambda kernel: -total[kernel])[:SHOWN]
+    axes = figure.subplots()
+    names = list(scenarios)
+    left = [0.0] * len(names)
+    for at, kernel in enumerate([*shown, ""]):
+        costs = [
+            sum(c["ms"] for k, c in f["kernels"].items() if (k if k in shown else "") == kernel)
+            for f in scenarios.values()
+        ]
+        label, colour = (kernel[:40], f"C{at}") if kernel else ("others", "0.8")
+        hatch = "//" if kernel and at >= 10 else None  # there are ten colours
+        axes.barh(names, costs, left=left, label=label, color=colour, hatch=hatch)
+        left = [begin + cost for begin, cost in zip(left, costs, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="ms of a step, by kind of kernel", title=results["settings"]["model"])
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
