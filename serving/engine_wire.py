@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -37,11 +37,21 @@ from ..sched.request import (
 PROTOCOL = 2
 """Of engine.proto: raised whenever its meaning changes."""
 
-HEARTBEAT = 1.0
-"""Seconds after which an end that has nothing to say says that it lives."""
 
-SILENCE = 15.0
-"""Seconds without a word after which the other end counts as gone."""
+@dataclass(frozen=True)
+class Liveness:
+    """How either end of a stream shows that it lives, and when the other is taken for gone.
+
+    Attributes:
+      heartbeat: seconds after which an end that has nothing to say says that.
+      silence: seconds without a word after which the other end counts as gone.
+    """
+
+    heartbeat: float = 1.0
+    silence: float = 15.0
+
+
+LIVENESS = Liveness()
 
 OPTIONS = (
     # What is too long was refused before, and what is not must arrive.

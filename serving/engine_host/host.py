@@ -4,8 +4,8 @@
     event loop:     sorts them by frontend, one Step each; each frontend's stream takes its Step
                     ── Submit, Finish ──> Engine's inbox
 
-A frontend that is gone, or says nothing for `SILENCE` seconds, is detached: its requests end, and
-their pages are free with the next step. One that is behind, as it says itself, gets several Steps
+A frontend that is gone, or says nothing for too long, is detached: its requests end, and their
+pages are free with the next step. One that is behind, as it says itself, gets several Steps
 in one message; their size is bounded by the lengths of its answers.
 """
 
@@ -26,9 +26,9 @@ from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.engine import Engine
 from ...sched.request import FinishReason, RequestOutput
 from ..engine_wire import (
-    HEARTBEAT,
+    LIVENESS,
     PROTOCOL,
-    SILENCE,
+    Liveness,
     error_message,
     error_of,
     limits_message,
@@ -49,14 +49,16 @@ class EngineHost(pb_grpc.EngineServiceServicer):
     Args:
       loop: the event loop that it serves on.
       refused: hears of requests that were refused, here or by frontends: why, id, tenant.
+      liveness: see there.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         refused: Callable[[QuireError, str, str], None] = lambda *_: None,
+        liveness: Liveness = LIVENESS,
     ):
-        self._loop, self._refused = loop, refused
+        self._loop, self._refused, self._liveness = loop, refused, liveness
         self._engine: Engine | None = None
         self._welcome = pb.Welcome()
         self._opened = asyncio.Event()
@@ -155,7 +157,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         await self._opened.wait()
         if self._closed.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is closed")
-        frontend = _Frontend(hello.hello.name, hello.hello.pid)
+        frontend = _Frontend(hello.hello.name, hello.hello.pid, self._liveness.heartbeat)
         self._frontends.add(frontend)
         tasks = [
             asyncio.ensure_future(self._read(frontend, context)),
@@ -174,7 +176,8 @@ class EngineHost(pb_grpc.EngineServiceServicer):
             for task in tasks:
                 task.cancel()
             if silent:
-                frontend.log(logging.ERROR, f"has said nothing for {SILENCE:g} s and is detached")
+                seconds = self._liveness.silence
+                frontend.log(logging.ERROR, f"has said nothing for {seconds:g} s and is detached")
             elif not self._closed.is_set():
                 frontend.log(logging.WARNING if frontend.live else logging.DEBUG, "has left")
             self._detach(frontend)
@@ -184,7 +187,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         engine = self._engine
         assert engine is not None
         while True:
-            async with asyncio.timeout(SILENCE):
+            async with asyncio.timeout(self._liveness.silence):
                 message: pb.ToEngine = await context.read()
             if message is EOF:
                 return
@@ -249,6 +252,7 @@ class _Frontend:
     Args:
       name: for people.
       pid: of its process.
+      heartbeat: see Liveness.
 
     Attributes:
       live: its unfinished requests: handle to id.
@@ -256,8 +260,8 @@ class _Frontend:
       lost: there is something that it will never be sent.
     """
 
-    def __init__(self, name: str = "", pid: int = 0) -> None:
-        self._name, self._pid = name, pid
+    def __init__(self, name: str = "", pid: int = 0, heartbeat: float = LIVENESS.heartbeat) -> None:
+        self._name, self._pid, self._heartbeat = name, pid, heartbeat
         self.live: dict[int, str] = {}
         self.behind = False
         self.lost = asyncio.Event()
@@ -290,7 +294,7 @@ class _Frontend:
         await context.write(pb.FromEngine(welcome=welcome))
         while True:
             try:
-                async with asyncio.timeout(HEARTBEAT):
+                async with asyncio.timeout(self._heartbeat):
                     await self._go.wait()
             except TimeoutError:
                 await context.write(pb.FromEngine())

@@ -22,10 +22,10 @@ from ...protos.v1 import engine_pb2 as pb
 from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.request import FinishReason, Request, RequestOutput
 from ..engine_wire import (
-    HEARTBEAT,
+    LIVENESS,
     OPTIONS,
     PROTOCOL,
-    SILENCE,
+    Liveness,
     output_of,
     refused_message,
     spec_of,
@@ -53,8 +53,10 @@ class RemoteLink:
       ignore_config_fields: with which the folder is to be opened.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, call: Any, welcome: pb.Welcome):
-        self.welcome = welcome
+    def __init__(
+        self, channel: grpc.aio.Channel, call: Any, welcome: pb.Welcome, liveness: Liveness
+    ):
+        self.welcome, self._liveness = welcome, liveness
         self.spec = spec_of(welcome.limits)
         self.served = Served(welcome.name, welcome.dtype)
         self.folder = welcome.folder
@@ -71,12 +73,15 @@ class RemoteLink:
         self._ended = asyncio.ensure_future(self._watch())
 
     @classmethod
-    async def attach(cls, address: str, name: str = "a frontend") -> RemoteLink:
+    async def attach(
+        cls, address: str, name: str = "a frontend", liveness: Liveness = LIVENESS
+    ) -> RemoteLink:
         """Attaches to the engine, and returns once that serves.
 
         Args:
           address: of the engine process, such as unix:/path.
           name: of this frontend, for people.
+          liveness: see there.
 
         Raises:
           Unavailable: there is none, or it went away.
@@ -93,7 +98,7 @@ class RemoteLink:
                 raise Unavailable("the engine process went away")
             if message.welcome.protocol != PROTOCOL:
                 raise _other_build(f"protocol {message.welcome.protocol}")
-            return cls(channel, call, message.welcome)
+            return cls(channel, call, message.welcome, liveness)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             await channel.close(None)
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
@@ -177,7 +182,7 @@ class RemoteLink:
                 return _in_short(error)
         # Either task may be the first to hear of it, each in its own words; the call knows best.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HEARTBEAT):
+            async with asyncio.timeout(self._liveness.heartbeat):
                 if details := await self._call.details():
                     return f"its stream broke: {details}"
         return "it hung up"
@@ -193,12 +198,13 @@ class RemoteLink:
             )
 
     async def _read(self) -> None:
+        silence = self._liveness.silence
         while True:
             try:
-                async with asyncio.timeout(SILENCE):
+                async with asyncio.timeout(silence):
                     message: pb.FromEngine = await self._call.read()
             except TimeoutError:
-                raise Unavailable(f"it has said nothing for {SILENCE:g} s") from None
+                raise Unavailable(f"it has said nothing for {silence:g} s") from None
             if message is EOF:
                 return
             for step in message.steps:
@@ -228,7 +234,7 @@ class RemoteLink:
     async def _write(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(HEARTBEAT):
+                async with asyncio.timeout(self._liveness.heartbeat):
                     await self._news.wait()
             except TimeoutError:
                 pass  # then the message is empty

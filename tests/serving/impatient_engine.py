@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from quire.serving.engine_host import host
+from functools import partial
+
+from quire.serving.engine_host import main
+from quire.serving.engine_host.host import EngineHost
+from quire.serving.engine_wire import Liveness
 from quire.tools.bench import paced_engine
 
 
 async def serve(news: int) -> int:
-    host.SILENCE = 3.0
+    main.EngineHost = partial(EngineHost, liveness=Liveness(silence=3.0))  # type: ignore
     return await paced_engine.serve(news)

@@ -24,10 +24,8 @@ from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine
 from quire.sched.request import RequestOutput
 from quire.serving.assemble import Assembled, assemble
-from quire.serving.engine_host import host
 from quire.serving.engine_host.host import EngineHost
-from quire.serving.engine_wire import OPTIONS
-from quire.serving.frontend import remote_link
+from quire.serving.engine_wire import OPTIONS, Liveness
 from quire.serving.frontend.remote_link import RemoteLink
 from quire.serving.frontend.server import Server
 from quire.serving.telemetry.telemetry import Telemetry
@@ -38,7 +36,7 @@ SERVICE = "quire.v1.GenerationService"
 
 # A server outlives the tests that ask it, and others in this process hold the interpreter for
 # longer than either side would wait: compiling for an absent TPU does.
-host.SILENCE = remote_link.SILENCE = 600.0
+LIVENESS = Liveness(silence=600.0)
 
 
 class Running:
@@ -84,7 +82,8 @@ class Running:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         told = self._telemetry
-        self.host = host = EngineHost(loop, told.refused) if told else EngineHost(loop)
+        refused = {"refused": told.refused} if told else {}
+        self.host = host = EngineHost(loop, **refused, liveness=LIVENESS)
 
         def deliver(outputs: list[RequestOutput]) -> None:
             host.deliver(outputs)
@@ -100,7 +99,7 @@ class Running:
         self.parts = parts = await loop.run_in_executor(None, assemble, self._config, deliver)
         folder, served = str(parts.checkpoint.folder), parts.intake.served
         host.open(parts.engine, parts.sizes.spec, folder, (), served)
-        self.link = await RemoteLink.attach(self.engine_address)
+        self.link = await RemoteLink.attach(self.engine_address, liveness=LIVENESS)
         await self.server.serve(self.link, parts.intake)
 
     @property

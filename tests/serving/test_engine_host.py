@@ -79,11 +79,9 @@ def test_a_frontend_that_is_behind_gets_what_it_missed_in_one_message() -> None:
     asyncio.run(work())
 
 
-def test_signs_of_life_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "HEARTBEAT", 0.01)
-
+def test_signs_of_life_wait_for_nobody() -> None:
     async def work() -> None:
-        frontend, context = host._Frontend(), Context()
+        frontend, context = host._Frontend(heartbeat=0.01), Context()
         writing = write(frontend, context)
         frontend.send(step(1))
         frontend.send(step(2))

@@ -20,8 +20,7 @@ from quire.protos.v1 import engine_pb2 as pb
 from quire.protos.v1 import engine_pb2_grpc as pb_grpc
 from quire.sched.request import FinishReason, Request, RequestOutput, SamplingParams
 from quire.serving.engine_host import host
-from quire.serving.engine_wire import OPTIONS, PROTOCOL, limits_message
-from quire.serving.frontend import remote_link
+from quire.serving.engine_wire import LIVENESS, OPTIONS, PROTOCOL, Liveness, limits_message
 from quire.serving.frontend.remote_link import RemoteLink
 from quire.serving.intake import Served
 from quire.tools.bench.null_runner import null_spec
@@ -75,21 +74,26 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def records(caplog: pytest.LogCaptureFixture, name: str) -> list[logging.LogRecord]:
-    return [r for r in caplog.records if r.name == f"quire.serving.{name}"]
+def records(caplog: pytest.LogCaptureFixture, name: str, **fields: Any) -> list[logging.LogRecord]:
+    """What the module of this name said of a process; servers of other tests may speak too."""
+    named = [r for r in caplog.records if r.name == f"quire.serving.{name}"]
+    return [r for r in named if r.fields == fields]  # type: ignore[attr-defined]
 
 
 def engine_loses(
-    folder: Path, lose: Callable[[RemoteLink], Awaitable[None]]
+    folder: Path,
+    lose: Callable[[RemoteLink], Awaitable[None]],
+    patience: Liveness = LIVENESS,
+    frontends: Liveness = LIVENESS,
 ) -> tuple[Busy, host.EngineHost]:
     """An engine process with one request of a frontend, which it then loses."""
     engine = Busy()
 
     async def work() -> host.EngineHost:
-        served = host.EngineHost(asyncio.get_running_loop())
+        served = host.EngineHost(asyncio.get_running_loop(), liveness=patience)
         server, address = await listen(served, folder)
         served.open(engine, SPEC, str(folder), (), Served("model", "float32"))  # type: ignore
-        link = await RemoteLink.attach(address, "frontend 3")
+        link = await RemoteLink.attach(address, "frontend 3", frontends)
         with link.open(REQUEST):
             await until(lambda: bool(engine.submitted))
             await lose(link)
@@ -102,22 +106,18 @@ def engine_loses(
 
 
 def test_the_engine_says_which_frontend_was_silent(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(host, "SILENCE", 0.2)
-    monkeypatch.setattr(remote_link, "HEARTBEAT", 3600.0)
-
     async def hang(link: RemoteLink) -> None:
         pass  # and say nothing more
 
-    engine, served = engine_loses(tmp_path, hang)
+    engine, served = engine_loses(tmp_path, hang, Liveness(silence=0.2), Liveness(heartbeat=3600.0))
     assert engine.ended == ["mine"] and not served._routes and not served.attached
-    (record,) = records(caplog, "engine_host.host")
+    (record,) = records(caplog, "engine_host.host", process="frontend 3", pid=os.getpid())
     assert record.levelno == logging.ERROR
     assert record.getMessage() == (
         "frontend 3 has said nothing for 0.2 s and is detached; 1 requests of it end"
     )
-    assert record.fields == {"process": "frontend 3", "pid": os.getpid()}  # type: ignore
 
 
 def test_the_engine_says_which_frontend_has_left(
@@ -128,7 +128,7 @@ def test_the_engine_says_which_frontend_has_left(
 
     engine, served = engine_loses(tmp_path, die)
     assert engine.ended == ["mine"] and not served._routes and not served.attached
-    (record,) = records(caplog, "engine_host.host")
+    (record,) = records(caplog, "engine_host.host", process="frontend 3", pid=os.getpid())
     assert record.levelno == logging.WARNING
     assert record.getMessage() == "frontend 3 has left; 1 requests of it end"
 
@@ -179,12 +179,14 @@ def test_a_request_that_cannot_be_sent_leaves_nothing_behind(tmp_path: Path) -> 
     asyncio.run(work())
 
 
-def frontend_loses(folder: Path, then: Callable[[Any], Awaitable[None]]) -> str:
+def frontend_loses(
+    folder: Path, then: Callable[[Any], Awaitable[None]], liveness: Liveness = LIVENESS
+) -> str:
     """A frontend with one open request, whose engine then does something; how that ended."""
 
     async def work() -> str:
         server, address = await listen(Scripted(then), folder)
-        link = await RemoteLink.attach(address)
+        link = await RemoteLink.attach(address, liveness=liveness)
         with link.open(REQUEST) as pending:
             async with asyncio.timeout(PATIENCE):
                 (output,) = await pending.take()
@@ -221,15 +223,14 @@ def test_a_frontend_says_how_it_lost_the_engine(
     why: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote_link, "SILENCE", 0.2)
-    assert frontend_loses(tmp_path, then).startswith("request 'mine': the engine is gone")
-    (record,) = records(caplog, "frontend.remote_link")
+    patience = Liveness(silence=0.2) if then is say_nothing else LIVENESS
+    said = frontend_loses(tmp_path, then, patience)
+    assert said.startswith("request 'mine': the engine is gone")
+    (record,) = records(caplog, "frontend.remote_link", process="the engine", pid=77)
     assert record.levelno == logging.WARNING
     said = rf"the engine is lost \({why}\); 1 requests to it end with UNAVAILABLE"
     assert re.fullmatch(said, record.getMessage())
-    assert record.fields == {"process": "the engine", "pid": 77}  # type: ignore
 
 
 @pytest.mark.parametrize("refuses", [True, False], ids=["it refuses", "it is refused"])
