@@ -98,8 +98,9 @@ def test_steps_that_hold_answers_up_are_full_of_prompts_whatever_the_sampler(
     sampling = SamplingParams(temperature=float(sampler), seed=0, max_tokens=9, ignore_eos=True)
     assert sampling.sampler == sampler
     scheduler.submit(Request(id="a", prompt=(1, 2), sampling=sampling))
-    assert (first := scheduler.schedule()) is not None
+    first = scheduler.schedule()
+    assert first is not None
     scheduler.update(first, outputs(first))
     scheduler.submit(Request(id="b", prompt=(3,) * 4000, sampling=sampling))
-    assert (busy := scheduler.schedule()) is not None
-    assert busy.num_decode == 1 and busy.num_tokens == busy.bucket.tokens < 2048
+    busy = scheduler.schedule()
+    assert busy is not None and busy.num_decode == 1 and busy.num_tokens == busy.bucket.tokens < 2048
