@@ -182,7 +182,7 @@ class Programs:
         return {**self._facts, **logits, "program": str(key)}
 
     def lowerings(self) -> dict[Key, Callable[[], Lowered]]:
-        """Every program, the costliest first."""
+        """Every program, in the order of `keys`."""
         return {key: partial(self.lower, key) for key in self.keys()}
 
     def lower(self, key: Key) -> Lowered:

@@ -41,7 +41,7 @@ class _Launched:
     plan: StepPlan
     outputs: jax.Array  # int32 [R, words]
     scores: tuple[jax.Array, ...] = ()  # int32 [SCORE_ROWS, LOGPROB_WORDS] each
-    pooled: jax.Array | None = None  # float32 [R, E] where a row emits POOLED
+    pooled: jax.Array | None = None  # float32 [L, E] where a row emits POOLED, L as in `Passed`
 
 
 class ModelRunner:

@@ -144,8 +144,10 @@ def settle(
     weights = weight_bytes(local_config(model, shards), dtype)
     defaults = _defaults(platform, min(capacity, config.memory or capacity) - weights)
     num_seqs = config.max_num_seqs or defaults.num_seqs
-    if config.max_num_seqs is None and config.max_batched_tokens is not None:
-        num_seqs = max(1, min(num_seqs, config.max_batched_tokens // 2))
+    half = max(1, (config.max_batched_tokens or 2 * num_seqs) // 2)
+    if config.max_num_seqs is None and half < num_seqs:
+        num_seqs = half
+        notes.append(f"max_num_seqs is {num_seqs}: half of max_batched_tokens")
     ladder = _ladder(config, defaults, num_seqs)
     chunk = min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens)
     if config.prefill_chunk is not None and config.prefill_chunk > chunk:

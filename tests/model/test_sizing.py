@@ -99,8 +99,10 @@ def test_fewer_requests_at_once_where_memory_is_short():
     # A device may be large, and its model take most of it.
     larger = dataclasses.replace(LLAMA_8B, num_layers=84, windows=(None,) * 84)
     assert sizes(larger, memory=45 * GIB).spec.num_slots == 256
-    got = sizes(max_batched_tokens=512).spec
-    assert (got.num_slots, got.ladder.max_tokens) == (256, 512)
+    got = sizes(max_batched_tokens=512)
+    assert (got.spec.num_slots, got.spec.ladder.max_tokens) == (256, 512)
+    assert "max_num_seqs is 256: half of max_batched_tokens" in got.notes
+    assert not any("max_num_seqs" in note for note in sizes(max_batched_tokens=2048).notes)
 
 
 def test_kv_memory_is_honoured_in_full():

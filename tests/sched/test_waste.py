@@ -102,5 +102,6 @@ def test_steps_that_hold_answers_up_are_full_of_prompts_whatever_the_sampler(
     assert first is not None
     scheduler.update(first, outputs(first))
     scheduler.submit(Request(id="b", prompt=(3,) * 4000, sampling=sampling))
-    assert (busy := scheduler.schedule()) is not None
-    assert busy.num_decode == 1 and busy.num_tokens == busy.bucket.tokens < 2048
+    busy = scheduler.schedule()
+    assert busy is not None and busy.num_decode == 1
+    assert busy.num_tokens == busy.bucket.tokens < 2048
