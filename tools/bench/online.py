@@ -188,13 +188,14 @@ async def _measure(
     for at in range(args.repeat):
         for rate in args.rates:
             part = trace.first(args.requests or requests_of(rate))
-            warm = trace.first(args.warmup_requests)
-            loads = [_load(each, rate, info.vocab_size, draw) for each in (warm, part)]
+            first = trace.first(args.warmup_requests)
+            warm, load = (_load(each, rate, info.vocab_size, draw) for each in (first, part))
             name = f"{rate:g}/s" + (f", {at + 1} of {args.repeat}" if args.repeat > 1 else "")
             if args.requests is None and len(part) < (wanted := requests_of(rate)):
                 reporter.note(f"{name}: {len(part)} requests, of {wanted}: all the trace has")
             with reporter.phase(name) as update:
-                warmed, served = await serve_load(server.address, _clients(args), *loads, update)
+                clients = _clients(args)
+                warmed, served = await serve_load(server.address, clients, warm, load, update)
             figures = figures_of(served, {})
             if figures["errors"] == len(served):
                 raise Unavailable(f"{name}: no request was served: {served[0].error}")
