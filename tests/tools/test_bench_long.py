@@ -60,13 +60,14 @@ def test_a_step_begins_when_the_device_is_free(monkeypatch: pytest.MonkeyPatch) 
     plan: Any = SimpleNamespace(starts=np.array([5]), counts=np.array([7]))
     runner = SimpleNamespace(launch=lambda plan: plan, collect=lambda handle: handle)
     engine: Any = SimpleNamespace(parts=SimpleNamespace(runner=runner))
-    watch = long.Watch(engine)
+    heard = list[int]()
+    watch = long.Watch(engine, heard.append)
     handles = [runner.launch(plan), runner.launch(plan)]
     for handle in handles:
         runner.collect(handle)
     first, second = watch.take()
     assert (first.start, first.tokens, first.seconds, second.seconds) == (5, 7, 9.0, 4.0)
-    assert watch.take() == []
+    assert watch.take() == [] and heard == [12, 12]
 
 
 def test_prefix_caching_is_needed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

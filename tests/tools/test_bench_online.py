@@ -3,20 +3,26 @@ one. The server here answers at once; no figure is held against a clock."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
 from quire.config import EngineConfig
+from quire.errors import Unavailable
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
-from quire.tools.bench import online, server_process
+from quire.tools.bench import load_process, online, server_process
 from quire.tools.bench.models import DATA
 from quire.tools.cli import main
 from quire.tools.settings_file import read_settings_file
@@ -130,6 +136,50 @@ def test_failures_are_counted(ask: Any) -> None:
     status, said, _ = ask(Service(fails_at=3), *argv)
     assert status == 0 and said["rates"][0]["errors"] == 1
     assert "must not" in said["rates"][0]["first_errors"][0]
+
+
+def test_a_trace_that_is_too_short_is_said(ask: Any) -> None:
+    status, said, err = ask(Service(), "--rates=500", "--clients=1")
+    assert status == 0 and "500/s: 5 requests, of 900: all the trace has" in err
+    assert said["warmup_requests"] == said["rates"][0]["requests"] == 5
+
+
+def test_callers_say_how_far_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    async def hear() -> list[int]:
+        stdout, heard = asyncio.StreamReader(), list[int]()
+        stdout.feed_data(b'3\n7\n[{"due": 1.0, "output": 2}]\n')
+        process: Any = SimpleNamespace(stdout=stdout)
+        (served,) = await load_process._hear(process, heard.append)
+        assert (served.due, served.output) == (1.0, 2)
+        return heard
+
+    assert asyncio.run(hear()) == [3, 7]
+    progress = load_process._Progress()
+    progress._last -= 2 * load_process._SAY_EVERY
+    progress(4, 9)
+    progress(5, 9)
+    assert capsys.readouterr().out == "4\n"
+
+
+def test_callers_leave_an_interrupt_to_who_started_them() -> None:
+    command = [sys.executable, "-P", "-m", load_process.__name__]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        nothing: dict[str, list[Any]] = {"prompts": [], "outputs": [], "due": []}
+        job = {"address": "127.0.0.1:1", "warm": nothing, "load": nothing}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "[]\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate("0.0\n", timeout=60)
+    assert (process.returncode, out, err) == (0, "[]\n", "")
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    server = server_process.ServerProcess(["--nonsense"], tmp_path / "log")
+    with pytest.raises(Unavailable, match="ended with status 2 before it was ready: quire: error"):
+        server.wait_ready(60)
 
 
 def test_a_rate_gets_as_many_requests_as_the_peers_sent() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
     from ...model.plan import StepPlan
+    from ...serving.progress import Reporter
     from .engine_run import TokenEngine
 
 TIMES = 5
@@ -52,22 +54,25 @@ def run(args: argparse.Namespace) -> None:
     from .engine_run import TokenEngine
     from .trace import draw_prompts
 
-    with TokenEngine(config, Terminal()) as engine:
+    reporter = Terminal()
+    with TokenEngine(config, reporter) as engine:
         draw = np.random.default_rng(args.seed)
         (prompt,) = draw_prompts([args.prompt_tokens], engine.vocab, draw)
         results = {
             "settings": engine.described(),
             "prompt_tokens": args.prompt_tokens,
-            **_measure(engine, prompt),
+            **_measure(engine, prompt, reporter),
             "compiles_after_ready": engine.parts.runner.compiles_after_ready,
         }
     finish(args, results, [_table(results)], lambda figure: _draw(figure, results))
 
 
-def _measure(engine: TokenEngine, prompt: tuple[int, ...]) -> dict[str, Any]:
-    watch = Watch(engine)
+def _measure(engine: TokenEngine, prompt: tuple[int, ...], reporter: Reporter) -> dict[str, Any]:
     spec = engine.parts.sizes.spec
-    cold = _first_token(engine, prompt)
+    with reporter.phase("first token") as update:
+        watch = Watch(engine, lambda done: update(done, len(prompt)))
+        cold = _first_token(engine, prompt)
+    watch.heard = None
     chunks = watch.take()
     before = engine.stats().prefix_hit_tokens
     again, to_launch, launching = [], [], []
@@ -122,10 +127,15 @@ class Step:
 
 
 class Watch:
-    """Notes the steps of an engine that is idle now."""
+    """Notes the steps of an engine that is idle now.
 
-    def __init__(self, engine: TokenEngine):
+    Args:
+      heard: on the engine's thread, is told after each step how many tokens its first row has had.
+    """
+
+    def __init__(self, engine: TokenEngine, heard: Callable[[int], None] | None = None):
         runner = engine.parts.runner
+        self.heard = heard
         self._launch, self._collect = runner.launch, runner.collect
         self._steps: list[Step] = []
         self._flying: list[Step] = []
@@ -152,6 +162,8 @@ class Watch:
         now, step = time.perf_counter(), self._flying.pop(0)
         step.seconds = now - max(step.in_flight, self._collected)
         self._collected = now
+        if self.heard is not None:
+            self.heard(step.start + step.tokens)
         return outputs
 
 

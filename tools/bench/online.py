@@ -122,7 +122,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         with reporter.phase("starting"):
             server.wait_ready(_START)
-        reporter.note(f"serving on {' '.join(server.device)}; its log: {folder / 'server.log'}")
+        reporter.note(
+            f"serving on {' '.join(dict.fromkeys(server.device))}; its log: {folder / 'server.log'}"
+        )
         info, rates = asyncio.run(_measure(args, trace, server, reporter))
         weights = {name: weight.memory for name, weight in server.weigh().items()}
     finally:
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     results = {
         "device": {"platform": server.device[0], "kind": server.device[1]},
         "settings": _settings(config, info),
-        "warmup_requests": args.warmup_requests,
+        "warmup_requests": min(args.warmup_requests, len(trace)),
         "clients": _clients(args),
         "serve": args.serve,
         "resident_bytes": weights,
@@ -186,11 +188,14 @@ async def _measure(
     for at in range(args.repeat):
         for rate in args.rates:
             part = trace.first(args.requests or requests_of(rate))
-            warm = trace.first(args.warmup_requests)
-            loads = [_load(each, rate, info.vocab_size, draw) for each in (warm, part)]
+            first = trace.first(args.warmup_requests)
+            warm, load = (_load(each, rate, info.vocab_size, draw) for each in (first, part))
             name = f"{rate:g}/s" + (f", {at + 1} of {args.repeat}" if args.repeat > 1 else "")
-            with reporter.phase(name):
-                warmed, served = await serve_load(server.address, _clients(args), *loads)
+            if args.requests is None and len(part) < (wanted := requests_of(rate)):
+                reporter.note(f"{name}: {len(part)} requests, of {wanted}: all the trace has")
+            with reporter.phase(name) as update:
+                clients = _clients(args)
+                warmed, served = await serve_load(server.address, clients, warm, load, update)
             figures = figures_of(served, {})
             if figures["errors"] == len(served):
                 raise Unavailable(f"{name}: no request was served: {served[0].error}")

@@ -71,8 +71,14 @@ class ServerProcess:
 
     def wait_ready(self, timeout: float) -> None:
         """Raises Unavailable if it ends, or is not ready after `timeout` seconds."""
-        if not self._ready.wait(timeout) or not self.address:
+        if not self._ready.wait(timeout):
             raise Unavailable(f"the server did not get ready within {timeout:g} s; see {self._log}")
+        if not self.address:
+            status = self.stop()
+            last = "".join(f": {line}" for line in self.log()[-1:])
+            raise Unavailable(
+                f"the server ended with status {status} before it was ready{last}; see {self._log}"
+            )
 
     @property
     def alive(self) -> bool:
