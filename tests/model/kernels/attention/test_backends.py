@@ -383,6 +383,12 @@ def test_a_prompt_of_2000_tokens(backend: str) -> None:
     check(backend, problem, decode_only=False)
 
 
+@pytest.mark.parametrize("backend", [name for name in GENERAL if name.startswith("gpu")])
+def test_pages_far_smaller_than_a_block(backend: str) -> None:
+    """On GPUs their ids are read as one array."""
+    check(backend, make_problem(PLAIN | {"page_size": 2}, seed=7), decode_only=False)
+
+
 @pytest.mark.parametrize("backend", GENERAL)
 def test_one_program_serves_every_batch_of_its_shape(backend: str) -> None:
     """Lengths, counts and tables are data: nothing recompiles, and degenerate batches are legal."""
