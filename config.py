@@ -128,8 +128,16 @@ class EngineConfig:
     max_model_len: int | None = setting(
         None, "longest prompt plus output in tokens (default: what the checkpoint allows)", low=2
     )
+    lift_context_limit: bool = setting(
+        False,
+        "let max-model-len go beyond the context that the checkpoint was made for; what it answers "
+        "there may mean nothing",
+    )
     max_num_seqs: int | None = setting(
-        None, "requests that run at once (default: 256 on accelerators, 16 on CPU)", low=1
+        None,
+        "requests that run at once (default: 1024 on accelerators with 24 GiB or more beside the "
+        "weights, 256 on others, 16 on CPU)",
+        low=1,
     )
     max_batched_tokens: int | None = setting(
         None, "tokens in one step at most (default: 2048 on accelerators, 256 on CPU)", low=2
@@ -194,6 +202,8 @@ class EngineConfig:
         _check(self)
         if self.page_size & (self.page_size - 1):
             raise InvalidConfig(f"page_size: got {self.page_size}, must be a power of two")
+        if self.lift_context_limit and self.max_model_len is None:
+            raise InvalidConfig("lift_context_limit: needs max_model_len, got none")
         if self.prefill_chunk and self.prefill_chunk > (self.max_batched_tokens or 2**31):
             raise InvalidConfig(
                 f"prefill_chunk: got {self.prefill_chunk}, must be at most max_batched_tokens "

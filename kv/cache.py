@@ -125,15 +125,15 @@ class KVCache:
         Args:
           limit: tokens of the prefix at most.
         """
-        found: list[Entry] = []
-        parent: Entry | None = None
         most = min(len(tokens) - 1, limit) if chain.findable else 0
-        for page in range(most // self.page_size):
-            chain.reach(page, tokens)
-            parent = self._index.find(chain.digests[page], chain.blocks[page], parent)
-            if parent is None:
+        pages, found = most // self.page_size, list[Entry]()
+        while (at := len(found)) < pages:
+            chain.reach(at, tokens)
+            digests, blocks = chain.digests[at:pages], chain.blocks[at:pages]
+            run = self._index.follow(digests, blocks, found[-1] if found else None)
+            found += run
+            if len(run) < len(digests):
                 break
-            found.append(parent)
         idle = sum(not self._pages.references(entry.page) for entry in found)
         return PrefixHit(tuple(found), len(found) * self.page_size, idle)
 

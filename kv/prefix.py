@@ -18,6 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+RUN = 64
+"""Pages hashed at once where a sequence has so many: one by one, a long prompt takes twice as long,
+and all at once would hold up the step that it comes in."""
+
 Hash = Callable[[bytes, bytes], bytes]
 
 
@@ -27,7 +31,8 @@ def page_digest(parent: bytes, block: bytes) -> bytes:
 
 
 class Chain:
-    """The digests of one sequence's full pages, computed once each, as far as they are asked for.
+    """The digests of one sequence's full pages, computed once each, about as far as they are asked
+    for.
 
     Tokens are only ever appended to a sequence, so a digest stays right for its whole life, through
     preemption and requeueing. The pages of one that is not `findable` never enter the index.
@@ -53,15 +58,23 @@ class Chain:
         return other
 
     def reach(self, page: int, tokens: array[int]) -> None:
-        """Makes `digests[page]` and `blocks[page]` available; `tokens` must fill that page."""
-        size = self._page_size
-        for index in range(len(self.digests), page + 1):
-            block = tokens[index * size : (index + 1) * size].tobytes()
+        """Makes `digests[page]` and `blocks[page]` available, perhaps with some after them;
+        `tokens` must fill that page."""
+        size, first = self._page_size, len(self.digests)
+        if page < first:
+            return
+        last = max(page + 1, min(first + RUN, len(tokens) // size))
+        run, width = tokens[first * size : last * size].tobytes(), size * tokens.itemsize
+        blocks = [run[at : at + width] for at in range(0, len(run), width)]
+        parent = self.digests[-1] if first else b""
+        if not first:
             # The tokens' bytes have a fixed length, so salt + tokens reads in one way only.
-            block = block if index else self._salt + block
-            parent = self.digests[-1] if index else b""
-            self.blocks.append(block)
-            self.digests.append(self._hash(parent, block))
+            blocks[0] = self._salt + blocks[0]
+        self.blocks += blocks
+        hash_page, digests = self._hash, self.digests
+        for block in blocks:
+            parent = hash_page(parent, block)
+            digests.append(parent)
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +108,20 @@ class PrefixIndex:
         if entry is None or entry.parent is not parent or entry.block != block:
             return None
         return entry
+
+    def follow(
+        self, digests: list[bytes], blocks: list[bytes], parent: Entry | None
+    ) -> list[Entry]:
+        """The entries of these contents after that parent and each other, up to the first that is
+        not there."""
+        found, by_digest = [], self._by_digest
+        for digest, block in zip(digests, blocks, strict=True):
+            entry = by_digest.get(digest)
+            if entry is None or entry.parent is not parent or entry.block != block:
+                break
+            found.append(entry)
+            parent = entry
+        return found
 
     def insert(self, digest: bytes, block: bytes, parent: Entry | None, page: int) -> Entry | None:
         """Makes `page` findable, unless equal content already is: then that entry is returned.

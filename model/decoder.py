@@ -9,6 +9,7 @@ tools/train_demo) share every line here. Families differ only in ModelConfig.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from flax import nnx
 
 from .config import ModelConfig
 from .mesh import TENSOR
+from .projection import Project, in_parts
 from .rope import cos_sin, rotate
-from .weights import contract, matrix, ones, take_rows, zeros
+from .weights import matrix, ones, take_rows, zeros
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 """(layer, q [T, H, D], k [T, KH, D], v [T, KH, D]) -> [T, H, D]; q and k are rotated already."""
@@ -38,7 +40,10 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x · Wᵀ (+ b), W [out, in]; with `summed` each device has a share of `in`."""
+    """A matrix W [out, in] and, if there is one, a bias; `project` multiplies by it.
+
+    With `summed` each device has a share of `in`.
+    """
 
     def __init__(
         self,
@@ -54,12 +59,6 @@ class Linear(nnx.Module):
         self.summed = summed
         self.weight = matrix(rngs, (out_size, in_size), axes, dtype)
         self.bias = zeros((out_size,), axes[:1], dtype) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x, self.weight)
-        if self.summed:
-            y = jax.lax.psum(y, TENSOR)
-        return y if self.bias is None else y + self.bias[...]
 
 
 class Attention(nnx.Module):
@@ -79,22 +78,29 @@ class Attention(nnx.Module):
             rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias, summed=shared
         )
 
-    def __call__(
-        self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> jax.Array:
+    def heads(
+        self,
+        x: jax.Array,
+        norm: RMSNorm,
+        rotation: tuple[jax.Array, jax.Array],
+        project: Project,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [T, E] -> q [T, H, D], k and v [T, KH, D], q and k rotated."""
         c = self.config
         with jax.named_scope("qkv"):
-            q, k, v = jnp.split(self.qkv(x), [c.q_size, c.q_size + c.kv_size], axis=-1)
+            qkv = project(x, self.qkv, norm=norm)
+            q, k, v = jnp.split(qkv, [c.q_size, c.q_size + c.kv_size], axis=-1)
             q = q.reshape(-1, c.num_heads, c.head_dim)
             k = k.reshape(-1, c.num_kv_heads, c.head_dim)
             v = v.reshape(-1, c.num_kv_heads, c.head_dim)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        with jax.named_scope("attend"):
-            mixed = attend(layer, q, k, v)
+            return rotate(q, *rotation), rotate(k, *rotation), v
+
+    def join(self, x: jax.Array, mixed: jax.Array, project: Project) -> jax.Array:
+        """x [T, E] plus what comes of mixed [T, H, D]."""
         with jax.named_scope("out"):
-            return self.out(mixed.reshape(-1, c.q_size))
+            return project(mixed.reshape(-1, self.config.q_size), self.out, residual=x)
 
 
 class MLP(nnx.Module):
@@ -111,9 +117,10 @@ class MLP(nnx.Module):
             summed=shared,
         )  # fmt: skip
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(self, x: jax.Array, norm: RMSNorm, project: Project) -> jax.Array:
+        """x [T, E] plus what the MLP makes of it."""
+        inner = project(x, self.gate_up, norm=norm, gated=True)
+        return project(inner, self.down, residual=x)
 
 
 class Layer(nnx.Module):
@@ -126,11 +133,33 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype, rngs, shared)
 
     def __call__(
-        self, x: jax.Array, layer: int, rotation: tuple[jax.Array, jax.Array], attend: Attend
+        self,
+        x: jax.Array,
+        layer: int,
+        rotation: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        project: Project,
     ) -> jax.Array:
-        x = x + self.attn(self.attn_norm(x), layer, rotation, attend)
-        with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x))
+        q, k, v = _before_attending(self, x, rotation, project)
+        with jax.named_scope("attend"):
+            mixed = attend(layer, q, k, v)
+        return _after_attending(self, x, mixed, project)
+
+
+# Under a `jit` of their own these are traced and lowered once a program and not once a layer, which
+# would take most of the time that lowering takes. XLA inlines the calls.
+@partial(jax.jit, static_argnames="project")
+def _before_attending(
+    layer: Layer, x: jax.Array, rotation: tuple[jax.Array, jax.Array], project: Project
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return layer.attn.heads(x, layer.attn_norm, rotation, project)
+
+
+@partial(jax.jit, static_argnames="project")
+def _after_attending(layer: Layer, x: jax.Array, mixed: jax.Array, project: Project) -> jax.Array:
+    x = layer.attn.join(x, mixed, project)
+    with jax.named_scope("mlp"):
+        return layer.mlp(x, layer.mlp_norm, project)
 
 
 class Embedding(nnx.Module):
@@ -138,6 +167,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, shared: bool):
         self.shared = shared
+        self.bias, self.summed = None, False
         self.weight = matrix(
             rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype
         )
@@ -187,13 +217,20 @@ class Decoder(nnx.Module):
             else Linear(rngs, config.hidden_size, config.vocab_size, ("vocab", "embed"), dtype)
         )
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        project: Project = in_parts,
+    ) -> jax.Array:
         """Runs all layers.
 
         Args:
           tokens: int32 [T].
           positions: int32 [T], each token's place in its own sequence.
           attend: mixes values within each sequence.
+          project: multiplies by matrices.
 
         Returns:
           [T, E] hidden states before the final norm (so that it runs on emitted rows only).
@@ -203,7 +240,7 @@ class Decoder(nnx.Module):
         rotation = cos_sin(self.config.rope, self.config.head_dim, positions)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x = layer(x, i, rotation, attend)
+                x = layer(x, i, rotation, attend, project)
         return x
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
@@ -213,11 +250,11 @@ class Decoder(nnx.Module):
             length = jnp.linalg.norm(normed, axis=-1, keepdims=True)
             return normed / jnp.maximum(length, 1e-12)  # as torch.nn.functional.normalize
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, project: Project = in_parts) -> jax.Array:
         """hidden [R, E] -> float32 logits [R, V] of the whole vocabulary."""
         with jax.named_scope("logits"):
-            weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
-            logits = contract(self.final_norm(hidden), weight, out_dtype=jnp.float32)
+            head = self.embed if self.lm_head is None else self.lm_head
+            logits = project(hidden, head, norm=self.final_norm, out_dtype=jnp.float32)
             if self.shared:  # the last share may be padded
                 logits = jax.lax.all_gather(logits, TENSOR, axis=1, tiled=True)
             return logits[:, : self.vocab_size]

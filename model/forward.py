@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from .cache import CacheGroup, Slabs, fit, unfit
 from .inputs import InputLayout, StepInputs
 from .kernels.attention.api import ragged_paged_attention
 from .kernels.kv_write import write_kv
-from .plan import Sampler
+from .projection import projection as choose_projection
 from .slots import SlotRows, Slots
 from .weights import Params
 
@@ -45,8 +46,8 @@ class Passed:
     """What a pass through the layers gave."""
 
     hidden: jax.Array  # [T, E] before the final norm
-    logits: jax.Array  # float32 [R, V] at each row's last token
-    pooled: jax.Array | None  # float32 [R, E] there; of FULL buckets with prompt rows
+    logits: jax.Array  # float32 [L, V] at each row's last token; rows past R mean nothing
+    pooled: jax.Array | None  # float32 [L, E] there; of forwards apart with prompt rows
 
 
 Forward = Callable[[Params, Slabs, Slots, StepInputs], tuple[Slabs, Placed, Passed]]
@@ -56,12 +57,15 @@ def make_forward(
     decoder: AbstractDecoder,
     groups: tuple[CacheGroup, ...],
     layout: InputLayout,
+    logit_rows: int,
     attention: str,
     writer: str,
+    projection: str,
 ) -> Forward:
     """The pass of one bucket, to be called while tracing.
 
-    `attention` is a backend of kernels/attention, `writer` one of kernels/kv_write.
+    It leaves `logit_rows` rows of logits, the bucket's or more. `attention` is a backend of
+    kernels/attention, `writer` one of kernels/kv_write, `projection` one of model/projection.py.
     """
     config = decoder.config
     bucket = layout.bucket
@@ -72,20 +76,23 @@ def make_forward(
         params: Params, slabs: Slabs, slots: Slots, inputs: StepInputs
     ) -> tuple[Slabs, Placed, Passed]:
         num_pages = slabs[group.name].shape[0] // len(group.layers)
-        placed = _place(inputs, slots, layout)
+        placed = _once_a_step(_place(inputs, slots, layout))
+        kv_lens = _once_a_step(jnp.where(placed.live, placed.rows.position + inputs.counts, 0))
         slab = slabs[group.name]
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal slab
             first_page = layer * num_pages
-            page = jnp.where(placed.pages >= 0, placed.pages + first_page, _NO_PAGE)
+            # As a constant it would give each layer a kernel of its own that writes K and V.
+            offset = jax.lax.optimization_barrier(jnp.full((1,), first_page, jnp.int32))
+            page = jnp.where(placed.pages >= 0, placed.pages + offset, _NO_PAGE)
             heads = k.shape[1]
             q_fit, k, v = (fit(x, heads, slab) for x in (q, k, v))
             slab = write_kv(slab, k, v, page, placed.offsets, writer=writer)
             out = ragged_paged_attention(
                 q_fit,
                 slab,
-                jnp.where(placed.live, placed.rows.position + inputs.counts, 0),
+                kv_lens,
                 placed.page_table,
                 placed.cu,
                 inputs.num_rows,
@@ -99,14 +106,26 @@ def make_forward(
             return unfit(out, heads, q)
 
         model = decoder.bind(params)
-        hidden = model(placed.tokens, placed.positions, attend)
-        last = jnp.maximum(placed.cu[1:] - 1, 0)
-        at_last = hidden if bucket.decode_only else hidden[last]
-        pools = bucket.sampler == Sampler.FULL and not bucket.decode_only
-        passed = Passed(hidden, model.logits(at_last), model.pooled(at_last) if pools else None)
+        project = choose_projection(projection, bucket.tokens)
+        hidden = model(placed.tokens, placed.positions, attend, project)
+        last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
+        as_it_is = bucket.decode_only and logit_rows == bucket.rows
+        at_last = hidden if as_it_is else hidden[last]
+        pools = bucket.apart and not bucket.decode_only
+        logits = model.logits(at_last, choose_projection(projection, logit_rows))
+        passed = Passed(hidden, logits, model.pooled(at_last) if pools else None)
         return {group.name: slab}, placed, passed
 
     return forward
+
+
+T = TypeVar("T")
+
+
+def _once_a_step(values: T) -> T:
+    """Keeps XLA from computing these anew inside the kernels of every layer that reads them."""
+    fixed: T = jax.lax.optimization_barrier(values)
+    return fixed
 
 
 def _place(inputs: StepInputs, slots: Slots, layout: InputLayout) -> Placed:

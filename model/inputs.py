@@ -110,9 +110,9 @@ def pack(plan: StepPlan, layout: InputLayout) -> Buffer:
     return buffer
 
 
-def pack_sample(plan: StepPlan, num_slots: int) -> Buffer:
-    """What the `sample` program needs of a plan: [2 * R] slots, then emits; padding as above."""
-    buffer = np.zeros((2, plan.bucket.rows), np.int32)
+def pack_sample(plan: StepPlan, num_slots: int, rows: int) -> Buffer:
+    """What programs that sample need of a plan: [2 * rows] slots, then emits; padding as above."""
+    buffer = np.zeros((2, rows), np.int32)
     buffer[0, : plan.num_rows], buffer[0, plan.num_rows :] = plan.slots, num_slots
     buffer[1, : plan.num_rows] = plan.emits
     return buffer.reshape(-1)

@@ -8,19 +8,24 @@ faster start, more mean less padding; `padding_bound` says what the choice costs
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from ..errors import InvalidConfig
 
-MAX_PROGRAMS = 33
-"""Programs of an engine at most: 32, and `state`, which makes zeros."""
+MAX_PROGRAMS = 48
+"""Programs of an engine at most."""
 
-_FEW_ROWS = 8
 _K_ROWS = (1, 8, 64)
 """Sizes of k-rungs. With more rows a single token takes the device longer than the host, and k of
 them would hold up an arrival."""
+
+_HALVES_FROM = 256
+"""Rows from which on a decode step takes the longer, the more it has."""
+
+_FLOOR = 64
+"""Tokens that a step costs besides its own: reading the weights."""
 
 _SINGLE_PROGRAMS = 4  # score, controls, admit, state
 
@@ -34,8 +39,7 @@ class Sampler(IntEnum):
     """Temperature, top-k, top-p, min-p, min-tokens, per row."""
     FULL = 2
     """SAMPLE, and penalties, bias, bad words, allowed ids, and log-probabilities of the chosen and
-    the MAX_LOGPROBS likeliest tokens, also of prompt tokens. Forward and sampling are two programs
-    there: between them the host can add what depends on the last token."""
+    the MAX_LOGPROBS likeliest tokens, also of prompt tokens."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,15 +56,24 @@ class Bucket:
     def decode_only(self) -> bool:
         return self.tokens == self.rows
 
+    @property
+    def apart(self) -> bool:
+        """Forward and sampling are two programs. All samplers share the forward; and before FULL
+        sampling the host can add what depends on the last token."""
+        return self.sampler != Sampler.GREEDY and self.k == 1
 
-def _doublings(first: int, last: int) -> list[int]:
-    """first, 2·first, … up to and including last."""
-    steps = []
+
+def _doublings(first: int, last: int, halves_from: int | None = None) -> list[int]:
+    """first, 2·first, … up to and including last; from `halves_from` on also halfway between."""
+    sizes = []
     size = first
     while size < last:
-        steps.append(size)
+        sizes.append(size)
+        between = size + size // 2
+        if halves_from is not None and halves_from <= size and between < last:
+            sizes.append(between)
         size *= 2
-    return [*steps, last]
+    return [*sizes, last]
 
 
 def _thin(sizes: list[int], keep: int) -> list[int]:
@@ -71,17 +84,16 @@ def _thin(sizes: list[int], keep: int) -> list[int]:
     return [sizes[i] for i in sorted({*picks, len(sizes) - 1})][-keep:]
 
 
-# Which of a list of sizes to give up first, by its length.
-def _last(count: int) -> int:
-    return count - 1
-
-
-def _second(count: int) -> int:
-    return min(1, count - 2)
-
-
-def _middle(count: int) -> int:
-    return (count - 1) // 2
+def _give_up(lists: list[list[int]]) -> None:
+    """Removes the size whose steps suffer least from taking the next, as a share of what they cost.
+    The ends of a list go last, the largest never."""
+    losses = [
+        (at == 0, (_FLOOR + sizes[at + 1]) / (_FLOOR + sizes[max(at - 1, 0)]), which, at)
+        for which, sizes in enumerate(lists)
+        for at in range(len(sizes) - 1)
+    ]
+    _, _, which, at = min(losses)
+    del lists[which][at]
 
 
 class Ladder:
@@ -100,6 +112,8 @@ class Ladder:
                 self._decode.setdefault((b.sampler, b.k), []).append(b)
             else:
                 self._mixed[b.sampler].append(b)
+        self._sampled_rows = sorted({b.rows for b in self.buckets if b.apart and b.decode_only})
+        self._chunks = {s: sorted({b.tokens for b in self._mixed[s]}) for s in Sampler}
         self.max_rows = max(b.rows for b in self.buckets)
         self.max_tokens = max(b.tokens for b in self.buckets)
         self.max_k = max(b.k for b in self.buckets)
@@ -113,21 +127,42 @@ class Ladder:
         return len(self.buckets)
 
     @property
-    def sample_rows(self) -> tuple[int, ...]:
-        """Row counts of FULL rungs: one `sample` program each."""
-        return tuple(sorted({b.rows for b in self.buckets if b.sampler == Sampler.FULL}))
+    def forwards(self) -> tuple[Bucket, ...]:
+        """The rungs that are two programs, each (tokens, rows) once: one forward each."""
+        found = {(b.tokens, b.rows): b for b in self.buckets if b.apart}
+        return tuple(found[shape] for shape in sorted(found))
+
+    @property
+    def samples(self) -> tuple[tuple[int, Sampler], ...]:
+        """Rows and sampler of each program that samples what a forward left."""
+        return tuple(sorted({(self.logit_rows(b), b.sampler) for b in self.buckets if b.apart}))
+
+    def logit_rows(self, bucket: Bucket) -> int:
+        """Rows of logits that a rung's forward leaves: where it is a program of its own as many as
+        the next decode rung has, so that programs that sample are few."""
+        at = bisect_left(self._sampled_rows, bucket.rows)
+        if not bucket.apart or at == len(self._sampled_rows):
+            return bucket.rows
+        return self._sampled_rows[at]
 
     @property
     def num_programs(self) -> int:
-        """Programs that an engine with this ladder compiles: one for each rung (for a FULL one its
-        forward), `sample` for each row count, and `score`, `controls`, `admit` and `state`; as many
-        as `Programs.keys` names."""
-        return len(self.buckets) + len(self.sample_rows) + _SINGLE_PROGRAMS
+        """Programs that an engine with this ladder compiles: whole steps, forwards, those that
+        sample, and `score`, `controls`, `admit` and `state`; as many as `Programs.keys` names."""
+        whole = sum(not b.apart for b in self.buckets)
+        return whole + len(self.forwards) + len(self.samples) + _SINGLE_PROGRAMS
 
     def most_k(self, rows: int, sampler: Sampler) -> int:
         """Most tokens that each row of a decode step can emit in one dispatch, a rung's k."""
         fits = (b.k for b in self.buckets if b.k > 1 and b.rows >= rows and b.sampler >= sampler)
         return max(fits, default=1)
+
+    def chunk_size(self, tokens: int, sampler: Sampler) -> int:
+        """Tokens of the sampler's smallest rung for prompts that holds so many; at most
+        max_tokens."""
+        sizes = self._chunks[sampler]
+        at = bisect_left(sizes, tokens)
+        return sizes[at] if at < len(sizes) else self.max_tokens
 
     def choose(
         self, tokens: int, rows: int, sampler: Sampler, *, decode_only: bool, k: int = 1
@@ -188,15 +223,16 @@ def make_ladder(
     """The default ladder.
 
     Decode rungs double from 8 rows to `max_rows` (and one of a single row); mixed rungs double from
-    64 tokens to `max_tokens`, with few rows for the prompt that arrives on an idle engine and with
-    all rows for the busy one. Where that makes too many programs they are thinned out.
-    What needs a FULL rung is asked for rarely, and gets a coarse set.
+    64 tokens to `max_tokens`, with room for nearly as many rows as tokens. GREEDY also has the
+    sizes halfway between, where a step's time grows with its tokens. Where that makes too many
+    programs they are thinned out. FULL has some of SAMPLE's rungs: what needs it is asked for
+    rarely.
 
     Args:
       max_rows: most rows a step may have (the number of slots).
       max_tokens: most tokens a step may have; must exceed `max_rows`.
-      max_programs: bound on the number of programs, all counted; at least 11, or 13 with `max_k`
-        (a decode and a mixed rung for each sampler and what goes with them).
+      max_programs: bound on the number of programs, all counted; at least 10, or 12 with `max_k`
+        (a decode and a mixed rung, whole and in two, and what goes with them).
       max_k: above 1, some decode sizes get rungs of this k as well.
     """
     if max_tokens <= max_rows:
@@ -204,36 +240,42 @@ def make_ladder(
             f"max_batched_tokens: got {max_tokens}, must be above max_num_seqs ({max_rows}), so "
             "that a step with every slot decoding still has room for a prompt chunk"
         )
-    decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
-    few = max_rows if max_rows < 4 * _FEW_ROWS else _FEW_ROWS
-    sizes = [t for t in _doublings(64, max_tokens) if t > few]
-    all_rows = [t for t in sizes if t > max_rows]
-    alone = [t for t in sizes if few < max_rows]
-
     spare = max_programs >= 25  # enough for more than one size of each kind
-    buckets = [Bucket(n, n, Sampler.FULL) for n in _thin(decode[1:] or decode, 2 if spare else 1)]
-    buckets += [Bucket(t, max_rows, Sampler.FULL) for t in _thin(all_rows, 2 if spare else 1)]
+    at_once: list[Bucket] = []
     if max_k > 1:
         rows = sorted({min(n, max_rows) for n in _K_ROWS})
         rows = rows if spare else rows[-1:]
-        buckets += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
+        at_once += [Bucket(n, n, Sampler.GREEDY, max_k) for n in rows]
         # A lone sampled row is well served by the next size.
-        buckets += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
-    # What is left is for two full sets, greedy and sampled. A few rows take a device as long as
-    # one, so small decode sizes go before prompt sizes; the largest of each stays.
-    taken = Ladder(buckets).num_programs
-    room = (max_programs - taken) // 2
-    cuts: list[tuple[list[int], int, Callable[[int], int]]] = [
-        (alone, 2, _last), (decode, 4, _second), (all_rows, 2, _middle), (alone, 1, _last),
-        (decode, 2, _second), (all_rows, 1, _middle), (alone, 0, _last), (decode, 1, _second),
-    ]  # fmt: skip
-    for sizes, keep, at in cuts:
-        while len(sizes) > keep and len(decode) + len(all_rows) + len(alone) > room:
-            del sizes[at(len(sizes))]
-    if room < 2:
-        raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {taken + 4}")
-    full = [(n, n) for n in decode]
-    full += [(t, max_rows) for t in all_rows] + [(t, few) for t in alone]
-    return Ladder(
-        buckets + [Bucket(t, r, s) for s in (Sampler.GREEDY, Sampler.SAMPLE) for t, r in full]
-    )
+        at_once += [Bucket(n, n, Sampler.SAMPLE, max_k) for n in rows[-2:]]
+
+    def mixed(tokens: int, sampler: Sampler) -> Bucket:
+        wanted = max_rows if tokens == max_tokens else min(max_rows, tokens - tokens // 8)
+        return Bucket(tokens, wanted, sampler)
+
+    def ladder(greedy: list[list[int]], sampled: list[list[int]]) -> Ladder:
+        whole = [Bucket(n, n, Sampler.GREEDY) for n in greedy[0]]
+        whole += [mixed(t, Sampler.GREEDY) for t in greedy[1]]
+        apart = [Bucket(n, n, Sampler.SAMPLE) for n in sampled[0]]
+        apart += [mixed(t, Sampler.SAMPLE) for t in sampled[1]]
+        few = _thin(sampled[0][1:] or sampled[0], 4 if max_programs >= 40 else 1 + spare)
+        full = [
+            replace(b, sampler=Sampler.FULL)
+            for b in apart
+            if sampled[0][bisect_left(sampled[0], b.rows)] in few
+        ]
+        return Ladder([*whole, *apart, *full, *at_once])
+
+    decode = sorted({1, *_doublings(min(8, max_rows), max_rows)})
+    lists = [
+        sorted({1, *_doublings(min(8, max_rows), max_rows, halves_from=_HALVES_FROM)}),
+        _doublings(64, max_tokens, halves_from=2 * 64),
+        decode,
+        _doublings(64, max_tokens),
+    ]
+    while (made := ladder(lists[:2], lists[2:])).num_programs > max_programs:
+        if all(len(sizes) == 1 for sizes in lists):
+            least = made.num_programs
+            raise InvalidConfig(f"max_programs: got {max_programs}, must be at least {least}")
+        _give_up(lists)
+    return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from jax.stages import Lowered
 
 from .abstract import AbstractDecoder
 from .cache import abstract_slabs, cache_groups
+from .compile import VENDOR_TOKENS, compiler_options
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
 from .kernels.attention.api import default_backend
@@ -25,18 +26,20 @@ from .kernels.kv_write import default_writer
 from .mesh import Mesh
 from .plan import Bucket, RunnerSpec, Sampler
 from .program_store import environment
+from .projection import default_projection
 from .sampling.control_inputs import BUFFER_WORDS, make_fill
 from .sampling.controls import Controls, abstract_controls
-from .score import SCORE_WORDS, make_score
+from .score import SCORE_ROWS, SCORE_WORDS, make_score
 from .slots import abstract_slots
-from .step import make_admit, make_pass, make_sample, make_step
+from .step import make_admit, make_full_sample, make_pass, make_sample, make_step
 
 
 @dataclass(frozen=True, slots=True)
 class SampleKey:
-    """Names the program that samples for so many rows of a FULL bucket."""
+    """Names the program that samples so many rows of logits that a forward left."""
 
     rows: int
+    sampler: Sampler
 
 
 ADMIT = "admit"
@@ -52,7 +55,13 @@ STATE = "state"
 """Names the program that makes slabs, slots and controls anew."""
 
 Key = Bucket | SampleKey | str
-"""A program's name. A GREEDY or SAMPLE bucket is a whole step, a FULL one its forward."""
+"""A program's name. A bucket is a whole step or, where sampling is apart, the forward of all
+samplers (`forward_key`)."""
+
+
+def forward_key(bucket: Bucket) -> Bucket:
+    """Names the program that a bucket's step begins with: the whole of it, or its forward."""
+    return replace(bucket, sampler=Sampler.FULL) if bucket.apart else bucket
 
 
 class Programs:
@@ -64,6 +73,7 @@ class Programs:
       mesh: the devices, present or described by a topology.
       attention: a backend of kernels/attention; None is the platform's own.
       writer: one of kernels/kv_write, likewise.
+      projection: one of model/projection.py, likewise.
     """
 
     def __init__(
@@ -74,10 +84,14 @@ class Programs:
         *,
         attention: str | None = None,
         writer: str | None = None,
+        projection: str | None = None,
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
         self._writer = writer or default_writer(mesh.platform)
+        self._projection = projection or default_projection(
+            mesh.platform, decoder.dtype, mesh.shards
+        )
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
 
@@ -104,35 +118,56 @@ class Programs:
         """Shapes, dtypes and placement of what reshapes slots' logits."""
         return abstract_controls(self._spec.num_slots, self._spec.vocab_size, self._mesh)
 
+    def logit_rows(self, key: Bucket) -> int:
+        """Rows of logits that a forward leaves."""
+        return self._spec.ladder.logit_rows(key)
+
     def keys(self) -> list[Key]:
-        """Every program, the costliest first."""
+        """Every program. First whole steps: of several programs with the same matrix products one
+        comes well before the others, so that XLA need not try kernels for them several times. Among
+        those the smallest, for whose products there is most to try, then the costliest first."""
         ladder = self._spec.ladder
-        buckets = sorted(ladder.buckets, key=lambda b: (-b.tokens, -b.sampler, -b.k))
-        samples = [SampleKey(rows) for rows in reversed(ladder.sample_rows)]
-        return [*buckets, SCORE, *samples, CONTROLS, ADMIT, STATE]
+        buckets = {forward_key(b) for b in ladder.buckets}
+
+        def order(bucket: Bucket) -> tuple[Any, ...]:
+            own_kernels = bucket.tokens < VENDOR_TOKENS
+            return bucket.sampler != Sampler.GREEDY, not own_kernels, -bucket.tokens, -bucket.k
+
+        samples = [SampleKey(*sample) for sample in reversed(ladder.samples)]
+        return [*sorted(buckets, key=order), SCORE, *samples, CONTROLS, ADMIT, STATE]
 
     @property
     def demanding(self) -> list[Key]:
         """The programs among which those are that work in most memory."""
         ladder = self._spec.ladder
         most = [b for b in ladder.buckets if b.tokens == ladder.max_tokens]
-        steps = [b for b in most if b.sampler != Sampler.GREEDY]
-        return [*steps, SCORE, SampleKey(max(ladder.sample_rows)), ADMIT]
+        steps = {forward_key(b) for b in most if b.sampler != Sampler.GREEDY}
+        return [*steps, SCORE, SampleKey(*max(ladder.samples)), ADMIT]
 
     def input_bytes(self, key: Key) -> int:
         """Bytes of the buffer that a program, but STATE, gets from the host."""
         match key:
             case Bucket():
                 return 4 * self.layout(key).size
-            case SampleKey(rows):
+            case SampleKey(rows=rows):
                 return 4 * 2 * rows
         return 4 * {SCORE: SCORE_WORDS, CONTROLS: BUFFER_WORDS, ADMIT: ADMIT_ROOM.words}[key]
+
+    def compiler_options(self, key: Key) -> dict[str, Any]:
+        """What XLA is told for a program."""
+        match key:
+            case Bucket(tokens=tokens):
+                return compiler_options(self._mesh.platform, tokens)
+            case "score":
+                return compiler_options(self._mesh.platform, SCORE_ROWS)
+        return compiler_options(self._mesh.platform)
 
     def facts(self, key: Key | str) -> dict[str, str]:
         """What a stored program is found by, traced or not: whatever `lower` looks at is here."""
         if self._facts is None:
             sizes = asdict(self._spec)
-            # Each program is one rung; of the others only the largest matters to it.
+            # Each program is one rung; of the others only the largest matters to it, and those that
+            # say how many rows of logits it leaves.
             sizes["ladder"] = self._spec.ladder.max_tokens
             self._facts = {
                 **environment(self._mesh),
@@ -141,22 +176,24 @@ class Programs:
                 "sizes": json.dumps(sizes, sort_keys=True),
                 "attention": self._attention,
                 "writer": self._writer,
+                "projection": self._projection,
             }
-        return {**self._facts, "program": str(key)}
+        logits = {"logit rows": str(self.logit_rows(key))} if isinstance(key, Bucket) else {}
+        return {**self._facts, **logits, "program": str(key)}
 
     def lowerings(self) -> dict[Key, Callable[[], Lowered]]:
-        """Every program, the costliest first."""
+        """Every program, in the order of `keys`."""
         return {key: partial(self.lower, key) for key in self.keys()}
 
     def lower(self, key: Key) -> Lowered:
         """Traces and lowers one program."""
         match key:
-            case Bucket(sampler=Sampler.FULL):
+            case Bucket(apart=True):
                 return self._lower_pass(key)
             case Bucket():
                 return self._lower_step(key)
-            case SampleKey(rows):
-                return self._lower_sample(rows)
+            case SampleKey():
+                return self._lower_sample(key)
             case "score":
                 return self._lower_score()
             case "controls":
@@ -179,11 +216,14 @@ class Programs:
         forward = make_pass(self._forward(layout), layout, self._hidden_rows)
         return self._lowered(forward, args, donated=(1, 2), fresh=3)
 
-    def _lower_sample(self, rows: int) -> Lowered:
+    def _lower_sample(self, key: SampleKey) -> Lowered:
         _, slots = self.abstract_state()
-        logits = self._array((rows, self._spec.vocab_size), "float32")
-        args = (self.abstract_controls(), slots, logits, self._buffer(2 * rows))
-        return self._lowered(make_sample(rows), args, donated=(0, 1), fresh=1)
+        logits = self._array((key.rows, self._spec.vocab_size), "float32")
+        args = (slots, logits, self._buffer(2 * key.rows))
+        if key.sampler != Sampler.FULL:
+            return self._lowered(make_sample(key.rows), args, donated=(0,), fresh=1)
+        controlled = (self.abstract_controls(), *args)
+        return self._lowered(make_full_sample(key.rows), controlled, donated=(0, 1), fresh=1)
 
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size
@@ -209,11 +249,19 @@ class Programs:
         return self._for_platform(make)
 
     def _forward(self, layout: InputLayout) -> Forward:
-        return make_forward(self._decoder, self.groups, layout, self._attention, self._writer)
+        return make_forward(
+            self._decoder,
+            self.groups,
+            layout,
+            self.logit_rows(layout.bucket),
+            self._attention,
+            self._writer,
+            self._projection,
+        )
 
     @property
     def _hidden_rows(self) -> int:
-        """Of the hidden states that FULL steps leave for `score`."""
+        """Of the hidden states that forwards leave for `score`."""
         return self._spec.ladder.max_tokens
 
     def _array(self, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:

@@ -7,8 +7,9 @@ packs a plan, hands it over and returns; `collect` waits for the copies that `la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,13 +19,13 @@ from jax.stages import Compiled
 
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
-from .compile import CompileCounter, Progress, compiler_options
+from .compile import CompileCounter, Progress
 from .inputs import ADMIT_ROOM, InputLayout, pack, pack_sample, pack_updates
 from .memory import STEPS_IN_FLIGHT
 from .mesh import Mesh
 from .outputs import unpack_outputs
 from .plan import Bucket, Emit, RunnerSpec, Sampler, ScoredRow, StepOutputs, StepPlan
-from .programs import ADMIT, CONTROLS, SCORE, STATE, Key, Programs, SampleKey
+from .programs import ADMIT, CONTROLS, SCORE, STATE, Key, Programs, SampleKey, forward_key
 from .sampling.control_inputs import control_buffers, empty_buffer
 from .sampling.controls import Controls
 from .score import score_buffers, unpack_scores
@@ -40,7 +41,7 @@ class _Launched:
     plan: StepPlan
     outputs: jax.Array  # int32 [R, words]
     scores: tuple[jax.Array, ...] = ()  # int32 [SCORE_ROWS, LOGPROB_WORDS] each
-    pooled: jax.Array | None = None  # float32 [R, E] where a row emits POOLED
+    pooled: jax.Array | None = None  # float32 [L, E] where a row emits POOLED, L as in `Passed`
 
 
 class ModelRunner:
@@ -105,7 +106,7 @@ class ModelRunner:
 
     def _program(self, key: Key) -> Compiled:
         if key not in self._compiled:  # only without `warmup`
-            options = compiler_options(self._mesh.platform)
+            options = self._programs.compiler_options(key)
             self._compiled[key] = self._programs.lower(key).compile(compiler_options=options)
         return self._compiled[key]
 
@@ -113,15 +114,20 @@ class ModelRunner:
         """Compiles what is not compiled, runs each program on nothing, and arms the compile guard.
 
         Args:
-          progress: called with (done, total) as programs have run.
+          progress: called with (done, total) as kinds of steps have run.
         """
         runs = _GPU_WARMUP_RUNS if self._mesh.platform == "gpu" else 1
-        keys = [key for key in self._programs.lowerings() if key != STATE]
-        for done, key in enumerate(keys):
+        idle: list[Callable[[], object]] = [
+            partial(self._admit, ()),
+            partial(self._fill_controls, empty_buffer(self._spec.num_slots)),
+        ]
+        # They bring all other programs along.
+        idle += [partial(self._run_idle, bucket) for bucket in reversed(self._spec.ladder.buckets)]
+        for done, run in enumerate(idle):
             for _ in range(runs):
-                self._run_idle(key)
+                run()
             if progress is not None:
-                progress(done + 1, len(keys))
+                progress(done + 1, len(idle))
         # As many at once as the engine has in flight, of the kind that leaves most behind: what
         # serving takes at its peak has been taken before ready.
         richest = max(self._spec.ladder.buckets, key=lambda b: (b.sampler, b.rows, b.tokens))
@@ -129,14 +135,9 @@ class ModelRunner:
             self.collect(launched)
         self._ready_counter = CompileCounter()
 
-    def _run_idle(self, key: Key) -> None:
-        """Runs a program with no rows: it changes nothing, as padding must not."""
-        if key == ADMIT:
-            self._admit(())
-        elif key == CONTROLS:
-            self._fill_controls(empty_buffer(self._spec.num_slots))
-        elif isinstance(key, Bucket):  # one of a FULL bucket brings `sample` and `score` along
-            self.collect(self.launch(_idle(key)))
+    def _run_idle(self, bucket: Bucket) -> None:
+        """Runs a step with no rows: it changes nothing, as padding must not."""
+        self.collect(self.launch(_idle(bucket)))
 
     # Steps
 
@@ -146,7 +147,7 @@ class ModelRunner:
         layout = self._programs.layout(plan.bucket)
         plan = self._send_ahead(plan, layout)
         inputs = pack(plan, layout)
-        if plan.bucket.sampler == Sampler.FULL:
+        if plan.bucket.apart:
             launched = self._launch_apart(plan, inputs)
         else:
             self._slabs, self._slots, outputs = self._program(plan.bucket)(
@@ -160,15 +161,21 @@ class ModelRunner:
 
     def _launch_apart(self, plan: StepPlan, inputs: np.ndarray) -> _Launched:
         """Forward and sampling as two programs, and scores of what the forward left."""
-        self._slabs, self._slots, logits, hidden, pooled = self._program(plan.bucket)(
+        forward = self._program(forward_key(plan.bucket))
+        self._slabs, self._slots, logits, hidden, pooled = forward(
             self._params, self._slabs, self._slots, inputs
         )
         scores = [
             self._program(SCORE)(self._params, hidden, buffer) for buffer in score_buffers(plan)
         ]
-        self._controls, self._slots, outputs = self._program(SampleKey(plan.bucket.rows))(
-            self._controls, self._slots, logits, pack_sample(plan, self._spec.num_slots)
-        )
+        rows, sampler = self._spec.ladder.logit_rows(plan.bucket), plan.bucket.sampler
+        sample, buffer = SampleKey(rows, sampler), pack_sample(plan, self._spec.num_slots, rows)
+        if sampler == Sampler.FULL:
+            self._controls, self._slots, outputs = self._program(sample)(
+                self._controls, self._slots, logits, buffer
+            )
+        else:
+            self._slots, outputs = self._program(sample)(self._slots, logits, buffer)
         wanted = pooled if np.any(plan.emits == Emit.POOLED) else None
         return _Launched(plan, outputs, tuple(scores), wanted)
 

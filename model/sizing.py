@@ -38,6 +38,11 @@ class Defaults:
 
 _DEFAULTS = {"cpu": Defaults(16, 256, 15)}  # compiling is slow there, padding cheap
 _ACCELERATOR = Defaults(256, 2048, MAX_PROGRAMS)
+_LARGE = Defaults(1024, 2048, MAX_PROGRAMS)
+_LARGE_BYTES = 24 * 2**30
+"""An accelerator's memory beside the weights, or what the user allows of it, from which on it is
+large: more requests at once then raise what it does a second, and what they take besides pages,
+about 2 GiB, is little of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +141,24 @@ def settle(
     dtype = serving_dtype(config, model, platform)
     if dtype != model.dtype:
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
-    num_seqs = config.max_num_seqs or _DEFAULTS.get(platform, _ACCELERATOR).num_seqs
-    ladder = _ladder(config, platform, num_seqs)
+    weights = weight_bytes(local_config(model, shards), dtype)
+    defaults = _defaults(platform, min(capacity, config.memory or capacity) - weights)
+    num_seqs = config.max_num_seqs or defaults.num_seqs
+    half = max(1, (config.max_batched_tokens or 2 * num_seqs) // 2)
+    if config.max_num_seqs is None and half < num_seqs:
+        num_seqs = half
+        notes.append(f"max_num_seqs is {num_seqs}: half of max_batched_tokens")
+    ladder = _ladder(config, defaults, num_seqs)
     chunk = min(config.prefill_chunk or ladder.max_tokens, ladder.max_tokens)
     if config.prefill_chunk is not None and config.prefill_chunk > chunk:
         notes.append(f"prefill_chunk is {chunk}: what a step holds (got {config.prefill_chunk})")
     longest = longest_wanted(config, model)
+    if longest > model.max_served_positions:
+        notes.append(
+            f"max_model_len is {longest}, beyond the {model.max_served_positions} tokens that the "
+            "checkpoint was made for: what it answers there may mean nothing"
+        )
 
-    weights = weight_bytes(local_config(model, shards), dtype)
     table = MemoryTable(
         capacity=capacity - capacity % CAPACITY_GRAIN,
         budget=0,
@@ -203,8 +218,11 @@ def settle(
     )
 
 
-def _ladder(config: EngineConfig, platform: str, num_seqs: int) -> Ladder:
-    defaults = _DEFAULTS.get(platform, _ACCELERATOR)
+def _defaults(platform: str, beside_weights: int) -> Defaults:
+    return _DEFAULTS.get(platform, _LARGE if beside_weights >= _LARGE_BYTES else _ACCELERATOR)
+
+
+def _ladder(config: EngineConfig, defaults: Defaults, num_seqs: int) -> Ladder:
     tokens = config.max_batched_tokens or max(defaults.batched_tokens, 2 * num_seqs)
     k = config.decode_steps
     return make_ladder(num_seqs, tokens, max_programs=defaults.programs, max_k=k)
@@ -253,17 +271,19 @@ def _kv_setting(config: EngineConfig) -> str:
 
 
 def longest_wanted(config: EngineConfig, model: ModelConfig) -> int:
-    """The longest sequence: what the user wants, at most what the checkpoint serves; memory may
-    hold less (`settle`)."""
+    """The longest sequence: what the user wants, at most what the checkpoint serves unless that
+    limit is lifted; memory may hold less (`settle`)."""
     allowed = model.max_served_positions
     if config.max_model_len is None:
         return allowed
     if config.max_model_len > allowed:
-        reason = (
-            "dynamic rope scaling is served up to the original length"
-            if model.rope.kind == "dynamic"
-            else "max_position_embeddings"
-        )
+        # Its result there would depend on the history of the batch (model/rope.py).
+        if model.rope.kind == "dynamic":
+            reason = "dynamic rope scaling is served up to the original length"
+        elif not config.lift_context_limit:
+            reason = "max_position_embeddings; lift_context_limit lets it go beyond"
+        else:
+            return config.max_model_len
         raise InvalidConfig(
             f"max_model_len: got {config.max_model_len}, must be at most {allowed} ({reason})"
         )

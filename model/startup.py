@@ -177,6 +177,7 @@ class Startup:
         return compile_all(
             {key: lowerings[key] for key in keys},
             threads=threads,
+            options=programs.compiler_options,
             store=self._store,
             facts=programs.facts,
             devices=self._mesh.devices,
@@ -205,8 +206,8 @@ class Startup:
 def _need(programs: Programs, compiled: Compilation[Any]) -> Need:
     """Of a step that runs while the results of the others in flight wait to be fetched.
 
-    A FULL step is a forward whose logits and hidden states live until its sampling and scoring are
-    enqueued, so no two steps' are there at once.
+    What samples and scores after a forward is enqueued with it, so its logits and hidden states are
+    there once, and gone with the next step.
     """
     found = {key: figures for key, figures in compiled.figures.items() if key != STATE}
 
@@ -216,11 +217,14 @@ def _need(programs: Programs, compiled: Compilation[Any]) -> Need:
     running = waiting = 0
     for key, figures in found.items():
         temp, left, passed = figures["temp"], held(key), 0
-        if isinstance(key, Bucket) and key.sampler == Sampler.FULL:
-            scored = {SCORE: -(-key.tokens // SCORE_ROWS), SampleKey(key.rows): 1}
-            after = {part: count for part, count in scored.items() if part in found}
+        if isinstance(key, Bucket) and key.apart:
+            rows = programs.logit_rows(key)
+            samples = {SampleKey(rows, sampler) for sampler in (Sampler.SAMPLE, Sampler.FULL)}
+            after = {SCORE, *samples} & found.keys()
             temp = max([temp, *(found[part]["temp"] for part in after)])
-            passed, left = left, sum(count * held(part) for part, count in after.items())
+            scores = -(-key.tokens // SCORE_ROWS) * held(SCORE) if SCORE in after else 0
+            sampled = max((held(part) for part in samples & after), default=0)
+            passed, left = left, scores + sampled
         running, waiting = max(running, temp + passed + left), max(waiting, left)
     temp = max(figures["temp"] for figures in found.values())
     return Need(temp, running + (STEPS_IN_FLIGHT - 1) * waiting - temp)

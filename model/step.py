@@ -2,15 +2,17 @@
 
     step(params, slabs, slots, buffer) -> (slabs, slots, outputs)
 
-One program a GREEDY or SAMPLE bucket, slabs and slots donated. Read `make_step` for the life of a
-step: update slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but
-the first k times over in a bucket of k tokens a dispatch.
+One program a GREEDY bucket, slabs and slots donated. Read `make_step` for the life of a step:
+update slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but the
+first k times over in a bucket of k tokens a dispatch.
 
-    forward(params, slabs, slots, buffer)       -> (slabs, slots, logits, hidden, pooled)
-    sample(controls, slots, logits, buffer)     -> (controls, slots, outputs)
+    forward(params, slabs, slots, buffer)            -> (slabs, slots, logits, hidden, pooled)
+    sample(slots, logits, buffer)                    -> (slots, outputs)
+    sample_fully(controls, slots, logits, buffer)    -> (controls, slots, outputs)
 
-A FULL bucket is these two, cut where a host can come between them: to sample, nothing of the plan
-is needed but the rows' slots. Together they give what one program would.
+SAMPLE and FULL buckets of one token a dispatch are two of these: they share the forward, which is
+what takes long to compile, and a host can come between the two. To sample, nothing of the plan is
+needed but the rows' slots. Together they give what one program would.
 
     admit(slabs, slots, buffer) -> (slabs, slots)
 
@@ -20,6 +22,7 @@ is the opening without the rest, for plans whose updates outgrow a step's buffer
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +40,13 @@ from .weights import Params
 Step = Callable[[Params, Slabs, Slots, jax.Array], tuple[Slabs, Slots, jax.Array]]
 Passed = tuple[Slabs, Slots, jax.Array, jax.Array | None, jax.Array | None]
 Pass = Callable[[Params, Slabs, Slots, jax.Array], Passed]
-Sample = Callable[[Controls, Slots, jax.Array, jax.Array], tuple[Controls, Slots, jax.Array]]
+Sample = Callable[[Slots, jax.Array, jax.Array], tuple[Slots, jax.Array]]
+SampleFully = Callable[[Controls, Slots, jax.Array, jax.Array], tuple[Controls, Slots, jax.Array]]
 Admit = Callable[[Slabs, Slots, jax.Array], tuple[Slabs, Slots]]
 
 
 def make_step(forward: Forward, layout: InputLayout) -> Step:
-    """The whole step of a GREEDY or SAMPLE bucket, to be jitted with slabs and slots donated."""
+    """The whole step of a bucket that is one program, to be jitted with slabs and slots donated."""
     bucket = layout.bucket
 
     def step(
@@ -78,7 +82,7 @@ def make_step(forward: Forward, layout: InputLayout) -> Step:
 
 
 def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
-    """The forward of a FULL bucket, to be jitted with slabs and slots donated.
+    """The forward of a bucket whose sampling is apart, to be jitted with slabs and slots donated.
 
     It moves slots on by what they read; what they emit is `sample`'s to add. Hidden states of
     prompts are handed on for `score`, padded to `hidden_rows` so that it is one program for all,
@@ -99,28 +103,57 @@ def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
 
 
 def make_sample(num_rows: int) -> Sample:
+    """What follows the forward of a SAMPLE bucket, to be jitted with slots donated."""
+
+    def run(slots: Slots, logits: jax.Array, buffer: jax.Array) -> tuple[Slots, jax.Array]:
+        left = _Left.of(slots, buffer, num_rows)
+        with jax.named_scope("sample"):
+            sampled = sample(logits, left.rows, Sampler.SAMPLE)
+        return left.emit(slots, sampled)
+
+    return run
+
+
+def make_full_sample(num_rows: int) -> SampleFully:
     """What follows the forward of a FULL bucket, to be jitted with controls and slots donated."""
 
     def run(
         controls: Controls, slots: Slots, logits: jax.Array, buffer: jax.Array
     ) -> tuple[Controls, Slots, jax.Array]:
+        left = _Left.of(slots, buffer, num_rows)
+        with jax.named_scope("sample"):
+            shaping = controls.rows(left.slot, left.rows.controlled)
+            sampled = sample(logits, left.rows, Sampler.FULL, shaping)
+            # Also for rows without controls: their entry is emptied before it means something.
+            recorded = jnp.where(left.emitted, left.slot, slots.num_slots)
+            controls = controls.record(recorded, sampled.tokens)
+        return controls, *left.emit(slots, sampled)
+
+    return run
+
+
+class _Left(NamedTuple):
+    """The rows of a forward, as sampling finds them."""
+
+    slot: jax.Array  # int32 [R] which slot each row is
+    rows: SlotRows  # [R] their state, positions past what was read
+    live: jax.Array  # bool [R]
+    emitted: jax.Array  # bool [R]
+
+    @staticmethod
+    def of(slots: Slots, buffer: jax.Array, num_rows: int) -> _Left:
         slot, emits = unpack_sample(buffer, num_rows)
         rows = slots.rows(slot)
         live = (slot < slots.num_slots) & (rows.remaining > 0)
-        emitted = live & (emits == Emit.TOKEN)
-        with jax.named_scope("sample"):
-            shaping = controls.rows(slot, rows.controlled)
-            sampled: Sampled = sample(logits, rows, Sampler.FULL, shaping)
-            # Also for rows without controls: their entry is emptied before it means something.
-            recorded = jnp.where(emitted, slot, slots.num_slots)
-            controls = controls.record(recorded, sampled.tokens)
-            slots = _advance(slots, slot, rows, live, emitted=emitted, tokens=sampled.tokens)
-        outputs = pack_outputs(
-            emitted[None], sampled.not_finite[None], sampled.tokens[None], sampled.logprobs
-        )
-        return controls, slots, outputs
+        return _Left(slot, rows, live, live & (emits == Emit.TOKEN))
 
-    return run
+    def emit(self, slots: Slots, sampled: Sampled) -> tuple[Slots, jax.Array]:
+        """The slots moved on by what was sampled, and the step's outputs."""
+        slots = _advance(
+            slots, self.slot, self.rows, self.live, emitted=self.emitted, tokens=sampled.tokens
+        )
+        bad, tokens = sampled.not_finite[None], sampled.tokens[None]
+        return slots, pack_outputs(self.emitted[None], bad, tokens, sampled.logprobs)
 
 
 def make_admit(groups: tuple[CacheGroup, ...]) -> Admit:

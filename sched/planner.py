@@ -103,7 +103,11 @@ class Planner:
         running, prefilling = self._roster.running, self._roster.prefilling
         pressure, k, rows_left = self.pressure, step.k, self._max_rows
         decoding = len(running) - len(prefilling)
-        room = PromptRoom(self._max_tokens, self._spec.num_slots, decoding, self._roster)
+        most = self._max_tokens
+        if decoding and (prefilling or self._roster.waiting):
+            sampler = max(seq.sampler for seq in running)
+            most = policy.step_tokens(self._spec.ladder, most, decoding, sampler)
+        room = PromptRoom(most, self._spec.num_slots, decoding, self._roster)
         for seq in tuple(running):
             try:
                 if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to
@@ -142,7 +146,8 @@ class Planner:
                 # A prompt token that is found instead of computed has no log-probability.
                 most = len(seq.group.scores) if seq.unscored else sys.maxsize
                 hit = cache.match(seq.chain, seq.tokens, most)
-                if not policy.may_enter(seq, hit, reserved, cache, worst_case=worst):
+                may = policy.may_enter(seq, hit, reserved, cache, worst_case=worst)
+                if not may and not (worst and policy.fits_over_time(seq, roster.running, cache)):
                     self.pressure.is_short = True
                     return
                 roster.enter(seq, hit)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 
+import numpy as np
+
 from ..kv.cache import KVCache, PrefixHit
-from ..model.plan import RunnerSpec
+from ..model.plan import Ladder, RunnerSpec, Sampler
 from .fairness import OUTPUT_COST, FairQueue
 from .ranked import Ranked
 from .sequence import Sequence
@@ -28,6 +30,11 @@ lose a place to it while that runs its share. Who asks for a part `r` of its sha
 that floods by (1 - r) / (1 - r / 2) of that and less: more, and the first minutes of a flood would
 delay who asks for most of its share; nothing, and tenants at their shares would take each other's
 places because of who came when."""
+
+BUSY_TOKENS, BUSY_TOKENS_PER_ROW = 768, 4
+"""Tokens of a step with decode rows, at least and for each of those. 768 tokens take an 8B model
+18 ms on an H200, which is how long a row may wait for its next token. Where many rows wait, a step
+of so few would be dear: each reads the cache of all."""
 
 MAX_FAIR_RECOMPUTE_RATIO = 0.05
 """Recomputed per useful token above which nobody gives way to a newcomer of another tenant."""
@@ -56,6 +63,22 @@ def decode_tokens(
     return spec.ladder.most_k(len(running), max(seq.sampler for seq in running))
 
 
+def step_tokens(ladder: Ladder, most: int, decoding: int, sampler: Sampler) -> int:
+    """Tokens that a step may have: fewer than it could hold while answers wait for their next token
+    behind the prompts of others. A whole rung of the step's sampler (richer ones have
+    fewer), so that none of it is padding while prompts wait.
+
+    Args:
+      ladder: all rungs.
+      most: tokens that any step may have.
+      decoding: rows that decode.
+      sampler: the richest that these need.
+    """
+    if not decoding:
+        return most
+    return min(most, ladder.chunk_size(max(BUSY_TOKENS, BUSY_TOKENS_PER_ROW * decoding), sampler))
+
+
 def reserved_pages(
     running: Collection[Sequence],
     prefilling: Iterable[Sequence],
@@ -66,7 +89,8 @@ def reserved_pages(
     """Pages that admission must leave for those who run already.
 
     Normally what their prompts still need and one more for each, so that nobody has to give way at
-    once; in the worst case all they may ever need, so that nobody has to give way at all.
+    once; in the worst case all they may ever need, so that nobody has to give way at all. Where
+    that is more than there is, `fits_over_time` asks whether they need it at the same time.
     """
     if worst_case:
         return sum(cache.pages_for(seq.limit) - len(seq.kv.pages) for seq in running)
@@ -85,6 +109,24 @@ def may_enter(
     horizon = seq.limit if worst_case else min(seq.limit, len(seq.tokens) + cache.page_size)
     needed = cache.pages_for(horizon) - len(hit.entries) + hit.idle_pages
     return needed + reserved <= cache.available
+
+
+def fits_over_time(seq: Sequence, running: Collection[Sequence], cache: KVCache) -> bool:
+    """Whether there are pages for a waiting sequence and all who run, though each goes on to its
+    limit: they end one after another, and what one gives back another grows into.
+
+    All are taken to gain a token a step, so demand is largest when one of them ends. Pages that
+    several hold count for each.
+    """
+    rows = (*running, seq)
+    at = np.array([len(row.tokens) + row.unread for row in rows])
+    left = np.array([row.limit for row in rows]) - at
+    longest_first = np.argsort(-left)
+    left, together = left[longest_first], np.cumsum(at[longest_first])
+    going = np.arange(1, len(rows) + 1)  # those that go on when each ends, itself included
+    # The last page of each is partly empty.
+    demand = (together + going * left) // cache.page_size + going
+    return int(demand.max()) <= cache.total
 
 
 def gives_way(running: Ranked[Sequence], queue: FairQueue) -> Sequence:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import chain
+from math import ceil
 from operator import itemgetter
 
 from .fairness import OUTPUT_COST
@@ -18,7 +19,7 @@ from .sequence import Sequence
 from .tenant import Tenant
 
 LEAST_PART = 1 / 4
-"""Of the longest step; what the prompts of two tenants that weigh the same get however few slots
+"""Of a step; what the prompts of two tenants that weigh the same get however few slots
 there are."""
 
 
@@ -36,7 +37,7 @@ class PromptRoom:
         self._max_tokens = max_tokens
         # A step of so many tokens takes about twice as long as one in which all slots decode.
         self._doubled = max(OUTPUT_COST * num_slots, LEAST_PART * max_tokens)
-        self._filled = decoding
+        self._decoding = self._filled = decoding
         self._taken: dict[Tenant, tuple[float, int]] = {}  # virtual time before, tokens
         self._roster = roster
         self._priorities: list[int] = []
@@ -48,7 +49,10 @@ class PromptRoom:
         least = self._least_served(seq) if queue.contended else None
         if least is not None and seq.group.tenant.time > least.time:
             # A step as long as a decode step would take on the other's share of the device alone.
-            part = int(self._doubled / 2 * queue.active_weight / least.weight)
+            share = least.weight / queue.active_weight
+            # Of what decode rows leave, the other's share stays, should its prompt come.
+            rest = ceil((1 - share) * (self._max_tokens - self._decoding))
+            part = min(int(self._doubled / 2 / share), self._decoding + rest)
             spare = part - self._filled
             if spare < len(seq.tokens):  # else it needs no more
                 spare += self._beyond(seq.group.tenant)

@@ -17,6 +17,9 @@ for _name, _value in {
     # Workers share the cores; a BLAS that takes all of them per worker only waits for itself.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    # XLA's threads on a CPU. Interpreted GPU kernels wait for one another in them, and on two cores
+    # there would be none left to wait for.
+    "NPROC": "8",
     # Tests start child interpreters; the root must not come first on their path (sched).
     "PYTHONSAFEPATH": "1",
 }.items():

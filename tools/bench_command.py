@@ -10,13 +10,18 @@ import importlib
 
 BENCHES = {
     "throughput": "output tokens per second over a trace, all requests submitted at once",
+    "pages": "a run at the limit of KV pages, beside one without that limit",
     "latency": "decode step by batch, time to first token, prefix hits",
+    "long": "a very long prompt, cold and again from the prefix cache",
     "serve": "a running server under load, as its callers see it",
+    "online": "a server of its own at several rates of requests",
     "soak": "whether a server leaks under callers of every kind",
     "fairness": "what a tenant sees while another asks for 50 times its share",
     "startup": "seconds from process start to first token, by phase, cold and warm",
     "kernels": "attention and KV write alone, beside the device's own limits",
+    "profile": "where the milliseconds of a step go, by kind of kernel",
     "scheduler": "host time of a step, without a device",
+    "compare": "figures of these beside another engine's, and what is aimed at",
     "frontend": "what frontend processes cost and add, without a device",
 }
 

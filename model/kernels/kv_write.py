@@ -42,6 +42,8 @@ def default_writer(platform: str) -> str:
     return "tpu" if platform == "tpu" else "scatter"
 
 
+# Traced and lowered once a program and not once a layer.
+@functools.partial(jax.jit, static_argnames="writer")
 def write_kv(
     slab: jax.Array,
     k: jax.Array,

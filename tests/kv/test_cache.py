@@ -5,6 +5,7 @@ from array import array
 import pytest
 
 from quire.kv.cache import Holding, KVCache
+from quire.kv.prefix import RUN, Chain
 
 SIZE = 4
 
@@ -212,3 +213,24 @@ def test_a_hit_tells_how_many_of_its_pages_nobody_holds() -> None:
     assert (found.tokens, found.idle_pages) == (12, 2)
     cache.release(short)
     assert cache.match(cache.chain(0, ""), tokens(*range(13))).idle_pages == 3
+
+
+def test_long_prefixes_are_hashed_in_runs_and_found_whole() -> None:
+    """As page by page, whatever the runs: also where the hit ends within one."""
+    pages = 2 * RUN + 3
+    cache, text = KVCache(9 * RUN, SIZE), tokens(*range(SIZE * pages + 1))
+    first = run(cache, text)
+    by_page = Chain(SIZE, first.chain._salt)
+    for page in range(pages):
+        by_page.reach(page, text[: SIZE * (page + 1)])  # no more is known yet
+    assert by_page.digests == first.chain.digests and len(by_page.digests) == pages
+    assert by_page.blocks == first.chain.blocks
+    assert hit(cache, text) == SIZE * pages
+    for same in (0, 1, RUN - 1, RUN, RUN + 5, pages - 1):
+        other = text[:]
+        other[SIZE * same] = -1
+        chain = cache.chain(0, "")
+        found = cache.match(chain, other)
+        assert found.tokens == SIZE * same
+        assert len(chain.digests) <= same + RUN  # no more than a run beyond what was found
+    assert cache.match(cache.chain(0, ""), text, limit=SIZE * (RUN + 2)).tokens == SIZE * (RUN + 2)

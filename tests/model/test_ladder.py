@@ -12,7 +12,7 @@ from quire.model.ladder import MAX_PROGRAMS, Bucket, Ladder, Sampler, make_ladde
 sizes = st.tuples(st.integers(1, 2048), st.integers(1, 16384)).map(lambda p: (p[0], p[0] + p[1]))
 
 
-@given(sizes, st.integers(13, MAX_PROGRAMS), st.integers(1, 8))
+@given(sizes, st.integers(12, MAX_PROGRAMS), st.integers(1, 8))
 def test_default_ladder_is_short_and_reaches_both_ends(size, max_programs, max_k):
     rows, tokens = size
     ladder = make_ladder(rows, tokens, max_programs=max_programs, max_k=max_k)
@@ -26,6 +26,19 @@ def test_programs_are_all_counted():
     full = [Bucket(4, 4, Sampler.FULL), Bucket(16, 4, Sampler.FULL), Bucket(16, 8, Sampler.FULL)]
     # Five rungs, two row counts to sample for, score, controls, admit, state.
     assert Ladder([*greedy, *full]).num_programs == 5 + 2 + 4
+    # The same forwards, one of them with a row count that is sampled for already.
+    sampled = [Bucket(4, 4, Sampler.SAMPLE), Bucket(16, 3, Sampler.SAMPLE)]
+    assert Ladder([*greedy, *full, *sampled]).num_programs == 5 + 1 + 3 + 4
+
+
+def test_a_forward_leaves_as_many_logits_as_the_next_decode_rung():
+    sampled = [Bucket(n, n, Sampler.SAMPLE) for n in (4, 8)]
+    mixed = [Bucket(16, n, Sampler.FULL) for n in (3, 7, 9)]
+    ladder = Ladder([*sampled, *mixed, Bucket(16, 6, Sampler.GREEDY)])
+    assert [ladder.logit_rows(b) for b in mixed] == [4, 8, 9]
+    assert ladder.logit_rows(Bucket(16, 6, Sampler.GREEDY)) == 6
+    S, F = Sampler.SAMPLE, Sampler.FULL
+    assert ladder.samples == ((4, S), (4, F), (8, S), (8, F), (9, F))
 
 
 @given(sizes, st.sampled_from(Sampler), st.data())
@@ -48,22 +61,46 @@ def test_every_step_fits_and_takes_the_smallest_rung_of_its_sampler(size, sample
 
 
 def test_a_few_decode_rows_may_take_a_mixed_rung_that_is_smaller():
-    ladder = make_ladder(257, 4097)  # its decode rungs were thinned out
+    ladder = make_ladder(1024, 2048, max_programs=25)  # its decode rungs were thinned out
     rung = ladder.choose(2, 2, Sampler.GREEDY, decode_only=True)
-    assert (rung.tokens, rung.rows) == (64, 8)
+    assert (rung.tokens, rung.rows) == (64, 56)
 
 
 def test_default_ladder_of_a_gpu():
-    ladder = make_ladder(256, 2048)
-    greedy = [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == Sampler.GREEDY]
-    assert [t for t, r in greedy if t == r] == [1, 16, 32, 64, 128, 256]
-    assert [t for t, r in greedy if t > r] == [64, 128, 512, 1024, 2048]
-    assert ladder.num_programs == 32
+    ladder = make_ladder(1024, 2048)
+    shapes = {s: [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == s] for s in Sampler}
+    decode = {s: [t for t, r in of if t == r] for s, of in shapes.items()}
+    mixed = {s: [t for t, r in of if t > r] for s, of in shapes.items()}
+    assert decode[Sampler.GREEDY] == [1, 32, 64, 128, 256, 384, 512, 768, 1024]
+    assert mixed[Sampler.GREEDY] == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert decode[Sampler.SAMPLE] == [1, 32, 64, 128, 256, 512, 1024]
+    assert mixed[Sampler.SAMPLE] == [64, 128, 256, 512, 1024, 2048]
+    assert shapes[Sampler.FULL] == [
+        (32, 32), (128, 112), (128, 128), (256, 224), (256, 256), (1024, 896), (1024, 1024),
+        (2048, 1024),
+    ]  # fmt: skip
+    assert set(shapes[Sampler.FULL]) <= set(shapes[Sampler.SAMPLE])  # no forward of its own
+    assert len(ladder.forwards) == len(shapes[Sampler.SAMPLE])
+    sampled = {s: [rows for rows, of in ladder.samples if of == s] for s in Sampler}
+    assert sampled[Sampler.SAMPLE] == decode[Sampler.SAMPLE]
+    assert sampled[Sampler.FULL] == [32, 128, 256, 1024]
+    assert ladder.num_programs == 47
+
+
+def test_chunks_are_cut_to_rungs():
+    ladder = make_ladder(1024, 2048)
+    wanted = (1, 64, 65, 129, 768, 769, 2048, 9999)
+    assert [ladder.chunk_size(n, Sampler.GREEDY) for n in wanted] == [
+        64, 64, 128, 192, 768, 1024, 2048, 2048
+    ]  # fmt: skip
+    assert [ladder.chunk_size(n, Sampler.SAMPLE) for n in wanted] == [
+        64, 64, 128, 256, 1024, 1024, 2048, 2048
+    ]  # fmt: skip
 
 
 def test_ladder_with_several_tokens_a_dispatch():
     ladder = make_ladder(256, 2048, max_k=4)
-    assert ladder.num_programs == 33
+    assert ladder.num_programs == 47
     assert [ladder.most_k(n, Sampler.GREEDY) for n in (1, 8, 64, 65, 256)] == [4, 4, 4, 1, 1]
     assert [ladder.most_k(n, Sampler.FULL) for n in (1, 64)] == [1, 1]
     for sampler, rows in [(Sampler.GREEDY, 1), (Sampler.SAMPLE, 8)]:
@@ -109,10 +146,10 @@ def test_no_rung_is_an_error_not_a_wrong_program():
 def test_too_small_a_budget_is_refused():
     with pytest.raises(InvalidConfig, match="max_batched_tokens: got 8"):
         make_ladder(8, 8)
-    with pytest.raises(InvalidConfig, match="max_programs: got 10, must be at least 11"):
-        make_ladder(8, 64, max_programs=10)
-    with pytest.raises(InvalidConfig, match="max_programs: got 12, must be at least 13"):
-        make_ladder(8, 64, max_programs=12, max_k=2)
+    with pytest.raises(InvalidConfig, match="max_programs: got 9, must be at least 10"):
+        make_ladder(8, 64, max_programs=9)
+    with pytest.raises(InvalidConfig, match="max_programs: got 11, must be at least 12"):
+        make_ladder(8, 64, max_programs=11, max_k=2)
 
 
 def test_a_ladder_must_hold_the_largest_step():

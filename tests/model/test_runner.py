@@ -4,8 +4,10 @@ arrive, nothing compiles after ready."""
 from __future__ import annotations
 
 import dataclasses
+import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("runner")
 
 LADDER = Ladder(
     [Bucket(t, 4, s) for t in (4, 24) for s in (Sampler.GREEDY, Sampler.FULL)]
-    + [Bucket(4, 4, Sampler.SAMPLE, 3)]
+    + [Bucket(24, 3, Sampler.SAMPLE), Bucket(4, 4, Sampler.SAMPLE, 3)]
 )
 SPEC = RunnerSpec(
     num_slots=40,
@@ -205,8 +207,9 @@ def test_warmup_compiles_everything_and_arms_the_guard():
     runner = make_runner(dataclasses.replace(SPEC, num_pages=40))
     seen = []
     runner.warmup(lambda done, total: seen.append((done, total)))
-    all_but_state = LADDER.num_programs - 1
-    assert seen[-1] == (all_but_state, all_but_state)
+    steps = len(LADDER) + 2  # and updates of slots, and of controls
+    assert seen[-1] == (steps, steps)
+    assert len(runner._compiled) == LADDER.num_programs
     init = SlotInit(slot=0, position=0, remaining=9, controlled=True)
     rules = SlotControls(0, ints(1, 2), ints(3), allowed=ints(*range(50)), bad_words=((3, 4),))
     more = {"inits": (init,), "page_adds": pages(0, 1, 1), "controls": (rules,)}
@@ -249,6 +252,37 @@ def test_a_failing_compilation_is_not_swallowed():
 
     with pytest.raises(RuntimeError, match="cannot lower"):
         compile_all({"a": broken}, threads=2, devices=default_mesh().devices)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_programs_are_lowered_while_compiling_must_wait(threads):
+    events, all_lowered = [], threading.Event()
+
+    def lower(name):
+        def compiled(compiler_options):
+            events.append(f"compile {name}")
+            return SimpleNamespace(memory_analysis=lambda: None)
+
+        events.append(f"lower {name}")
+        if name == "c":
+            all_lowered.set()
+        return SimpleNamespace(compile=compiled)
+
+    def ready():
+        assert all_lowered.wait(60)
+        events.append("ready")
+
+    names = {name: partial(lower, name) for name in "abc"}
+    devices = default_mesh().devices
+    got = compile_all(names, threads=threads, devices=devices, before_compiling=ready)
+    assert events[:4] == ["lower a", "lower b", "lower c", "ready"]
+    assert sorted(events[4:]) == ["compile a", "compile b", "compile c"]
+    assert list(got.programs) == list("abc")
+    with pytest.raises(OSError, match="no weights"):
+        compile_all(
+            names, threads=threads, devices=devices,
+            before_compiling=lambda: (_ for _ in ()).throw(OSError("no weights")),
+        )  # fmt: skip
 
 
 def test_programs_are_kept_where_the_last_caller_said(tmp_path):

@@ -83,7 +83,7 @@ def test_llama_8b_by_the_numbers():
     assert table.budget == 126 * GIB  # 90 % of the device
     # All of the budget is used, but for what keeps the count the same from start to start.
     assert 0 <= table.budget - table.total < 0.01 * table.kv
-    assert got.spec.num_slots == 256 and got.spec.ladder.max_tokens == 2048
+    assert got.spec.num_slots == 1024 and got.spec.ladder.max_tokens == 2048
     assert got.spec.max_model_len == 131072
 
 
@@ -91,7 +91,19 @@ def test_small_models_take_no_more_than_every_slot_can_use():
     """A 0.5B model does not take half a card: pages stop at all slots at full length."""
     small = dataclasses.replace(LLAMA_8B, num_layers=2, windows=(None,) * 2, max_positions=1024)
     got = sizes(small)
-    assert got.spec.num_pages == 1 + 256 * 1024 // 32
+    assert got.spec.num_pages == 1 + 1024 * 1024 // 32
+
+
+def test_fewer_requests_at_once_where_memory_is_short():
+    assert sizes(memory=30 * GIB).spec.num_slots == 256
+    assert sizes(memory=40 * GIB).spec.num_slots == 1024
+    # A device may be large, and its model take most of it.
+    larger = dataclasses.replace(LLAMA_8B, num_layers=84, windows=(None,) * 84)
+    assert sizes(larger, memory=45 * GIB).spec.num_slots == 256
+    got = sizes(max_batched_tokens=512)
+    assert (got.spec.num_slots, got.spec.ladder.max_tokens) == (256, 512)
+    assert "max_num_seqs is 256: half of max_batched_tokens" in got.notes
+    assert not any("max_num_seqs" in note for note in sizes(max_batched_tokens=2048).notes)
 
 
 def test_kv_memory_is_honoured_in_full():
@@ -109,8 +121,21 @@ def test_a_default_length_shrinks_to_what_fits_and_says_so():
 def test_a_length_that_was_asked_for_never_shrinks():
     with pytest.raises(InvalidConfig, match=r"max_model_len: got 20000, but .* hold 8160 tokens"):
         sizes(kv_memory=1 * GIB, max_model_len=20000)
-    with pytest.raises(InvalidConfig, match=r"must be at most 131072 \(max_position_embeddings\)"):
+    with pytest.raises(
+        InvalidConfig, match=r"must be at most 131072 \(max_position_embeddings; lift"
+    ):
         sizes(max_model_len=131073)
+
+
+def test_the_context_limit_is_lifted_by_name_alone_and_said():
+    got = sizes(max_model_len=200_064, lift_context_limit=True)
+    assert got.spec.max_model_len == 200_064 and got.spec.max_pages_per_seq == 6252
+    assert any("beyond the 131072 tokens that the checkpoint was made" in n for n in got.notes)
+    assert not any("beyond" in n for n in sizes(max_model_len=9, lift_context_limit=True).notes)
+    rope = RopeConfig("dynamic", 10000.0, 4.0, 2048)
+    model = dataclasses.replace(LLAMA_8B, rope=rope, max_positions=8192)
+    with pytest.raises(InvalidConfig, match=r"at most 2048 \(dynamic rope"):
+        sizes(model, max_model_len=4096, lift_context_limit=True)
 
 
 def test_dynamic_rope_is_refused_beyond_its_original_length():
@@ -212,7 +237,7 @@ def test_on_cpu_half_of_what_weights_leave_and_memory_in_full():
 def test_the_compile_pool_is_bounded_by_memory_as_well_as_cores(monkeypatch):
     cores = [64]
     monkeypatch.setattr("quire.model.compile.os", SimpleNamespace(cpu_count=lambda: cores[0]))
-    assert compile_threads(32, 1000 * GIB) == 8
+    assert compile_threads(32, 1000 * GIB) == 16
     assert compile_threads(32, 8 * GIB) == 3  # of about 0.55 GB, in a quarter of it
     assert compile_threads(32, GIB) == 1
     cores[0] = 2

@@ -3,6 +3,7 @@ the same, and the memory table is what the device holds."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from quire.model import programs, startup
 from quire.model.compile import CompileCounter
 from quire.model.config import ModelConfig, RopeConfig
 from quire.model.devices import DeviceMemory, compared, measured
-from quire.model.ladder import Bucket, Sampler
+from quire.model.ladder import Bucket, Ladder, Sampler
 from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, SlotInit, StepPlan
 from quire.model.program_store import ProgramStore, make_private
@@ -121,6 +122,17 @@ def test_other_sizes_find_nothing(folder: Path, cold: Any) -> None:
     assert len(facts) == len(sizes.spec.ladder)
 
 
+def test_rungs_beside_a_forward_that_say_how_many_logits_it_leaves_are_among_its_facts() -> None:
+    starting = start(None)
+    spec = starting.sizes().spec
+    forward, most = Bucket(64, 3, Sampler.FULL), Bucket(128, 8, Sampler.FULL)
+    ladders = [Ladder([forward, most, Bucket(n, n, Sampler.FULL)]) for n in (4, 8)]
+    assert [ladder.logit_rows(forward) for ladder in ladders] == [4, 8]
+    made = [starting._programs(dataclasses.replace(spec, ladder=ladder)) for ladder in ladders]
+    assert made[0].facts(forward) != made[1].facts(forward)
+    assert made[0].facts(SCORE) == made[1].facts(SCORE)
+
+
 def test_one_damaged_program_is_compiled_and_the_rest_loaded(folder: Path, cold: Any) -> None:
     sizes, *_ = cold
     starting = start(folder)
@@ -158,12 +170,14 @@ def test_what_a_step_hands_over_is_there_once_and_its_results_until_fetched() ->
         figures = {key: {"temp": temps[key], "outputs": outputs[key]} for key in temps}
         return startup._need(cast(Any, nothing_sent), cast(Any, SimpleNamespace(figures=figures)))
 
-    nothing_sent = SimpleNamespace(input_bytes=lambda key: 0)
+    nothing_sent = SimpleNamespace(input_bytes=lambda key: 0, logit_rows=lambda key: key.rows)
     greedy = Bucket(512, 8, Sampler.GREEDY, 1)
-    full, sample = Bucket(512, 8, Sampler.FULL, 1), SampleKey(8)
-    results = {greedy: 7, full: 1000, sample: 3, SCORE: 2}  # of SCORE two: 256 tokens each
+    full, sample = Bucket(512, 8, Sampler.FULL, 1), SampleKey(8, Sampler.FULL)
+    other = SampleKey(8, Sampler.SAMPLE)  # instead of it
+    # Of SCORE there are two: 256 tokens each.
+    results = {greedy: 7, full: 1000, sample: 3, other: 2, SCORE: 2}
     # Sampling works in most: its 50, the logits, its results and those of the step before.
-    assert needed({greedy: 9, full: 40, sample: 50, SCORE: 1}, results) == startup.Need(
+    assert needed({greedy: 9, full: 40, sample: 50, other: 6, SCORE: 1}, results) == startup.Need(
         50, 1000 + 7 + 7
     )
     # The forward of a FULL step, and GREEDY results waiting.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from driver import Driver
 from fake_runner import make_request, make_spec
 
+from quire.model.ladder import make_ladder
 from quire.model.plan import StepPlan
 
 MOST = 16
@@ -86,7 +89,7 @@ def test_a_newcomers_prompt_has_room_beside_a_long_one() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "most"),
-    [({"other": 4.0}, 10), ({"flood": 3.0}, 32), ({"flood": 7.0}, 64)],
+    [({"other": 4.0}, 10), ({"flood": 3.0}, 32), ({"flood": 7.0}, 2 + 55)],
 )
 def test_the_part_goes_by_weight(weights: dict[str, float], most: int) -> None:
     d = served()
@@ -130,3 +133,20 @@ def test_who_waits_for_a_slot_in_vain_makes_no_step_shorter() -> None:
     d.submit(make_request("new", (9, 9, 9), 100, tenant="new"))
     d.scheduler._roster.waiting.tenants["flood"].charge(200)  # too little to lose a place
     assert tokens_of(d, d.step()) == {"f0": 1, "f1": 63}
+
+
+@pytest.mark.parametrize("slots", [16, 256, 1024])
+def test_however_many_slots_a_newcomers_prompt_waits_for_no_long_one(slots: int) -> None:
+    spec = make_spec(slots=slots, pages=9000, max_model_len=8192)
+    d = Driver(
+        replace(spec, ladder=make_ladder(slots, 2048)),
+        max_batched_tokens=2048,
+        prefill_chunk=2048,
+    )
+    d.submit(make_request("f0", (1, 1), 100, tenant="flood"))
+    d.submit(make_request("o0", (2, 2), 100, tenant="other"))
+    d.step()
+    d.submit(*(make_request(f"f{n}", (n,) * 8000, 5, tenant="flood") for n in (3, 4)))
+    d.step()
+    d.submit(make_request("new", (9,) * 100, 5, tenant="new"))
+    assert tokens_of(d, d.step())["new"] == 100

@@ -462,6 +462,20 @@ def test_after_much_recomputing_admission_reserves_the_worst_case() -> None:
     assert d.scheduler.stats().preemptions == 0
 
 
+def test_pages_that_one_gives_back_count_for_those_who_grow_later() -> None:
+    d = tight(11)  # ten pages
+    d.scheduler._meters.recompute.count(0, 10**5)
+    d.submit(make_request("a", prompt(0, 7), max_tokens=18))  # six pages in the end
+    for _ in range(12):
+        d.step()  # it has five, and six tokens to go
+    d.submit(make_request("b", prompt(20, 7), max_tokens=18), make_request("c", prompt(40, 3), 5))
+    d.step()
+    # Six and six are more than ten, but b has four when a ends. Then there is none left for c.
+    assert [d.seq(id).slot >= 0 for id in "abc"] == [True, True, False]
+    d.run()
+    assert d.scheduler.stats().preemptions == 0
+
+
 def test_thrashing_is_bounded() -> None:
     """Many long answers in few pages: recomputation settles, because admission becomes careful."""
     d = Driver(make_spec(slots=8, pages=25, max_model_len=64, tokens=64), prefix_caching=False)

@@ -34,6 +34,9 @@ class Grpc(pb_grpc.GenerationServiceServicer):
         self.requests: list[pb.GenerateRequest] = []
         self._fails_at = fails_at
 
+    def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.ModelInfo:
+        return pb.ModelInfo(name="m", dtype="bfloat16", max_running=8, kv_pages=9, page_size=32)
+
     def StreamGenerate(self, request: pb.GenerateRequest, context: Any) -> Iterator[Any]:
         self.requests.append(request)
         if len(request.token_ids.ids) == self._fails_at:
@@ -84,6 +87,8 @@ def test_over_grpc(run: Any, tmp_path: Path) -> None:
     server.stop(None)
     assert status == 0 and said["errors"] == 0 and said["requests"] == 4
     assert plot.stat().st_size > 10_000
+    settings = {"model": "m", "dtype": "bfloat16", "max_num_seqs": 8, "page_size": 32, "pages": 9}
+    assert said["settings"] == settings
     assert said["tokens_per_message"] == 13 / 7
     # Of two tokens or fewer, one message: no time per further token, which breaks no bound.
     assert said["good"] == 2 and set(said["tpot_ms"]) == {"p50", "p90", "p99", "mean"}

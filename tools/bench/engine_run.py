@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ import jax
 from ...config import EngineConfig
 from ...errors import Internal
 from ...model.plan import Bucket, StepPlan
-from ...sched.request import RequestOutput, SamplingParams
+from ...sched.engine import Engine
+from ...sched.request import Request, RequestOutput, SamplingParams
+from ...sched.scheduler import Scheduler
 from ...sched.stats import EngineStats
 from ...serving.assemble import Assembled, assemble
 from ...serving.collector import quiet_collector
@@ -57,6 +59,7 @@ class TokenEngine:
         self._reporter = reporter
         self._index: dict[str, int] = {}
         self._run: Run | None = None
+        self._hear: Callable[[list[RequestOutput]], None] | None = None
         self.config = config
         self.parts: Assembled = assemble(config, self._deliver, reporter)
         self.buckets: Counter[Bucket] = Counter()
@@ -102,8 +105,7 @@ class TokenEngine:
         self._run, self._index = run, {}
         run.begin = time.perf_counter()
         for at, (prompt, length) in enumerate(zip(prompts, outputs, strict=True)):
-            sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-            request = self.parts.intake.request(prompt, sampling)
+            request = self.request(prompt, length)
             self._index[request.id] = at
             self.parts.engine.submit(request)
         if name:
@@ -118,6 +120,38 @@ class TokenEngine:
             raise Internal(f"bench: {sum(run.tokens)} tokens came, {sum(outputs)} were asked for")
         return run
 
+    def request(self, prompt: tuple[int, ...], output: int) -> Request:
+        """A greedy request for exactly so many tokens."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        return self.parts.intake.request(prompt, sampling)
+
+    def hear(self, listener: Callable[[list[RequestOutput]], None] | None) -> None:
+        """From now on `listener` gets all outputs, on the engine's thread; None: `run` does."""
+        self._hear = listener
+
+    def limit_pages(self, pages: int) -> Scheduler:
+        """Goes on with a new scheduler that has fewer pages, page 0 included; returns it. The
+        runner, its programs and its slab stay, so that nothing else differs.
+
+        The engine must be idle. The scheduler is the engine's, and may be asked when that was
+        closed.
+        """
+        old, sizes = self.parts, self.parts.sizes
+        old.engine.stop()
+        scheduler = Scheduler(
+            replace(sizes.spec, num_pages=pages),
+            max_batched_tokens=sizes.spec.ladder.max_tokens,
+            prefill_chunk=sizes.prefill_chunk,
+            prefix_caching=self.config.prefix_caching,
+            max_queue=self.config.max_queue,
+        )
+        engine = Engine(
+            old.runner, scheduler, overlap=self.config.overlap, on_outputs=self._deliver
+        )
+        self.parts = replace(old, engine=engine)
+        engine.start()
+        return scheduler
+
     def _count_buckets(self) -> None:
         runner, buckets = self.parts.runner, self.buckets
         launch = runner.launch
@@ -131,6 +165,9 @@ class TokenEngine:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """On the engine's thread."""
+        if self._hear is not None:
+            self._hear(outputs)
+            return
         run = self._run
         if run is None:
             return
@@ -157,6 +194,7 @@ class TokenEngine:
             "max_batched_tokens": sizes.spec.ladder.max_tokens,
             "prefix_caching": self.config.prefix_caching,
             "overlap": self.config.overlap,
+            "tensor_parallel": self.config.tensor_parallel,
             "collector": "as quire serve sets it",
             "sizes": memory(sizes, device),
         }

@@ -108,6 +108,7 @@ GRIDS: dict[str, list[Case]] = {
         Case(rows=1, context=512, queries=512),
         Case(rows=1, context=2048, queries=2048),
         Case(rows=1, context=8192, queries=2048),
+        Case(rows=1, context=8192, queries=8192),
         Case(rows=1, context=10_000, queries=64),
         Case(rows=8, context=256, queries=256),
     ],

@@ -1,4 +1,5 @@
-"""Requests that arrive when they arrive, an open loop; and what their callers saw. For serve.py.
+"""Requests that arrive when they arrive, an open loop; and what their callers saw. For serve.py
+and load_process.py.
 
 In an open loop a slow server does not slow down who comes next, as with real callers; times count
 from when a request was due, so that a late sender hides nothing.
@@ -84,11 +85,17 @@ async def run_load(
     outputs: Sequence[int],
     due: Sequence[float],
     progress: Callable[[int, int], None],
+    begin: float | None = None,
 ) -> list[Served]:
-    """Sends every request when it is due; returns when the last has ended."""
+    """Sends every request when it is due; returns when the last has ended.
+
+    Args:
+      due: seconds after the begin, in order.
+      begin: by the loop's clock, which is time.monotonic; None is now.
+    """
     clock = asyncio.get_running_loop().time
     served = [Served(at, output) for at, output in zip(due, outputs, strict=True)]
-    begin, done = clock(), 0
+    begin, done = clock() if begin is None else begin, 0
 
     async def ask(request: Served, prompt: Sequence[int]) -> None:
         nonlocal done

@@ -68,5 +68,6 @@ def check_fits(config: EngineConfig, setting: str, prompt: int, output: int) -> 
     if prompt > most:
         raise InvalidConfig(
             f"{setting}: got {prompt}, must be at most {most}: what {output} tokens of output "
-            f"leave of {most + output} (the model's context, or max_model_len)"
+            f"leave of {most + output} (the model's context, or max_model_len; with "
+            "lift_context_limit that may be longer than the context)"
         )

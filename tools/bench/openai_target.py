@@ -60,6 +60,9 @@ class OpenAITarget:
     ) -> None:
         await self._http.aclose()
 
+    async def described(self) -> dict[str, Any]:
+        return {"model": self._model}
+
     async def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
         asked = {
             "model": self._model,

@@ -95,12 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_output(args)
     trace = _trace(args)
-    served = asyncio.run(_load(args, trace))
+    settings, served = asyncio.run(_load(args, trace))
     figures = figures_of(served, _goals(args))
     if figures["errors"] == len(served):
         raise Unavailable(f"{args.address}: no request was served: {figures['first_errors'][0]}")
     results = {
         "target": {"address": args.address, "api": args.api},
+        "settings": settings,
         "trace": {
             "name": trace.name,
             "requests": len(trace),
@@ -182,7 +183,8 @@ def _is_good(request: Served, goals: dict[str, float]) -> bool:
     return not any(took[name] > most for name, most in goals.items())  # nan is above nothing
 
 
-async def _load(args: argparse.Namespace, trace: Trace) -> list[Served]:
+async def _load(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any], list[Served]]:
+    """What the server says of itself, and what it served."""
     import numpy as np
 
     from ...serving.progress import Terminal
@@ -197,8 +199,9 @@ async def _load(args: argparse.Namespace, trace: Trace) -> list[Served]:
         # Opens the connection, and finds what is wrong before the load starts.
         async for _ in target.stream(prompts[0][:1], 1):
             pass
+        settings = await target.described()
         with reporter.phase("serving") as update:
-            return await run_load(target, prompts, trace.outputs, due, update)
+            return settings, await run_load(target, prompts, trace.outputs, due, update)
 
 
 def _trace(args: argparse.Namespace) -> Trace:

@@ -1,4 +1,5 @@
-"""`quire serve` as a child process: started, waited for, weighed, stopped. Used by soak.py."""
+"""`quire serve` as a child process: started, waited for, weighed, stopped. Used by soak.py
+and online.py."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from ...errors import Unavailable
 
 _READY = re.compile(r"^ready on (\S+)")
+_DEVICE = re.compile(r" on (cpu|gpu|tpu)(?: \((.+)\))?$")
 _METRICS = re.compile(r"^metrics on (?:http://)?([^\s/]+)")
 
 
@@ -36,10 +38,12 @@ class ServerProcess:
 
     Attributes:
       address, metrics: HOST:PORT, once ready.
+      device: platform and kind of what it runs on, such as "gpu" and "NVIDIA H200", once known.
     """
 
     def __init__(self, argv: Sequence[str], log: Path):
         self.address = self.metrics = ""
+        self.device = "", ""
         command = [sys.executable, "-P", "-m", "quire.tools.cli", "serve", *argv]
         ports = ["--port=0", "--metrics-port=0"]
         self._log = log
@@ -56,6 +60,8 @@ class ServerProcess:
             for line in self._process.stderr:
                 log.write(line)
                 log.flush()
+                if (found := _DEVICE.search(line)) and not self.device[0]:
+                    self.device = found[1], found[2] or found[1]
                 if found := _METRICS.match(line):
                     self.metrics = found[1]
                 if found := _READY.match(line):
@@ -65,8 +71,14 @@ class ServerProcess:
 
     def wait_ready(self, timeout: float) -> None:
         """Raises Unavailable if it ends, or is not ready after `timeout` seconds."""
-        if not self._ready.wait(timeout) or not self.address:
+        if not self._ready.wait(timeout):
             raise Unavailable(f"the server did not get ready within {timeout:g} s; see {self._log}")
+        if not self.address:
+            status = self.stop()
+            last = "".join(f": {line}" for line in self.log()[-1:])
+            raise Unavailable(
+                f"the server ended with status {status} before it was ready{last}; see {self._log}"
+            )
 
     @property
     def alive(self) -> bool:

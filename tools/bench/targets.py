@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...client import TLS, AsyncClient, Retry
+from ...errors import QuireError
 
 
 class Target(Protocol):
@@ -33,6 +34,10 @@ class Target(Protocol):
         """
         ...
 
+    async def described(self) -> dict[str, Any]:
+        """What the server says of its model and settings; empty if it says nothing."""
+        ...
+
 
 class GrpcTarget:
     """A Quire server."""
@@ -51,6 +56,19 @@ class GrpcTarget:
         trace: TracebackType | None,
     ) -> None:
         await self._client.close()
+
+    async def described(self) -> dict[str, Any]:
+        try:
+            info = await self._client.model_info()
+        except QuireError:  # a stand-in that knows streams alone
+            return {}
+        return {
+            "model": info.name,
+            "dtype": info.dtype,
+            "max_num_seqs": info.max_running,
+            "page_size": info.page_size,
+            "pages": info.kv_pages,
+        }
 
     async def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
         count = 0

@@ -11,8 +11,12 @@ import numpy as np
 from ...errors import InvalidConfig
 from .models import DATA
 
-SHIPPED = {"sharegpt-like": DATA / "trace_sharegpt_like.json"}
-"""1,000 requests with the lengths of chats: 207,595 prompt and 215,747 output tokens."""
+SHIPPED = {
+    "sharegpt-like": DATA / "trace_sharegpt_like.json",
+    "long-answers": DATA / "trace_long_answers.json",
+}
+"""sharegpt-like: 1,000 requests with the lengths of chats, 207,595 prompt and 215,747 output
+tokens. long-answers: 200 of 40 to 80 prompt and 900 to 1,000 output tokens."""
 
 
 @dataclass(frozen=True, slots=True)

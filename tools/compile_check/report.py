@@ -16,6 +16,7 @@ from ...model.compile import compile_uncached, compiler_options
 _NO_DEVICE = {"xla_gpu_autotune_level": 0}  # autotuning needs it
 # The second where no pass had anything to do.
 _THUNKS = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
+_KERNEL = re.compile(r"^\d+: k(?:Custom)?Kernel\s+\[.*?\]\s+(\w+) grid:", re.MULTILINE)
 # A fusion is judged by what is in it. (Pallas kernels declare what they overwrite.)
 _IN_PLACE = {
     "parameter", "scatter", "dynamic-update-slice", "fusion", "custom-call", "bitcast", "tuple",
@@ -34,6 +35,7 @@ class ProgramReport:
       hlo: the program after all of XLA's passes.
       thunks: kinds of what the host hands to a GPU one after the other in each run, such as
         ["CommandBuffer"] or ["CommandBuffer", "While", "CommandBuffer"]; None for other platforms.
+      launched: names of the kernels it runs on a GPU, in order; those of libraries have none.
     """
 
     temp_bytes: int
@@ -41,6 +43,7 @@ class ProgramReport:
     argument_bytes: int
     hlo: str
     thunks: list[str] | None
+    launched: list[str]
 
     def passes_over(self, array: jax.ShapeDtypeStruct) -> list[str]:
         """Instructions whose result has as many elements as this array and is computed, not an
@@ -61,19 +64,21 @@ class ProgramReport:
         return len(re.findall(rf'custom-call\(.*op_name="[^"]*{re.escape(name)}', self.hlo))
 
 
-def compile_for(lowered: Lowered, platform: str) -> ProgramReport:
+def compile_for(lowered: Lowered, platform: str, tokens: int = 0) -> ProgramReport:
     """Compiles a lowered program (model/programs.py) and reads the result.
 
     Args:
       lowered: for devices of this platform.
       platform: "gpu" or "tpu".
+      tokens: rows of its matrix products, as in `compiler_options`.
     """
-    thunks, options = None, compiler_options(platform)
+    thunks, launched, options = None, [], compiler_options(platform, tokens)
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             compiled = compile_uncached(lowered, options | _NO_DEVICE | {"xla_dump_to": folder})
             dump = next(path for name in _THUNKS for path in Path(folder).glob(name))
             thunks = re.findall(r"^\d+: k(\w+)", dump.read_text(), re.MULTILINE)
+            launched = _KERNEL.findall(next(Path(folder).glob(_THUNKS[-1])).read_text())
     else:
         compiled = compile_uncached(lowered, options)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -84,4 +89,5 @@ def compile_for(lowered: Lowered, platform: str) -> ProgramReport:
         argument_bytes=memory.argument_size_in_bytes,
         hlo=hlo,
         thunks=thunks,
+        launched=launched,
     )

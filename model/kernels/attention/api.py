@@ -22,7 +22,12 @@ BACKENDS: dict[str, Attend] = {
     "reference": reference.attend,
     "blockwise": blockwise.attend,
     "gpu": gpu.attend,
+    "gpu_triton": gpu.attend_by_triton,  # these to compare kernels: for prompt rows,
+    "gpu_mosaic": gpu.attend_by_mosaic,  # where that cannot serve, Triton does;
+    "gpu_merge_inside": gpu.attend_merging_inside,  # and for decode rows
     "gpu_interpret": gpu.attend_interpreted,  # for tests: slow, on any device
+    "gpu_mosaic_interpret": gpu.attend_interpreted_mosaic,  # likewise, on CPU
+    "gpu_merge_inside_interpret": gpu.attend_interpreted_merging_inside,
     "tpu": tpu.attend,
     "tpu_interpret": tpu.attend_interpreted,  # for tests, on CPU
 }

@@ -1,8 +1,9 @@
-"""Ragged paged attention on GPUs, by Quire's own Pallas kernels (through Triton).
+"""Ragged paged attention on GPUs, by Quire's own Pallas kernels.
 
 Decode rows go through gpu_decode.py, prompt rows through gpu_prefill.py, which fills its tokens
-into the array that the first has begun; gpu_pallas.py holds what they share. Page counts and
-lengths are data: one program serves any of them.
+into the array that the first has begun; gpu_pallas.py holds what they share. Both are lowered
+through Triton. On Hopper, gpu_mosaic.py can stand in for gpu_prefill.py. Page counts and lengths
+are data: one program serves any of them.
 
 `attend` needs a GPU; `attend_interpreted` is the same evaluated as plain JAX, for tests.
 """
@@ -11,12 +12,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from .. import switches
+from . import gpu_mosaic
 from .contract import Extras, Options, RaggedBatch
 from .gpu_decode import DecodeShape, decode
+from .gpu_mosaic import MosaicShape
 from .gpu_pallas import Heads
 from .gpu_prefill import PrefillShape, prefill
 
@@ -30,13 +35,25 @@ def _decode_shape(heads: Heads) -> DecodeShape:
     return DecodeShape()
 
 
-def _prefill_shape(heads: Heads) -> PrefillShape:
+_FEW_TOKENS = 256
+"""Of a step, up to which tiles of many queries would be mostly empty, or too few."""
+
+
+def _prefill_shape(heads: Heads, num_tokens: int) -> PrefillShape:
     """What was fastest on an H200; in float32, which no tensor core multiplies in full, small."""
     if heads.compute == jnp.float32:
         return PrefillShape(queries=16, block=32, num_warps=4, num_stages=2)
     if heads.dims > 128:
         return PrefillShape(queries=64, block=32, num_warps=4, num_stages=2)
+    if num_tokens <= _FEW_TOKENS:
+        return PrefillShape(
+            queries=64, block=64, num_warps=4, num_stages=3, programs=2 * 132, least_blocks=8
+        )
     return PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
+
+
+def _mosaic_shape() -> MosaicShape:
+    return MosaicShape()
 
 
 def _attend(
@@ -47,21 +64,52 @@ def _attend(
     options: Options,
     *,
     interpret: bool,
+    prompts_by: Literal["triton", "mosaic"] | None = None,
+    merge_inside: bool | None = None,
     decode_shape: DecodeShape | None = None,
-    prefill_shape: PrefillShape | None = None,
+    prefill_shape: PrefillShape | MosaicShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See api.py. The shapes are for tuning; None takes the defaults."""
+    """See api.py. What is None is as kernels/switches.py says; the shapes are for tuning.
+
+    Raises:
+      NotImplementedError: a MosaicShape was given, and that kernel cannot serve.
+    """
+    if prefill_shape is None and not options.decode_only:
+        if (prompts_by or switches.PROMPTS_BY) == "mosaic":
+            prefill_shape = _mosaic_shape()
+            if _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret) is not None:
+                prefill_shape = None
+    elif isinstance(prefill_shape, MosaicShape):
+        reason = _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret)
+        if reason is not None:
+            raise NotImplementedError(f"prefill by Mosaic: cannot serve {reason}")
     # An argument, so that all layers of a program share one trace and one kernel.
     first_page = jnp.full((1,), options.first_page, jnp.int32)
     return _traced_once(
         q, slab, batch, extras, first_page, options=replace(options, first_page=0),
-        interpret=interpret, decode_shape=decode_shape, prefill_shape=prefill_shape,
+        interpret=interpret, merge_inside=merge_inside, decode_shape=decode_shape,
+        prefill_shape=prefill_shape,
     )  # fmt: skip
+
+
+def _why_not_mosaic(
+    q: jax.Array,
+    slab: jax.Array,
+    extras: Extras,
+    options: Options,
+    shape: MosaicShape,
+    interpret: bool,
+) -> str | None:
+    reason = gpu_mosaic.why_not(q, slab, extras, options, shape)
+    return reason if interpret else reason or gpu_mosaic.why_not_here()
 
 
 # Tracing and lowering a kernel takes longer than all else of a layer: under a `jit` of its own that
 # is done once a program and not once a layer. XLA inlines the calls.
-@partial(jax.jit, static_argnames=("options", "interpret", "decode_shape", "prefill_shape"))
+@partial(
+    jax.jit,
+    static_argnames=("options", "interpret", "merge_inside", "decode_shape", "prefill_shape"),
+)
 def _traced_once(
     q: jax.Array,
     slab: jax.Array,
@@ -71,16 +119,17 @@ def _traced_once(
     *,
     options: Options,
     interpret: bool,
+    merge_inside: bool | None,
     decode_shape: DecodeShape | None,
-    prefill_shape: PrefillShape | None,
+    prefill_shape: PrefillShape | MosaicShape | None,
 ) -> tuple[jax.Array, jax.Array]:
     num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
-    if slab.size >= 2**31 > slab.size * slab.dtype.itemsize // 2:
+    if slab.size > 2**31 >= slab.size * slab.dtype.itemsize // 2:
         # Pallas counts elements in 32 bits up to 4 GiB, which only one-byte types outgrow.
         raise NotImplementedError(
-            f"slab: {slab.dtype} of {slab.size} elements, on GPUs must be below {2**31} or above "
-            f"{2**32}"
+            f"slab: {slab.dtype} of {slab.size} elements, on GPUs must be at most {2**31} or "
+            f"above {2**32}"
         )
     heads = Heads(
         num_kv_heads=kv_heads,
@@ -94,17 +143,21 @@ def _traced_once(
         compute=_compute_dtype(q.dtype, slab.dtype),
         interpret=interpret,
     )
+    decode_shape = decode_shape or _decode_shape(heads)
+    if merge_inside is not None:
+        decode_shape = replace(decode_shape, merge_inside=merge_inside)
     queries = q.reshape(num_tokens, kv_heads, heads.group, head_dim)
     tokens = slab.reshape(-1, 2 * kv_heads, head_dim)
     out = decode(
-        queries, tokens, first_page, batch, extras, heads, decode_shape or _decode_shape(heads),
-        alone=options.decode_only,
-    )  # fmt: skip
-    if not options.decode_only:
-        out = prefill(
-            queries, tokens, first_page, batch, extras, heads,
-            prefill_shape or _prefill_shape(heads), out,
-        )  # fmt: skip
+        queries, tokens, first_page, batch, extras, heads, decode_shape, alone=options.decode_only
+    )
+    if options.decode_only:
+        pass
+    elif isinstance(prefill_shape, MosaicShape):
+        out = gpu_mosaic.prefill(queries, slab, first_page, batch, heads, prefill_shape, out)
+    else:
+        shape = prefill_shape or _prefill_shape(heads, num_tokens)
+        out = prefill(queries, tokens, first_page, batch, extras, heads, shape, out)
     o, lse = out
     return o.reshape(q.shape), lse.reshape(q.shape[:2])
 
@@ -115,4 +168,9 @@ def _compute_dtype(q: jnp.dtype, slab: jnp.dtype) -> jnp.dtype:
 
 
 attend = partial(_attend, interpret=False)
-attend_interpreted = partial(_attend, interpret=True)
+attend_by_triton = partial(_attend, interpret=False, prompts_by="triton")
+attend_by_mosaic = partial(_attend, interpret=False, prompts_by="mosaic")
+attend_merging_inside = partial(_attend, interpret=False, merge_inside=True)
+attend_interpreted = partial(_attend, interpret=True, prompts_by="triton", merge_inside=False)
+attend_interpreted_mosaic = partial(_attend, interpret=True, prompts_by="mosaic")
+attend_interpreted_merging_inside = partial(attend_interpreted, merge_inside=True)

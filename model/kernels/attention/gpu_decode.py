@@ -2,8 +2,8 @@
 
 The grid is flat: (KV head, item). An item is a range of one row's KV; rows are cut by their actual
 length, planned on the device once a step (`plan`), so that a long row among short ones does not
-leave the machine waiting. A row of one item writes its result; the parts of others are merged by a
-second small kernel. Each KV byte is read once.
+leave the machine waiting. A row of one item writes its result; the parts of others are merged by
+whoever finishes last, or by a second small kernel. Each KV byte is read once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import switches
 from .contract import Extras, RaggedBatch
 from .gpu_pallas import (
     LOWEST,
     Heads,
     Launch,
+    Pages,
+    add_one,
     call,
     cdiv,
     div,
@@ -37,7 +40,9 @@ from .gpu_pallas import (
 )
 
 _UNUSED, _WHOLE, _PART, _EMPTY = range(4)
-_MERGED_VALUES = 8192  # float32 values of partial sums that the merge holds at once
+_VALUES_ALONE, _VALUES_INSIDE = 8192, 4096
+"""Float32 values of partial sums that a merge holds at once: as a kernel of its own, and inside the
+other, which has fewer threads."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class DecodeShape:
       num_warps, num_stages: see Launch.
       programs: how many (item, KV head) pairs fill the device.
       least_blocks: an item of a row that is cut has at least about this many blocks.
+      merge_inside: parts are merged by the program that finishes last, else by a second kernel.
     """
 
     block: int = 32
@@ -56,6 +62,7 @@ class DecodeShape:
     num_stages: int = 4
     programs: int = 4 * 132  # four on each multiprocessor of an H200
     least_blocks: int = 4
+    merge_inside: bool = switches.MERGE_INSIDE
 
 
 class DecodePlan(NamedTuple):
@@ -157,8 +164,13 @@ def decode(
         jax.ShapeDtypeStruct((num_items, kv_heads, group), jnp.float32),
     ]
 
+    # Whoever finishes last leaves its counter at zero again: to XLA, the kernel only reads them.
+    counters = jnp.zeros(rows * kv_heads, jnp.int32)
+    inside = [work.parts, counters] if splits and shape.merge_inside else []
+
     def attend_item(*refs: Any) -> None:
         items, table, page, q_ref, slab_ref, *rest = refs
+        shared, rest = rest[: len(inside)], rest[len(inside) :]
         sinks, k_scale, v_scale = optional_refs(rest, extras)
         o_ref, lse_ref, *parts = rest[len(extra) :]
         head, item = program_id(0), program_id(1)
@@ -173,8 +185,8 @@ def decode(
             scale = 1.0 if k_scale is None else k_scale[head]
             first = page[0]
 
-            def pages(block: jax.Array) -> jax.Array:
-                return page_ids(table, row, block, shape.block, high, heads) + first
+            def pages(block: jax.Array) -> Pages:
+                return page_ids(table, first, row, block, shape.block, high, heads)
 
             def turn(block: jax.Array, carry: Any) -> Any:
                 here, *state = carry
@@ -205,6 +217,18 @@ def decode(
                     store(acc_ref, (item, *at), acc, real)
                     store(m_ref, (item, head, g), m, g < group)
                     store(l_ref, (item, head, g), l, g < group)
+                    if not shared:
+                        return
+                    parts_ref, counter_ref = shared
+                    mine, count = row * kv_heads + head, parts_ref[row, 1]
+
+                    @when(add_one(counter_ref, mine, interpret=heads.interpret) == count - 1)
+                    def merge() -> None:
+                        merge_row(
+                            row, head, parts_ref[row, 0], count, parts, (sinks, v_scale),
+                            (o_ref, lse_ref), values=_VALUES_INSIDE,
+                        )  # fmt: skip
+                        counter_ref[mine] = jnp.int32(0)
 
             @when(kind != _PART)
             def write_result() -> None:
@@ -222,12 +246,69 @@ def decode(
         name="attention_decode",
         grid=(kv_heads, num_items),
         out=out + (partial_sums if splits else []),
-        args=[work.items, batch.page_table, first_page, q, slab, *extra],
+        args=[work.items, batch.page_table, first_page, q, slab, *inside, *extra],
     )
-    if not splits:
-        return tuple(results)
     o, lse, *sums = results
+    if not splits or inside:
+        return o, lse
     return _merge(o, lse, sums, work.parts, extras, Launch(heads.interpret, 4, 1))
+
+
+def merge_row(
+    row: jax.Array,
+    head: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+    sums: Any,
+    extras: tuple[Any, Any],
+    out: tuple[Any, Any],
+    *,
+    values: int,
+) -> None:
+    """Within a kernel: one row's result for one KV head, from the sums of its items.
+
+    Args:
+      row, head: whose.
+      first, count: its items.
+      sums: refs of acc [N, KH, G, D], m and l [N, KH, G].
+      extras: refs of sinks and of V's scale, or None.
+      out: refs of o and lse.
+      values: of acc that are held at once.
+    """
+    acc_ref, m_ref, l_ref = sums
+    sinks, v_scale = extras
+    o_ref, lse_ref = out
+    _, _, group, head_dim = o_ref.shape
+    g, d = jnp.arange(power_of_2(group)), jnp.arange(power_of_2(head_dim, 16))
+    lane = jnp.arange(max(1, values // (g.size * d.size)))  # items in one go
+
+    def turn(i: jax.Array, state: Any) -> Any:
+        m, l, acc = state  # noqa: E741
+        nth = i * lane.size + lane
+        item = first + nth
+        there = (nth < count)[:, None] & (g < group)[None, :]
+        of_item = (item[:, None], head, g[None, :])
+        part_m = jnp.where(there, load(m_ref, of_item, there), LOWEST)
+        part_l = load(l_ref, of_item, there)
+        wide = there[:, :, None] & (d < head_dim)[None, None, :]
+        part = load(acc_ref, (item[:, None, None], head, g[None, :, None], d[None, None, :]), wide)
+        top = jnp.maximum(m, jnp.max(part_m, axis=0))
+        weight = jnp.exp2(part_m - top[None, :])
+        decay = jnp.exp2(m - top)
+        acc = acc * decay[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
+        return top, l * decay + jnp.sum(part_l * weight, axis=0), acc
+
+    start = (
+        jnp.full(g.shape, LOWEST, jnp.float32),
+        jnp.zeros(g.shape, jnp.float32),
+        jnp.zeros((g.size, d.size), jnp.float32),
+    )
+    m, l, acc = lax.fori_loop(0, cdiv(count, lane.size), turn, start)  # noqa: E741
+    sink = None if sinks is None else load(sinks, (head * group + g,), g < group)
+    o, log = finish(m, l, acc, sink, 1.0 if v_scale is None else v_scale[head])
+    here = (g < group)[:, None] & (d < head_dim)[None, :]
+    store(o_ref, (row, head, g[:, None], d[None, :]), o, here)
+    store(lse_ref, (row, head, g), log, g < group)
 
 
 def _merge(
@@ -239,59 +320,28 @@ def _merge(
     launch: Launch,
 ) -> tuple[jax.Array, jax.Array]:
     """Fills o and lse of the rows that have several items, in place."""
-    _, kv_heads, group, head_dim = o.shape
     used = [x for x in (extras.sinks, extras.v_scale) if x is not None]
-    groups, dims = power_of_2(group), power_of_2(head_dim, 16)
-    width = max(1, _MERGED_VALUES // (groups * dims))  # items merged in one go
 
-    def merge_row(*refs: Any) -> None:
+    def merge(*refs: Any) -> None:
         parts_ref, acc_ref, m_ref, l_ref, *rest = refs
         sinks, _, v_scale = optional_refs(rest, extras._replace(k_scale=None))
-        o_ref, lse_ref = refs[-2:]
         head, row = program_id(0), program_id(1)
         first, count = parts_ref[row, 0], parts_ref[row, 1]
 
         @when(count > 1)
-        def merge() -> None:
-            g, d = jnp.arange(groups), jnp.arange(dims)
-            lane = jnp.arange(width)
-
-            def turn(i: jax.Array, state: Any) -> Any:
-                m, l, acc = state  # noqa: E741
-                item = first + i * width + lane
-                there = (i * width + lane < count)[:, None] & (g < group)[None, :]
-                of_item = (item[:, None], head, g[None, :])
-                part_m = jnp.where(there, load(m_ref, of_item, there), LOWEST)
-                part_l = load(l_ref, of_item, there)
-                wide = there[:, :, None] & (d < head_dim)[None, None, :]
-                part = load(
-                    acc_ref, (item[:, None, None], head, g[None, :, None], d[None, None, :]), wide
-                )
-                top = jnp.maximum(m, jnp.max(part_m, axis=0))
-                weight = jnp.exp2(part_m - top[None, :])
-                decay = jnp.exp2(m - top)
-                acc = acc * decay[:, None] + jnp.sum(part * weight[:, :, None], axis=0)
-                return top, l * decay + jnp.sum(part_l * weight, axis=0), acc
-
-            start = (
-                jnp.full(g.shape, LOWEST, jnp.float32),
-                jnp.zeros(g.shape, jnp.float32),
-                jnp.zeros((*g.shape, dims), jnp.float32),
-            )
-            m, l, acc = lax.fori_loop(0, cdiv(count, width), turn, start)  # noqa: E741
-            sink = None if sinks is None else load(sinks, (head * group + g,), g < group)
-            out, log = finish(m, l, acc, sink, 1.0 if v_scale is None else v_scale[head])
-            here = (g < group)[:, None] & (d < head_dim)[None, :]
-            store(o_ref, (row, head, g[:, None], d[None, :]), out, here)
-            store(lse_ref, (row, head, g), log, g < group)
+        def merge_parts() -> None:
+            merge_row(
+                row, head, first, count, (acc_ref, m_ref, l_ref), (sinks, v_scale), refs[-2:],
+                values=_VALUES_ALONE,
+            )  # fmt: skip
 
     args = [parts, *sums, *used, o, lse]
     return tuple(
         call(
-            merge_row,
+            merge,
             launch,
             name="attention_merge",
-            grid=(kv_heads, parts.shape[0]),
+            grid=(o.shape[1], parts.shape[0]),
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, lse)],
             args=args,
             aliases={len(args) - 2: 0, len(args) - 1: 1},

@@ -81,6 +81,16 @@ def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: jax.Array) -
     triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
+def add_one(ref: Any, at: Any, *, interpret: bool) -> jax.Array:
+    """ref[at] += 1 for all programs to see; returns what it was.
+
+    Whoever finds a later count sees what this program stored before.
+    """
+    if not interpret:
+        triton.debug_barrier()  # of this program's threads, each of which stored a part
+    return triton.atomic_add(ref, (at,), jnp.int32(1))
+
+
 def dot(a: jax.Array, b: jax.Array, *, b_transposed: bool = False) -> jax.Array:
     """a · b (or a · bᵀ) in float32: float32 factors in full, not rounded to tf32."""
     dims = (((1,), (1 if b_transposed else 0,)), ((), ()))
@@ -191,24 +201,45 @@ def finish(
     return out, lse
 
 
+Pages = tuple[jax.Array, ...] | jax.Array
+"""Where a block's positions lie: the id of each page, or of the page of each position."""
+
+_SCALAR_PAGES = 8
+"""Pages of a block, up to which each has an id of its own. A step with pages of one token and 64
+ids a block took three times as long to compile."""
+
+
 def page_ids(
-    table: Any, row: jax.Array, block: jax.Array, size: int, end: jax.Array, heads: Heads
-) -> jax.Array:
-    """Pages that hold positions block · size up to (block + 1) · size of a row, 0 from `end` on.
+    table: Any,
+    first_page: jax.Array,
+    row: jax.Array,
+    block: jax.Array,
+    size: int,
+    end: jax.Array,
+    heads: Heads,
+) -> Pages:
+    """Pages that hold positions block · size up to (block + 1) · size of a row, counted from the
+    slab's first; those from `end` on are as good as any.
 
     Read one turn of a loop ahead and carried: a load whose address is loaded in the same turn would
-    cost the pipeline half its depth. One id where the block lies in one page, else one a position.
+    cost the pipeline half its depth. Few pages are so many scalars, which cost no registers.
     """
     start = block * size
-    if heads.page_size % size == 0:
-        return load(table, (row, div(start, heads.page_size)), start < end)
+    if heads.page_size % size == 0 or (
+        size % heads.page_size == 0 and size <= _SCALAR_PAGES * heads.page_size
+    ):
+        starts = range(0, size, heads.page_size)
+        return tuple(
+            load(table, (row, div(start + at, heads.page_size)), start + at < end) + first_page
+            for at in starts
+        )
     position = start + jnp.arange(size)
-    return load(table, (row, div(position, heads.page_size)), position < end)
+    return load(table, (row, div(position, heads.page_size)), position < end) + first_page
 
 
 def load_kv(
     slab: Any,
-    pages: jax.Array,
+    pages: Pages,
     head: jax.Array,
     block: jax.Array,
     size: int,
@@ -219,13 +250,16 @@ def load_kv(
 
     Args:
       slab: [layers × pages × page, 2·KH, D].
-      pages: what page_ids gave, first page of the layer added.
+      pages: what page_ids gave.
       seen: (first, end) of the positions to read; others give zeros. None: all of them.
     """
     lane, d = jnp.arange(size), jnp.arange(heads.dims)
     position = block * size + lane
-    if heads.page_size % size == 0:
-        token = pages * heads.page_size + rem(block * size, heads.page_size) + lane
+    if isinstance(pages, tuple):
+        token = pages[0] * heads.page_size + rem(block * size, heads.page_size) + lane
+        for at, page in enumerate(pages[1:], 1):
+            past = lane - at * heads.page_size
+            token = jnp.where(past >= 0, page * heads.page_size + past, token)
     else:
         token = pages * heads.page_size + rem(position, heads.page_size)
     mask = None

@@ -22,9 +22,16 @@ def config_of(name: str) -> ModelConfig:
 
 
 def engine(
-    config: ModelConfig, mesh: Mesh, *, page_size: int, num_pages: int, rows: int, tokens: int
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    page_size: int,
+    num_pages: int,
+    rows: int,
+    tokens: int,
+    **kernels: str,
 ) -> tuple[Programs, RunnerSpec]:
-    """The programs of an engine in bfloat16, with the default ladder."""
+    """The programs of an engine in bfloat16, with the default ladder, and kernels by name."""
     spec = RunnerSpec(
         num_slots=rows,
         num_pages=num_pages,
@@ -34,4 +41,4 @@ def engine(
         vocab_size=config.vocab_size,
         ladder=make_ladder(rows, tokens),
     )
-    return Programs(AbstractDecoder(config, "bfloat16"), spec, mesh), spec
+    return Programs(AbstractDecoder(config, "bfloat16"), spec, mesh, **kernels), spec

@@ -15,16 +15,20 @@ from described_engines import config_of, engine
 from quire.model.compile import compiler_options
 from quire.model.config import ModelConfig
 from quire.model.inputs import ADMIT_ROOM
+from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
-from quire.model.programs import ADMIT, Programs
+from quire.model.programs import ADMIT, Programs, SampleKey
 from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
 PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
 DECODE, MIXED = Bucket(ROWS, ROWS, Sampler.GREEDY), Bucket(TOKENS, ROWS, Sampler.GREEDY)
+ONE = Bucket(1, 1, Sampler.GREEDY)
 pytestmark = pytest.mark.xdist_group("compile for gpu")  # programs are compiled once a process
 SLACK = 4 << 20
 """For what is small and many: the page table of a step, the plan of the attention, rotations."""
+WORKSPACE = 32 << 20
+"""What the vendor's matrix products may work in."""
 
 
 def small() -> ModelConfig:
@@ -43,16 +47,19 @@ def compiler(needs_compiler: Callable[[str], None]) -> None:
     needs_compiler("gpu")
 
 
+SIZES = {"page_size": PAGE, "num_pages": NUM_PAGES, "rows": ROWS, "tokens": TOKENS}
+
+
 @cache
 def programs(model: str) -> tuple[Programs, RunnerSpec, ModelConfig]:
     config = CONFIGS[model]()
-    made = engine(config, gpu_mesh(), page_size=PAGE, num_pages=NUM_PAGES, rows=ROWS, tokens=TOKENS)
-    return *made, config
+    return *engine(config, gpu_mesh(), **SIZES), config
 
 
 @cache
 def report(model: str, key: Any) -> ProgramReport:
-    return compile_for(programs(model)[0].lower(key), "gpu")
+    tokens = key.tokens if isinstance(key, Bucket) else 0
+    return compile_for(programs(model)[0].lower(key), "gpu", tokens)
 
 
 def test_programs_are_checked_as_an_engine_compiles_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,19 +76,34 @@ def test_programs_are_checked_as_an_engine_compiles_them(monkeypatch: pytest.Mon
     assert compiler_options("cuda") and compiler_options("gpu").items() <= given[0].items()
 
 
+def test_products_of_many_tokens_are_the_vendors() -> None:
+    """And of few XLA's own compete, for which the engine compiles one step well before the others
+    with the same products."""
+    assert 'custom_call_target="__cublas' in report("small", DECODE).hlo
+    made, spec, _ = programs("small")
+    buckets = [key for key in made.lowerings() if isinstance(key, Bucket)]
+    own = [
+        b for b in buckets if not made.compiler_options(b).keys() & {"xla_gpu_enable_triton_gemm"}
+    ]
+    assert {b.tokens for b in own} == {b.tokens for b in spec.ladder.buckets if b.tokens < 64}
+    greedy = [b for b in buckets if b.sampler == Sampler.GREEDY]
+    assert buckets[: len(greedy)] == greedy
+    assert {b.tokens for b in greedy[:4]} == {b.tokens for b in own}
+
+
 def nbytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def temp_bound(config: ModelConfig, bucket: Bucket) -> int:
     """Either the logits of all rows in float32, or what one layer holds of all tokens in bfloat16;
-    and the attention's partial sums: (rows + split budget) × heads × (D values, m and l)."""
+    WORKSPACE; and the attention's partial sums: (rows + split budget) × heads × (D, m and l)."""
     logits = bucket.rows * config.vocab_size * 4
     of_a_token = 3 * config.intermediate_size + 4 * config.hidden_size
     of_a_token += 2 * config.q_size + 2 * config.kv_size
     items = bucket.rows + DecodeShape().programs // config.num_kv_heads
     partial_sums = items * config.num_heads * (config.head_dim + 2) * 4
-    return max(logits, bucket.tokens * of_a_token * 2) + partial_sums + SLACK
+    return max(logits, bucket.tokens * of_a_token * 2) + partial_sums + WORKSPACE + SLACK
 
 
 KEYS = {"decode": DECODE, "mixed": MIXED, "admit": ADMIT}
@@ -112,7 +134,7 @@ def test_copying_pages_needs_one_copy_of_them(model: str) -> None:
     assert report(model, ADMIT).temp_bytes <= ADMIT_ROOM.copies * page + SLACK
 
 
-@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("bucket", [ONE, DECODE, MIXED], ids=["one", "decode", "mixed"])
 @pytest.mark.parametrize("model", CONFIGS)
 def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
     """The whole step is one command buffer (CUDA graph), Pallas kernels included."""
@@ -121,9 +143,24 @@ def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
 
 def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
     """Each bisection for a threshold is a loop that the host runs (XLA captures no `while`)."""
-    thunks = report("small", replace(DECODE, sampler=Sampler.SAMPLE)).thunks
+    assert report("small", replace(DECODE, sampler=Sampler.FULL)).thunks == ["CommandBuffer"]
+    thunks = report("small", SampleKey(ROWS, Sampler.SAMPLE)).thunks
     assert thunks is not None and thunks[0] == "CommandBuffer"
     assert thunks.count("While") <= 2
+
+
+def kernels(model: str, layers: int, bucket: Bucket) -> set[str]:
+    """Names of the kernels in a program of so many layers of a model, each of which is compiled."""
+    config = replace(CONFIGS[model](), num_layers=layers, windows=(None,) * layers)
+    made, _ = engine(config, gpu_mesh(), **SIZES)
+    return set(compile_for(made.lower(bucket), "gpu", bucket.tokens).launched)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_layers_share_their_kernels(bucket: Bucket) -> None:
+    """Another layer is not another kernel to compile. (The first layer and the last may differ.)"""
+    few, more = kernels("small", 3, bucket), kernels("small", 5, bucket)
+    assert 15 < len(few) == len(more)
 
 
 def test_own_kernels_are_used() -> None:
@@ -132,3 +169,51 @@ def test_own_kernels_are_used() -> None:
     assert decode.kernels("attention_decode") == mixed.kernels("attention_decode") == layers
     assert decode.kernels("attention_prefill") == 0
     assert mixed.kernels("attention_prefill") == layers
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernel needs JAX 0.11")
+def test_prompts_by_mosaic_are_no_less_in_place_and_one_launch() -> None:
+    """The kernel is built to the last instruction, by wgmma and TMA, where it can serve."""
+    config = replace(small(), head_dim=64)
+    made, _ = engine(config, gpu_mesh(), **SIZES, attention="gpu_mosaic")
+    lowered = made.lower(MIXED)
+    assert lowered.as_text().count("mosaic_gpu") >= 1
+    check_in_place_and_one_launch(made, config, MIXED, compile_for(lowered, "gpu"))
+
+
+def check_in_place_and_one_launch(
+    made: Programs, config: ModelConfig, bucket: Bucket, got: ProgramReport
+) -> None:
+    state = made.abstract_state()
+    assert got.passes_over(state[0]["kv"]) == []
+    assert got.alias_bytes >= nbytes(state)
+    assert got.thunks == ["CommandBuffer"]
+    assert got.temp_bytes <= temp_bound(config, bucket)
+
+
+def test_parts_merged_inside_are_no_less_in_place_and_one_launch() -> None:
+    made, _ = engine(small(), gpu_mesh(), **SIZES, attention="gpu_merge_inside")
+    got = compile_for(made.lower(DECODE), "gpu", DECODE.tokens)
+    check_in_place_and_one_launch(made, small(), DECODE, got)
+    assert got.kernels("attention_decode") == small().num_layers
+    assert got.kernels("attention_merge") == 0
+
+
+def test_the_products_of_one_token_may_be_own_kernels() -> None:
+    """Four in a layer and the logits; XLA has no product left to do."""
+    config = CONFIGS["llama-3.1-8b"]()
+    made, _ = engine(config, gpu_mesh(), **SIZES, projection="gemv")
+    one = compile_for(made.lower(ONE), "gpu", ONE.tokens)
+    assert one.kernels("gemv") == 4 * config.num_layers + 1
+    assert one.kernels("attention_decode") == config.num_layers
+    assert " dot(" not in one.hlo and "__cublas" not in one.hlo
+    assert one.thunks == ["CommandBuffer"]
+    assert made.lower(DECODE).as_text().count("gemv") == 0
+
+
+@pytest.mark.parametrize("bucket", [ONE, DECODE, MIXED], ids=["one", "decode", "mixed"])
+def test_kernels_that_are_switched_off_are_in_no_program(bucket: Bucket) -> None:
+    got = report("small", bucket)
+    assert switches.PROJECTION == "gemv" or got.kernels("gemv") == 0
+    assert switches.PROMPTS_BY == "mosaic" or "mosaic_gpu" not in got.hlo
+    assert (got.kernels("attention_merge") == 0) == switches.MERGE_INSIDE

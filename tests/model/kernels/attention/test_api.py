@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from quire.model.kernels.attention import api, ragged_paged_attention
+from quire.model.kernels.attention import api, gpu, ragged_paged_attention
+from quire.model.kernels.attention.contract import Extras, Options
+from quire.model.kernels.attention.gpu_mosaic import MosaicShape, why_not, why_not_here
 from quire.model.kernels.kv_write import write_kv
 
 I32 = jnp.int32
@@ -74,6 +76,54 @@ def test_says_once_when_a_platform_has_no_kernel(caplog: pytest.LogCaptureFixtur
     assert "rocm" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"window": 9, "dtype": jnp.float16, "head_dim": 64}, None),
+        ({"heads": 12, "kv_heads": 2, "page": 64}, None),
+        ({"dtype": jnp.float32}, "queries of float32 over float32"),
+        ({"cache": jnp.float8_e4m3fn}, "queries of bfloat16 over float8_e4m3fn"),
+        ({"head_dim": 80}, "head dim 80"),
+        ({"page": 256}, "pages of 256"),
+        ({"heads": 34, "kv_heads": 2}, "17 query heads a KV head"),
+        ({"tokens": 90}, "90 tokens"),
+        ({"tokens": 24}, "24 tokens"),
+        ({"soft_cap": 30.0}, "soft_cap or return_lse"),
+        ({"return_lse": True}, "soft_cap or return_lse"),
+        ({"extras": Extras(jnp.zeros(32), None, None)}, "sinks or kv_scales"),
+    ],
+)
+def test_mosaic_serves_what_it_can(changes: dict[str, Any], reason: str | None) -> None:
+    if jax.__version_info__ < (0, 11):
+        reason = "JAX 0.10"
+    given: dict[str, Any] = {
+        "tokens": 96, "heads": 32, "kv_heads": 8, "head_dim": 128, "page": 32,
+        "dtype": jnp.bfloat16, "window": None, "soft_cap": None, "return_lse": False,
+        "extras": Extras(None, None, None),
+    } | changes  # fmt: skip
+    dim, dtype = given["head_dim"], given["dtype"]
+    q = jax.ShapeDtypeStruct((given["tokens"], given["heads"], dim), dtype)
+    slab = (99, given["page"], 2 * given["kv_heads"], dim)
+    options = Options(
+        0.1, 0, given["window"], given["soft_cap"],
+        decode_only=False, return_lse=given["return_lse"],
+    )  # fmt: skip
+    slab = jax.ShapeDtypeStruct(slab, given.get("cache", dtype))
+    got = why_not(q, slab, given["extras"], options, MosaicShape())
+    assert (got is None) == (reason is None)
+    assert reason is None or (got is not None and got.startswith(reason))
+
+
+def test_mosaic_is_for_hopper_alone_and_says_what_it_cannot() -> None:
+    assert jax.default_backend() != "cpu" or why_not_here() is not None
+    q, slab = jnp.zeros((24, 4, 64), jnp.bfloat16), jnp.zeros((8, 16, 4, 64), jnp.bfloat16)
+    rest = (jnp.zeros(3, I32), jnp.zeros((3, 2), I32), jnp.zeros(4, I32), I32(0), I32(0))
+    batch, options = gpu.RaggedBatch(*rest), Options(0.1, 0, None, None, False, False)
+    with pytest.raises(NotImplementedError, match="prefill by Mosaic: cannot serve"):
+        gpu.attend(q, slab, batch, Extras(None, None, None), options, prefill_shape=MosaicShape())
+
+
 @pytest.mark.parametrize("decode_only", [True, False])
 def test_layers_that_write_and_attend_never_copy_the_slab(decode_only: bool) -> None:
     """Two unrolled layers over one donated slab: updated in place, and little temporary memory."""
@@ -107,3 +157,32 @@ def test_layers_that_write_and_attend_never_copy_the_slab(decode_only: bool) -> 
     slab_bytes = 2 * pages * page * 2 * kv_heads * dim * 4
     assert memory.alias_size_in_bytes >= slab_bytes
     assert memory.temp_size_in_bytes < slab_bytes / 4
+
+
+@pytest.mark.parametrize(
+    ("gib", "dtype", "served"),
+    [(2, "float8_e4m3fn", True), (3, "float8_e4m3fn", False), (4, "float8_e4m3fn", False),
+     (5, "float8_e4m3fn", True), (4, "bfloat16", True), (6, "bfloat16", True)],
+)  # fmt: skip
+def test_gpu_slabs_whose_offsets_do_not_fit_are_refused(gib: int, dtype: str, served: bool) -> None:
+    """Pallas counts in signed 32 bits up to 4 GiB, that many included."""
+
+    def shape(*size: int, of: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, of)
+
+    pages = gib * 2**30 // (32 * 8 * 128) // jnp.dtype(dtype).itemsize
+    args = (
+        shape(8, 16, 128, of=jnp.bfloat16), shape(pages, 32, 8, 128, of=jnp.dtype(dtype)),
+        shape(8), shape(8, 4), shape(9), shape(), shape(),
+    )  # fmt: skip
+
+    def attend() -> Any:
+        return jax.eval_shape(
+            lambda *a: ragged_paged_attention(*a, scale=1.0, backend="gpu", decode_only=True), *args
+        )
+
+    if served:
+        assert attend().shape == (8, 16, 128)
+    else:
+        with pytest.raises(NotImplementedError, match="slab: float8"):
+            attend()

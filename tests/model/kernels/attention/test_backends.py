@@ -3,13 +3,14 @@
 A backend joins by standing in api.BACKENDS; those of another platform are left out, and on an
 accelerator the ones that interpret a kernel. The cases cover every pair of option values; each is
 drawn with NaN wherever no token may look, so a result that is finite has not looked there.
-Interpreted TPU kernels are dear to compile, so they get fewer cases, of the values they treat
-apart. The largest error of each backend and dtype is printed at the end (`-s` shows it).
+Interpreted TPU and Mosaic kernels are dear to compile, so they get fewer cases, of the values they
+treat apart. The largest error of each backend and dtype is printed at the end (`-s` shows it).
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,16 +22,29 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from quire.model.kernels import switches
+from quire.model.kernels.attention import gpu, gpu_mosaic
 from quire.model.kernels.attention.api import BACKENDS, ragged_paged_attention
+from quire.model.kernels.attention.contract import Extras, Options
 
 PLATFORM = jax.default_backend()
-HERE = [
-    name
-    for name in BACKENDS
-    if name.split("_")[0] not in ("gpu", "tpu")
-    or name == PLATFORM
-    or (name.endswith("_interpret") and PLATFORM == "cpu")
-]
+
+
+def is_here(name: str) -> bool:
+    platform = name.split("_")[0]
+    if name == f"gpu_{switches.PROMPTS_BY}" or (
+        name == "gpu_merge_inside" and switches.MERGE_INSIDE
+    ):
+        return False  # that is "gpu"
+    if name.endswith("_interpret"):
+        # Before 0.11 Mosaic's cannot serve, and Triton's would be tested twice.
+        return PLATFORM == "cpu" and ("mosaic" not in name or jax.__version_info__ >= (0, 11))
+    return platform in ("reference", "blockwise", PLATFORM)
+
+
+HERE = [name for name in BACKENDS if is_here(name)]
+MOSAIC = [name for name in HERE if "mosaic" in name]
+GENERAL = [name for name in HERE if name not in MOSAIC]  # serve every option by themselves
 
 # Largest error, absolute (for values of about 1, as drawn) and relative. float32 is the sum of
 # rounding along 2,000 positions. The others are twice one rounding: the output's, and that of the
@@ -45,9 +59,8 @@ errors: dict[tuple[str, str], list[float]] = defaultdict(list)
 def print_errors() -> Iterator[None]:
     yield
     for (backend, dtype), seen in sorted(errors.items()):
-        print(
-            f"\n{backend} {dtype}: largest error {max(seen):.2e}, bound {BOUNDS[dtype]:.2e}", end=""
-        )
+        said = f"\n{backend} {dtype}: largest error {max(seen):.2e}, bound {BOUNDS[dtype]:.2e}\n"
+        sys.stderr.write(said)  # which xdist's workers share with who started them
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -106,7 +119,33 @@ TPU_FACTORS = FACTORS | {
     "page_size": (16, 128),
     "dtype": ("float32", "bfloat16"),
 }
-CASES_OF = {"tpu_interpret": pairwise_cover(TPU_FACTORS)}
+# What Mosaic's kernel for prompt rows serves; interpreted, a few of them.
+MOSAIC_FACTORS = FACTORS | {
+    "head_dim": (64, 128),
+    "mode": ("prefill", "mixed"),
+    "dtype": ("bfloat16", "float16"),
+    "kv_scales": (None,),
+    "soft_cap": (None,),
+    "sinks": (False,),
+    "return_lse": (False,),
+}
+# Where decode rows are cut.
+MERGE_FACTORS = FACTORS | {"mode": ("decode", "mixed"), "lengths": ("long",)}
+CASES_OF = {
+    "tpu_interpret": pairwise_cover(TPU_FACTORS),
+    "gpu_mosaic": pairwise_cover(MOSAIC_FACTORS),
+    "gpu_merge_inside": pairwise_cover(MERGE_FACTORS),
+    "gpu_merge_inside_interpret": pairwise_cover(MERGE_FACTORS)[:4],
+    "gpu_mosaic_interpret": [
+        {**dict.fromkeys(("kv_scales", "soft_cap")), "sinks": False, "return_lse": False}
+        | dict(zip(list(FACTORS)[:7], values[:7], strict=True)) | {"cached": values[7]}
+        for values in (
+            (128, 4, None, 32, "mixed", "short", "bfloat16", True),
+            (64, 7, 17, 16, "prefill", "edge", "float16", True),
+            (128, 1, None, 128, "prefill", "edge", "bfloat16", False),
+        )
+    ],
+}  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -164,7 +203,7 @@ def make_problem(case: Case, seed: int) -> Problem:
     rng = np.random.default_rng(seed)
     q_lens, kv_lens, num_decode = draw_lengths(case, rng)
     decode_only = case["mode"] == "decode"
-    num_rows, num_tokens = (7, 7) if decode_only else (8, 170)
+    num_rows, num_tokens = (7, 7) if decode_only else (8, 176)
     page, head_dim, window = case["page_size"], case["head_dim"], case["window"]
     kv_heads = 1 if head_dim == 256 else 2
     heads = kv_heads * case["group"]
@@ -252,7 +291,8 @@ def numpy_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def compiler_options(backend: str) -> dict[str, Any] | None:
     """An interpreted kernel takes long to compile and no time to run."""
-    return {"xla_backend_optimization_level": 0} if backend == "gpu_interpret" else None
+    triton = backend in ("gpu_interpret", "gpu_merge_inside_interpret")
+    return {"xla_backend_optimization_level": 0} if triton else None
 
 
 def program(backend: str, problem: Problem, **kwargs: Any) -> Any:
@@ -323,7 +363,7 @@ PLAIN: Case = {
 }
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", GENERAL)
 def test_a_prompt_of_2000_tokens(backend: str) -> None:
     rng = np.random.default_rng(0)
     n, page = 2000, 32
@@ -343,7 +383,13 @@ def test_a_prompt_of_2000_tokens(backend: str) -> None:
     check(backend, problem, decode_only=False)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", [name for name in GENERAL if name.startswith("gpu")])
+def test_pages_far_smaller_than_a_block(backend: str) -> None:
+    """On GPUs their ids are read as one array."""
+    check(backend, make_problem(PLAIN | {"page_size": 2}, seed=7), decode_only=False)
+
+
+@pytest.mark.parametrize("backend", GENERAL)
 def test_one_program_serves_every_batch_of_its_shape(backend: str) -> None:
     """Lengths, counts and tables are data: nothing recompiles, and degenerate batches are legal."""
     problem = make_problem(PLAIN | {"lengths": "edge"}, seed=3)
@@ -369,7 +415,7 @@ def test_one_program_serves_every_batch_of_its_shape(backend: str) -> None:
         assert not np.any(out[batch.cu_q_lens[batch.num_seqs] :]), name
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", GENERAL)
 def test_decode_only_program_gives_what_the_mixed_one_gives(backend: str) -> None:
     problem = make_problem(PLAIN | {"mode": "decode", "lengths": "long"}, seed=4)
     out, _ = run(backend, problem, decode_only=True)
@@ -382,22 +428,61 @@ def test_more_rows_than_tokens_is_legal() -> None:
     b = problem.batch
     n = 5
     short = Problem(b._replace(q=b.q[:n]), problem.options)
-    for backend in HERE:
+    for backend in GENERAL:
         check(backend, short, decode_only=False)
 
 
 @pytest.mark.parametrize("mode", ["decode", "mixed"])
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", [*GENERAL, *(b for b in MOSAIC if b == "gpu_mosaic")])
 def test_a_row_whose_cache_is_not_finite_keeps_it_to_itself(backend: str, mode: str) -> None:
-    problem = make_problem(PLAIN | {"mode": mode}, seed=6)
+    plain = MOSAIC_PLAIN if backend in MOSAIC else PLAIN
+    problem = make_problem(plain | {"mode": mode}, seed=6)
     batch = problem.batch
     attend = program(backend, problem, decode_only=mode == "decode")
     clean = np.asarray(attend(*batch))
     for sick in range(int(batch.num_seqs)):
         slab = batch.slab.copy()
-        used = -(-batch.kv_lens[sick] // PLAIN["page_size"])
+        used = -(-batch.kv_lens[sick] // plain["page_size"])
         slab[FIRST_PAGE + batch.page_table[sick, :used]] = np.nan
         out = np.asarray(attend(*batch._replace(slab=slab)))
         mine = slice(batch.cu_q_lens[sick], batch.cu_q_lens[sick + 1])
         assert np.isnan(out[mine]).any()
         np.testing.assert_array_equal(np.delete(out, mine, 0), np.delete(clean, mine, 0))
+
+
+MOSAIC_PLAIN = PLAIN | {"dtype": "bfloat16", "sinks": False, "page_size": 32, "return_lse": False}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "mosaic" in name])
+def test_cases_of_mosaic_are_what_it_serves(backend: str) -> None:
+    """Or Triton's kernel would be tested in its place."""
+    for case in [*CASES_OF[backend], MOSAIC_PLAIN]:
+        problem = make_problem(case, seed=0)
+        options = Options(
+            1.0, 0, case["window"], case["soft_cap"], decode_only=False, return_lse=False
+        )
+        extras = Extras(None, None, None)
+        shape, reason = gpu_mosaic.MosaicShape(), None
+        if jax.__version_info__ >= (0, 11):
+            reason = gpu_mosaic.why_not(problem.batch.q, problem.batch.slab, extras, options, shape)
+        assert reason is None, case
+
+
+@pytest.mark.parametrize("backend", MOSAIC)
+def test_mosaic_merges_parts_and_takes_degenerate_batches(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = gpu_mosaic.MosaicShape(block=64, num_stages=2, least_blocks=1)
+    monkeypatch.setattr(gpu, "_mosaic_shape", lambda: shape)
+    problem = make_problem(MOSAIC_PLAIN | {"lengths": "edge", "page_size": 64}, seed=8)
+    b = problem.batch
+    compiled = program(backend, problem).lower(*b).compile()
+    bound = BOUNDS["bfloat16"]
+    for batch in (
+        b,
+        b._replace(num_seqs=b.num_decode),
+        b._replace(kv_lens=np.minimum(b.kv_lens, 20).astype(np.int32)),
+    ):
+        out = np.asarray(compiled(*batch), np.float64)
+        want, _ = numpy_attention(Problem(batch, problem.options))
+        np.testing.assert_allclose(out, want, atol=bound, rtol=bound)

@@ -1,0 +1,75 @@
+"""`quire bench long`: chunks, hits, and a context beyond the model's own."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.tools.bench import long
+from quire.tools.cli import main
+
+# The tiny model's context is of 4,096 tokens.
+ARGV = ["--prompt-tokens=4100", "--max-model-len=4200"]
+SMALL = ["--no-warmup", "--max-num-seqs=1", "--max-batched-tokens=512", "--page-size=64"]
+
+
+@pytest.fixture(autouse=True)
+def collector() -> Iterator[None]:
+    """Benchmarks settle the garbage collector of their process, which here is the tests'."""
+    before = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)
+
+
+def test_a_prompt_beyond_the_context(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "long.png"
+    argv = [f"--model={folder}", *ARGV, *SMALL, f"--plot={plot}", "--json"]
+    assert main(["bench", "long", *argv]) == 1
+    said = capsys.readouterr().err
+    assert "max_model_len: got 4200, must be at most 4096" in said
+    assert "lift_context_limit lets it go beyond" in said
+    assert main(["bench", "long", *argv, "--lift-context-limit"]) == 0
+    captured = capsys.readouterr()
+    assert "beyond the 4096 tokens that the checkpoint was made for" in captured.err
+    said = json.loads(captured.out)
+    starts = [chunk["start"] for chunk in said["chunks"]]
+    assert starts == list(range(0, 4100, 512))
+    assert sum(chunk["tokens"] for chunk in said["chunks"]) == 4100
+    assert all(chunk["ms"] > 0 for chunk in said["chunks"])
+    assert said["hit_tokens"] == 4096 and len(said["hit_ms"]["all"]) == 5
+    parts = said["hit_parts_ms"]
+    assert 0 < parts["to_launch"] + parts["launch"] < said["hit_ms"]["median"]
+    assert said["prompt_pages"] == 65 and said["decode_step_ms"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_begins_when_the_device_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in flight: the second's time counts from when the first was read."""
+    clock = iter([0.0, 1.0, 2.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(long.time, "perf_counter", lambda: next(clock))
+    plan: Any = SimpleNamespace(starts=np.array([5]), counts=np.array([7]))
+    runner = SimpleNamespace(launch=lambda plan: plan, collect=lambda handle: handle)
+    engine: Any = SimpleNamespace(parts=SimpleNamespace(runner=runner))
+    heard = list[int]()
+    watch = long.Watch(engine, heard.append)
+    handles = [runner.launch(plan), runner.launch(plan)]
+    for handle in handles:
+        runner.collect(handle)
+    first, second = watch.take()
+    assert (first.start, first.tokens, first.seconds, second.seconds) == (5, 7, 9.0, 4.0)
+    assert watch.take() == [] and heard == [12, 12]
+
+
+def test_prefix_caching_is_needed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "long", f"--model={folder}", "--no-prefix-caching"]) == 1
+    assert "prefix_caching: is off, and must be on" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Callers in processes of their own, so that many tokens a second do not wait for the caller's
+Python. Used by online.py, which runs this module as
+
+    python -P -m quire.tools.bench.load_process
+
+On stdin a line of JSON: {"address": ..., "warm": LOAD, "load": LOAD}, LOAD being {"prompts": [...],
+"outputs": [...], "due": [...]} (token ids, tokens, seconds). It sends the warm-up's requests, and
+says what was served of them, a line of JSON; reads another line, the time.monotonic() at which the
+load begins; and says what was served of that. Before such a line there may be numbers, a line each:
+how many requests have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from ...errors import Internal
+from .load import Served, run_load
+from .targets import GrpcTarget
+
+_AHEAD = 0.3
+"""Seconds between when all are told of the begin and the begin."""
+
+_SAY_EVERY = 1.0
+"""Seconds between words on how far it is, at least."""
+
+_LINE = 1 << 30
+"""Bytes that a line of theirs may have."""
+
+Load = dict[str, list[Any]]
+
+
+async def serve_load(
+    address: str,
+    clients: int,
+    warm: Load,
+    load: Load,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Served], list[Served]]:
+    """Sends a warm-up, waits for its end, and then a load, both spread over `clients` processes.
+
+    Args:
+      progress: hears how many requests of the load have ended, of how many.
+
+    Returns:
+      Those of the warm-up, and of the load, each in order.
+
+    Raises:
+      Internal: a process failed.
+    """
+    command = [sys.executable, "-P", "-m", f"{__package__}.load_process"]
+    pipe = asyncio.subprocess.PIPE
+    processes = [
+        await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE)
+        for _ in range(clients)
+    ]
+    try:
+        for at, process in enumerate(processes):
+            parts = {"warm": _part(warm, at, clients), "load": _part(load, at, clients)}
+            await _tell(process, {"address": address, **parts})
+        warmed = await asyncio.gather(*(_hear(process) for process in processes))
+        begin = asyncio.get_running_loop().time() + _AHEAD
+        for process in processes:
+            await _tell(process, begin)
+        ended = [0] * clients
+
+        def heard(at: int, done: int) -> None:
+            ended[at] = done
+            progress(sum(ended), len(load["due"]))
+
+        served = await asyncio.gather(
+            *(_hear(process, partial(heard, at)) for at, process in enumerate(processes))
+        )
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+    return _merged(warmed), _merged(served)
+
+
+def _part(load: Load, at: int, clients: int) -> Load:
+    return {name: values[at::clients] for name, values in load.items()}
+
+
+async def _tell(process: asyncio.subprocess.Process, what: Any) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(what).encode() + b"\n")
+    try:
+        await process.stdin.drain()
+    except ConnectionError as error:
+        raise Internal("a caller's process ended early; see above") from error
+
+
+async def _hear(
+    process: asyncio.subprocess.Process, progress: Callable[[int], None] = lambda done: None
+) -> list[Served]:
+    assert process.stdout is not None
+    while line := await process.stdout.readline():
+        said = json.loads(line)
+        if not isinstance(said, int):
+            return [Served(**each) for each in said]
+        progress(said)
+    raise Internal("a caller's process ended early; see above")
+
+
+def _merged(parts: Sequence[list[Served]]) -> list[Served]:
+    return sorted((each for part in parts for each in part), key=lambda each: each.due)
+
+
+async def _main() -> None:
+    """In the process."""
+    job = json.loads(sys.stdin.readline())
+    async with GrpcTarget(job["address"], api_key=None, tls=False) as target:
+        for name in ("warm", "load"):
+            load = job[name]
+            begin = None if name == "warm" else float(await asyncio.to_thread(sys.stdin.readline))
+            served = await run_load(target, **load, progress=_Progress(), begin=begin)
+            _say([asdict(each) for each in served])
+
+
+class _Progress:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if (now := time.monotonic()) - self._last >= _SAY_EVERY:
+            self._last = now
+            _say(done)
+
+
+def _say(what: Any) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    from ...serving.collector import quiet_collector
+
+    quiet_collector()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it, without a traceback
+    asyncio.run(_main())
