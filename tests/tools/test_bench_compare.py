@@ -126,6 +126,9 @@ def test_files_of_one_benchmark_are_repetitions(compare: Any, write: Write, refu
     (line,) = compare(again, other)["models"]["llama-3.1-8b bf16"]
     assert (line["measured"], line["lowest"], line["highest"]) == (3, 9000.0, 11500.0)
     assert 9000 < line["ours"] < 11500
+    for name, value in {"decode_steps": 4, "sizes__prefill_chunk": 512}.items():
+        other = write("llama_throughput", **{f"settings__{name}": value})
+        assert f"'{name.rpartition('__')[2]}': {value}" in refused(again, other)
     other = write("llama_throughput", settings__max_num_seqs=1024)
     assert "compare them one after the other" in refused(again, other)
     (line,) = compare(other)["models"]["llama-3.1-8b bf16"]

@@ -119,6 +119,7 @@ def test_several_rates(ask: Any, tmp_path: Path, folder: Path) -> None:
         assert run["tokens_per_message"] == pytest.approx(13 / 7)
     assert said["device"] == {"platform": "gpu", "kind": "NVIDIA H200"}
     settings = {"model": "m", "dtype": "bfloat16", "max_num_seqs": 8, "pages": 9}
+    settings |= {"decode_steps": 1, "prefill_chunk": None}
     assert settings.items() <= said["settings"].items()
     # The server gets the settings given, and its own defaults for the rest.
     assert Process.argv[1:] == ["--frontends=2"]

@@ -192,6 +192,7 @@ class TokenEngine:
             "dummy_weights": self.config.dummy_weights,
             "max_num_seqs": sizes.spec.num_slots,
             "max_batched_tokens": sizes.spec.ladder.max_tokens,
+            "decode_steps": self.config.decode_steps,
             "prefix_caching": self.config.prefix_caching,
             "overlap": self.config.overlap,
             "tensor_parallel": self.config.tensor_parallel,

@@ -42,7 +42,15 @@ class Findings:
     report: dict[str, Any]
 
 
-_SETTINGS = ("max_num_seqs", "max_batched_tokens", "prefix_caching", "overlap", "pages")
+_SETTINGS = (
+    "max_num_seqs",
+    "max_batched_tokens",
+    "prefill_chunk",
+    "decode_steps",
+    "prefix_caching",
+    "overlap",
+    "pages",
+)
 
 
 def read_findings(name: str) -> Findings:

@@ -164,6 +164,8 @@ def _settings(config: EngineConfig, info: pb.ModelInfo) -> dict[str, Any]:
         "tensor_parallel": config.tensor_parallel,
         "max_num_seqs": info.max_running,
         "max_batched_tokens": config.max_batched_tokens,
+        "prefill_chunk": config.prefill_chunk,
+        "decode_steps": config.decode_steps,
         "prefix_caching": config.prefix_caching,
         "overlap": config.overlap,
         "page_size": info.page_size,
