@@ -81,10 +81,13 @@ class PrefillShape(Tiling):
 
     Attributes:
       num_warps, num_stages: see Launch.
+      rows_at_once: prompt rows of a step, up to which each item has a program of its own. There
+        may be hundreds of few tokens each, but programs without an item take time, too.
     """
 
     num_warps: int
     num_stages: int
+    rows_at_once: int = 64
 
 
 class PrefillPlan(NamedTuple):
@@ -221,14 +224,14 @@ def prefill(
     extra = [x for x in extras if x is not None]
 
     def attend_tile(*refs: Any) -> None:
-        items, table, page, q_ref, slab_ref, *rest = refs
+        items, used, table, page, q_ref, slab_ref, *rest = refs
         sinks, k_scale, v_scale = optional_refs(rest, extras)
         o_ref, lse_ref, *parts = refs[len(args) :]
-        head, item = program_id(0), program_id(1)
-        kind, row, low, high, offset, kv_first, kv_end, part = (items[item, c] for c in range(8))
+        head, program = program_id(0), program_id(1)
 
-        @when(kind != UNUSED)
-        def work_off() -> None:
+        def work_off(item: jax.Array) -> None:
+            fields = (items[item, c] for c in range(8))
+            kind, row, low, high, offset, kv_first, kv_end, part = fields
             lane, d = jnp.arange(size), jnp.arange(heads.dims)
             token, g = low + div(lane, groups), rem(lane, groups)
             real = (token < high) & (g < group)
@@ -298,12 +301,21 @@ def prefill(
                 store(o_ref, at, o, here)
                 store(lse_ref, (token, head, g), lse, real)
 
-    args = [work.items, batch.page_table, first_page, q, slab, *extra, *out]
+        if programs == num_items:
+            when(items[program, 0] != UNUSED)(lambda: work_off(program))
+        else:
+            mine = div(jnp.maximum(used[0] - program + programs - 1, 0), programs)
+            lax.fori_loop(0, mine, lambda n, _: work_off(program + n * programs), None)
+
+    num_items = work.items.shape[0]
+    programs = num_tokens // tile + budget + min(batch.kv_lens.shape[0], shape.rows_at_once) + 1
+    used = jnp.sum(work.items[:, 0] != UNUSED, dtype=jnp.int32)[None]
+    args = [work.items, used, batch.page_table, first_page, q, slab, *extra, *out]
     o, lse, *sums = call(
         attend_tile,
         Launch(heads.interpret, shape.num_warps, shape.num_stages),
         name="attention_prefill",
-        grid=(kv_heads, work.items.shape[0]),
+        grid=(kv_heads, programs),
         out=results + partial_sums,
         args=args,
         aliases={len(args) - 2: 0, len(args) - 1: 1},

@@ -390,6 +390,22 @@ def test_pages_far_smaller_than_a_block(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", GENERAL)
+def test_a_hundred_short_prompts(backend: str) -> None:
+    """On GPUs they are more than there are programs."""
+    rng = np.random.default_rng(11)
+    q_lens = rng.integers(1, 3, 130)
+    kv_lens = (q_lens + rng.integers(0, 20, 130)).astype(np.int32)
+    table = rng.permutation(np.arange(1, 261)).reshape(130, 2).astype(np.int32)
+    q = rng.standard_normal((288, 4, 64)).astype(np.float32)
+    slab = rng.standard_normal((261, 16, 4, 64)).astype(np.float32)
+    cu = np.cumsum([0, *q_lens]).astype(np.int32)
+    batch = Batch(q, slab, kv_lens, table, cu, np.int32(128), np.int32(0))
+    options = dict.fromkeys(("window", "soft_cap", "sinks", "kv_scales"), None)
+    problem = Problem(batch, {"scale": 0.125, "first_page": 0, **options})
+    check(backend, problem, decode_only=False)
+
+
+@pytest.mark.parametrize("backend", GENERAL)
 def test_one_program_serves_every_batch_of_its_shape(backend: str) -> None:
     """Lengths, counts and tables are data: nothing recompiles, and degenerate batches are legal."""
     problem = make_problem(PLAIN | {"lengths": "edge"}, seed=3)
