@@ -552,7 +552,7 @@ def test_of_a_call_that_failed_nothing_large_is_kept(served: Running) -> None:
     """Until the collector runs: grpc ties the error that ended a call into a cycle with it."""
 
     def held() -> int:
-        return sum(isinstance(found, pb.GenerateRequest) for found in gc.get_objects())
+        return sum(type(found) is pb.GenerateRequest for found in gc.get_objects())
 
     bad = {"temperature": -1.0}
     request = pb.GenerateRequest(text=PROMPT, sampling=pb.SamplingParams(**bad))
