@@ -81,6 +81,8 @@ CASES: dict[str, Any] = {
 def test_items_cover_each_tile_once(case: Any, kernel: str) -> None:
     work, items, splits, budget = planned(kernel, *case)
     block = SHAPES[kernel][0].block
+    used = items[:, 0] != UNUSED
+    assert used[: used.sum()].all()  # programs that share items count on that
     parts = []
     for kind, _, low, high, _, kv_first, kv_end in work:
         mine = items[(items[:, 2] == low) & (items[:, 0] != UNUSED)]
