@@ -2,9 +2,9 @@
 
     residual + f(norm(x) · Wᵀ + b)
 
-One statement, two ways to compute it: in parts, which XLA joins where it can, and, for the one
-token of a batch of one, in one kernel. Choosing is the step's business (model/forward.py); training
-takes the first.
+One statement, two ways to compute it: in parts, which XLA joins where it can, and, for one token
+or a few on a GPU, in one kernel (off: kernels/switches.py). Choosing is the step's business
+(model/forward.py); training takes the first.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ places because of who came when."""
 
 BUSY_TOKENS, BUSY_TOKENS_PER_ROW = 768, 4
 """Tokens of a step with decode rows, at least and for each of those. 768 tokens take an 8B model
-18 ms on an H200, which is how long a row may wait for its next token. Where many rows wait, a step
-of so few would be dear: each reads the cache of all."""
+some 20 ms on an H200, by what prompts of 128 and 1,024 took (docs/performance.md): so long a row
+may wait for its next token. Where many rows wait, a step of so few would be dear: each reads the
+cache of all."""
 
 MAX_FAIR_RECOMPUTE_RATIO = 0.05
 """Recomputed per useful token above which nobody gives way to a newcomer of another tenant."""

@@ -1,5 +1,5 @@
-"""Products of a few dozen tokens' activations with whole matrices, on GPUs. Called by
-model/projection.py.
+"""Products of a few dozen tokens' activations with whole matrices, on GPUs. No program has
+them yet: only tools/tune_products calls them.
 
 Up to some 64 tokens a product takes as long as reading the matrix does, if enough of it is on its
 way at any time, and a launch costs as much as a small product: so norm, gate and residual are part

@@ -1,6 +1,7 @@
-"""Products of a single token's activations with whole matrices, on GPUs. Called by weights.py.
+"""Products of one token's activations, or a few, with whole matrices, on GPUs. Called by
+model/projection.py where switches.py says so.
 
-With one token a matrix product is a read of the matrix, and everything around it (norm, gate,
+With so few a matrix product is a read of the matrix, and everything around it (norm, gate,
 residual) costs more to launch than to compute: so that lies in the same kernel. Lowered through
 Triton. Each program owns a few rows of the matrix and keeps many loads under way; what fills the
 memory's latency is how many programs a multiprocessor holds, not a pipeline within one.

@@ -1,4 +1,5 @@
-"""Kernels for GPUs that no GPU has run yet, and so are off. This is where to turn them on.
+"""Kernels for GPUs that stand beside others, are off, and wait for a GPU to run them. This is where
+to turn them on.
 
 Read by kernels/attention (gpu.py, gpu_decode.py) and model/projection.py. Tests, `tune_kernels`,
 `tune_products` and `quire bench kernels` choose them whatever stands here. Programs that are stored

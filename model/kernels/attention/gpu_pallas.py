@@ -1,7 +1,8 @@
 """What the GPU kernels need of Pallas, in one place: its names move between JAX versions.
 
-Callers: gpu_decode.py and gpu_prefill.py. Kernels are lowered through Triton. They take whole
-arrays and index them by hand: Pallas' blocks cannot follow a page table.
+Callers: gpu_decode.py and gpu_prefill.py, gemv_gpu.py and gemm_gpu.py beside this folder, and for
+its arithmetic gpu_mosaic.py. `call` lowers kernels through Triton. They take whole arrays and index
+them by hand: Pallas' blocks cannot follow a page table.
 
 A running softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) is
 kept in base 2, since that is what the hardware has: m is a maximum of logit · log2(e).

@@ -1,7 +1,8 @@
 """GPU attention of prompt rows: tiles of queries, each over the KV blocks that it sees.
 
 A tile holds a few consecutive tokens of one row with all query heads of one KV head, so that the
-products are large enough for the tensor cores. Blocks that every token of the tile sees whole are
+products are large enough for the tensor cores. A program works off one tile, or where a step has
+room for many rows several, one after the other. Blocks that every token of the tile sees whole are
 worked off without masks; those at the diagonal and at the edge of a window with them.
 
 Few tiles over a long cache would leave most of the device idle: their KV is cut into parts, as that
