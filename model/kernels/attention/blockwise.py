@@ -1,7 +1,7 @@
 """Ragged paged attention in plain JAX that does only the work there is. The CPU serving path.
 
 Every loop bound is traced, so neither the context length nor the number of pages is a shape: one
-program serves any of them (docs/design.md asks only a bucket per page count of the CPU path).
+program serves any of them.
 
 Decode rows: the KV of all rows is cut into blocks, and the (row, block) pairs form one flat list
 that is worked off `width` pairs at a time; a long row among short ones costs its own blocks and no

@@ -1,8 +1,8 @@
 """What api.py hands to every attention backend: the batch's metadata and the static options.
 
 A backend is one function, `Attend`; api.py has already validated its arguments. To add one, write
-`gpu.py` or `tpu.py` beside this file with such a function and name it in api.py's registry: the
-tests in tests/model/kernels/attention take it from there.
+a module beside this file with such a function and name it in api.py's registry: the tests in
+tests/model/kernels/attention take it from there.
 """
 
 from __future__ import annotations

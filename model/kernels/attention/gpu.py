@@ -40,7 +40,7 @@ _FEW_TOKENS = 256
 
 
 def _prefill_shape(heads: Heads, num_tokens: int) -> PrefillShape:
-    """What was fastest on an H200, but for few tokens, where no GPU has compared any yet; in float32,
+    """What was fastest on an H200, but for few tokens, where none has compared any yet; in float32,
     which no tensor core multiplies in full, small."""
     if heads.compute == jnp.float32:
         return PrefillShape(queries=16, block=32, num_warps=4, num_stages=2)
