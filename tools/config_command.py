@@ -96,7 +96,8 @@ def _show(report: dict[str, Any]) -> None:
 def _shown(name: str, value: Any) -> str:
     if value is None:
         known = {"revision": "(the main branch)", "cache_dir": f"({default_cache_dir()})"}
-        return known.get(name, "(settled at start)")
+        is_open = name != "model" and name in {s.name for s in settings_of(EngineConfig)}
+        return known.get(name, "(settled at start)" if is_open else "(none)")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):

@@ -165,6 +165,8 @@ def test_show_says_where_each_value_is_from(
     assert ["revision", "(the", "main", "branch)", "default"] in lines
     assert ["cache_dir", f"({tmp_path}/quire)", "default"] in lines
     assert ["memory", "(settled", "at", "start)", "default"] in lines
+    for name in ("api_keys", "metrics_port"):  # nothing is chosen in the user's stead
+        assert [name, "(none)", "default"] in lines
     assert not any("settled" in line[:1] for line in lines)
 
 
