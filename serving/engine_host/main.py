@@ -30,6 +30,7 @@ from ..lifeline import Lifeline
 from ..telemetry.logs import set_up_logs
 from ..telemetry.source import Source
 from ..telemetry.telemetry import open_telemetry
+from ..watched_file import LOOK_EVERY as FILE_LOOK_EVERY
 from .host import EngineHost
 from .watchdog import watch
 
@@ -117,13 +118,13 @@ async def serve(news: int, build: Build | None = None) -> int:
 
 
 class _Tenants:
-    """What the file of API keys says of tenants from the start on, for the engine once there is
-    one. Raises InvalidConfig for a file that cannot be read."""
+    """What the file of API keys says of tenants from the start on, looked at so often (seconds),
+    for the engine once there is one. Raises InvalidConfig for a file that cannot be read."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, look_every: float = FILE_LOOK_EVERY) -> None:
         self._table = KeyTable()
         self._engine: Engine | None = None
-        self._followed = follow_keys(path, self._use)
+        self._followed = follow_keys(path, self._use, look_every)
 
     def limit(self, engine: Engine) -> None:
         """Holds tenants to their limits, from now on."""

@@ -16,7 +16,6 @@ from quire.sched.engine import Engine
 from quire.sched.quota import Limits
 from quire.sched.request import Request, SamplingParams
 from quire.sched.scheduler import Scheduler
-from quire.serving import watched_file
 from quire.serving.auth.key_file import KeyTable, write_keys
 from quire.serving.engine_host import host, main, watchdog
 from quire.tools.bench.null_runner import NullRunner as Runner
@@ -148,17 +147,14 @@ def test_a_device_that_is_not_made_anew_in_time_ends_the_process(
     assert "making the device's state anew has not come back in 2 s; the engine" in caplog.text
 
 
-def test_tenants_are_limited_by_what_the_key_file_said_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tenants_are_limited_by_what_the_key_file_said_last(tmp_path: Path) -> None:
     """Also where it changed while the model was read, and where it broke after it had."""
     keys, limited = tmp_path / "keys", list[set[str]]()
-    monkeypatch.setattr(watched_file, "LOOK_EVERY", 0.01)
     engine: Any = SimpleNamespace(limit_tenants=lambda table: limited.append(set(table)))
 
     async def work() -> None:
         write_keys(keys, KeyTable({"first": Limits()}))
-        tenants = main._Tenants(str(keys))
+        tenants = main._Tenants(str(keys), 0.01)
         write_keys(keys, KeyTable({"first": Limits(), "second": Limits()}))
         while "second" not in tenants._table.tenants:
             await asyncio.sleep(0.01)
