@@ -92,9 +92,13 @@ class _Intakes:
         self._made: tuple[pb.Welcome, Intake] | None = None
 
     def of(self, link: RemoteLink) -> Intake:
-        if self._made is None or self._made[0] != link.welcome:
+        """Of the engine that a link leads to, or of one before it that was like it."""
+        welcome = pb.Welcome()
+        welcome.CopyFrom(link.welcome)
+        welcome.ClearField("pid")  # of each engine another
+        if self._made is None or self._made[0] != welcome:
             checkpoint = Checkpoint.open(
                 link.folder, ignore_fields=link.ignore_config_fields, weights=False
             )
-            self._made = link.welcome, Intake(checkpoint, link.spec, link.served)
+            self._made = welcome, Intake(checkpoint, link.spec, link.served)
         return self._made[1]

@@ -1,0 +1,31 @@
+"""What a frontend process keeps from one engine to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from quire.protos.v1 import engine_pb2 as pb
+from quire.serving.frontend import main
+from quire.serving.intake import Served
+from quire.tools.bench.null_runner import null_spec
+
+SPEC = null_spec(4, page_size=16, max_model_len=64, pages=20)
+
+
+def test_a_tokenizer_is_read_again_only_for_another_model(folder: Path) -> None:
+    def link(pid: int, name: str) -> Any:
+        welcome = pb.Welcome(folder=str(folder), name=name, pid=pid)
+        return SimpleNamespace(
+            welcome=welcome,
+            folder=str(folder),
+            ignore_config_fields=(),
+            spec=SPEC,
+            served=Served(name, "float32"),
+        )
+
+    intakes = main._Intakes()
+    first = intakes.of(link(7, "one"))
+    assert intakes.of(link(8, "one")) is first  # the next engine is another process
+    assert intakes.of(link(9, "two")) is not first
