@@ -22,6 +22,7 @@ def quiet_collector(thresholds: tuple[int, int, int] = ENGINE) -> None:
     Args:
       thresholds: of the collector's generations.
     """
+    gc.unfreeze()  # a frontend comes here with each new engine, and has let go of the last
     gc.collect()
     gc.freeze()
     gc.set_threshold(*thresholds)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from quire.protos.v1 import engine_pb2 as pb
+from quire.serving.collector import quiet_collector
 from quire.serving.frontend import main
 from quire.serving.intake import Served
 from quire.tools.bench.null_runner import null_spec
 
 SPEC = null_spec(4, page_size=16, max_model_len=64, pages=20)
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """As it was, afterwards: it is that of the tests' process."""
+    before = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)
 
 
 def test_a_tokenizer_is_read_again_only_for_another_model(folder: Path) -> None:
@@ -29,3 +44,16 @@ def test_a_tokenizer_is_read_again_only_for_another_model(folder: Path) -> None:
     first = intakes.of(link(7, "one"))
     assert intakes.of(link(8, "one")) is first  # the next engine is another process
     assert intakes.of(link(9, "two")) is not first
+
+
+def test_what_belonged_to_the_last_engine_is_collected(collector: None) -> None:
+    class Link:
+        def __init__(self) -> None:
+            self.itself = self
+
+    link = Link()
+    quiet_collector()
+    gone = weakref.ref(link)
+    del link
+    quiet_collector()
+    assert gone() is None
