@@ -131,7 +131,7 @@ class AsyncClient:
         """Returns when the server serves; raises DeadlineExceeded after `timeout` seconds."""
         wait = Wait(self.address, timeout)
         while why := await self._why_not_ready(wait.next_look()):
-            wait.why_not = why
+            wait.saw(why)
             await asyncio.sleep(LOOK_EVERY)
 
     async def close(self) -> None:

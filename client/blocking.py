@@ -154,7 +154,7 @@ class Client:
         """
         wait = Wait(self.address, timeout)
         while why := self._why_not_ready(wait.next_look()):
-            wait.why_not = why
+            wait.saw(why)
             time.sleep(LOOK_EVERY)
 
     def close(self) -> None:

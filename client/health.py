@@ -32,23 +32,24 @@ def why_no_answer(error: grpc.RpcError) -> str:
 
 
 class Wait:
-    """A wait until a server serves, of `timeout` seconds at most; raises InvalidRequest.
-
-    Attributes:
-      why_not: what the last look saw.
-    """
+    """A wait until a server serves, of `timeout` seconds at most; raises InvalidRequest."""
 
     def __init__(self, address: str, timeout: float):
         if checks.timeout("timeout", timeout) is None:
             raise invalid("timeout", timeout, "a number of seconds")
         self._address, self._timeout = address, timeout
         self._end = time.monotonic() + timeout
-        self.why_not = ""
+        self._why_not = ""
 
     def next_look(self) -> float:
         """Seconds that the next look may take; raises DeadlineExceeded when time is up."""
         left = self._end - time.monotonic()
         if left <= 0:
-            why = f" ({self.why_not})" if self.why_not else ""
+            why = f" ({self._why_not})" if self._why_not else ""
             raise DeadlineExceeded(f"{self._address}: not ready within {self._timeout:g} s{why}")
         return min(left, _LONGEST_LOOK)
+
+    def saw(self, why_not: str) -> None:
+        """What a look saw. That it was cut short says less than what one before it saw."""
+        if not self._why_not or time.monotonic() < self._end:
+            self._why_not = why_not

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 import quire
 from quire.client import TLS, AsyncClient, Client, Retry, chat
 from quire.client.channel import SERVICE
+from quire.client.health import Wait
 from quire.errors import (
     DeadlineExceeded,
     Internal,
@@ -670,6 +672,24 @@ def test_a_wait_in_vain_says_what_it_saw(server: tuple[Scripted, str], kind: str
         pytest.raises(DeadlineExceeded, match=r"not ready .* \(it says NOT_SERVING\)"),
     ):
         call(kind, address, "wait_ready", 1.0)
+
+
+def test_the_look_that_the_end_of_a_wait_cuts_short_hides_nothing() -> None:
+    wait = Wait("HOST:1", 0.01)
+    wait.saw("it says NOT_SERVING")
+    time.sleep(0.02)
+    wait.saw("DEADLINE_EXCEEDED: Deadline Exceeded")
+    with pytest.raises(DeadlineExceeded, match=r"\(it says NOT_SERVING\)"):
+        wait.next_look()
+    only = Wait("HOST:1", 0.01)
+    time.sleep(0.02)
+    only.saw("DEADLINE_EXCEEDED: Deadline Exceeded")
+    with pytest.raises(DeadlineExceeded, match=r"\(DEADLINE_EXCEEDED: "):
+        only.next_look()
+    latest = Wait("HOST:1", 600.0)
+    latest.saw("UNAVAILABLE: starting")
+    latest.saw("it says NOT_SERVING")
+    assert latest._why_not == "it says NOT_SERVING"
 
 
 def test_a_server_that_is_not_there(server: tuple[Scripted, str]) -> None:
