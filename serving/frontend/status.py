@@ -29,11 +29,15 @@ def let_go(error: BaseException | None) -> None:
     grpc keeps the error by which a call ended, and that keeps the call, until the garbage collector
     finds both. Messages of many megabytes would lie in those frames as long.
     """
-    seen = set[int]()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    seen, left = set[int](), [error]
+    while left:
+        error = left.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            left += [error.__cause__, error.__context__]
+            if isinstance(error, BaseExceptionGroup):  # of the inputs of an Embed
+                left += error.exceptions
 
 
 def in_seconds(wait: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from frontends import ASK, Frontend
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from quire.errors import Unavailable
 from quire.protos.v1 import generation_pb2 as pb
 from quire.serving.frontend.pending import Pending
-from quire.serving.frontend.status import in_seconds
+from quire.serving.frontend.status import in_seconds, let_go
 
 METHODS = pb.DESCRIPTOR.services_by_name["GenerationService"].methods_by_name
 TEXT = b"\n\x02hi"
@@ -162,3 +164,30 @@ def test_callers_of_one_connection_are_refused_too(folder: Path) -> None:
 )
 def test_the_time_to_wait_is_decimal_and_never_less_than_it_is(wait: float, said: str) -> None:
     assert in_seconds(wait) == said and float(said) >= wait
+
+
+def test_nothing_is_kept_of_tasks_that_failed_together() -> None:
+    """As the inputs of an Embed do when the engine goes; their errors are kept with the call's."""
+    kept: list[weakref.ref[Any]] = []
+
+    class Large:
+        pass
+
+    async def fail() -> None:
+        large = Large()
+        kept.append(weakref.ref(large))
+        raise Unavailable("the engine is gone")
+
+    async def call() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(3):
+                    group.create_task(fail())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(call())
+    assert len([ref for ref in kept if ref()]) == 3
+    let_go(caught.value)
+    assert not [ref for ref in kept if ref()]
