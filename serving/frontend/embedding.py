@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 
@@ -71,7 +72,9 @@ class _Call:
                 finally:
                     self._active -= 1
                 if is_alone:  # nothing is under way that could wake it
-                    await asyncio.sleep(wait)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(wait):
+                            await self._link.lost()  # then it is refused at once, and says why
                     continue
                 again: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._refused.append(again)

@@ -49,6 +49,10 @@ class EngineLink(Protocol):
         """A call ended with an error that did not come from here; for the service's accounts."""
         ...
 
+    async def lost(self) -> None:
+        """Returns when it takes no more: the engine is gone, or `close` was called."""
+        ...
+
     async def close(self, why: str) -> None:
         """Ends what is open with Unavailable, and takes no more."""
         ...

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quire.errors import Internal, Overloaded
+from quire.errors import Internal, Overloaded, Unavailable
 from quire.sched.request import POOLED_SAMPLING, FinishReason, Request, RequestOutput
 from quire.serving.frontend.embedding import embed_all
 from quire.serving.frontend.pending import Pending
@@ -54,6 +54,9 @@ class Room:
 
     def finish(self, *_: Any) -> None:
         pass
+
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
 
 
 def embed(link: Room, count: int) -> list[RequestOutput]:
@@ -109,6 +112,30 @@ def test_what_was_computed_is_not_thrown_away() -> None:
     outputs = embed(link, 6)
     assert [output.request_id for output in outputs] == [str(n) for n in range(6)]
     assert link.waits
+
+
+def test_who_waits_for_its_limits_hears_that_the_engine_is_gone() -> None:
+    """At once, however long the wait was to be."""
+
+    class Leaving(Room):
+        def __init__(self) -> None:
+            super().__init__(lambda ended: 1 - ended)
+            self.gone = False
+
+        @contextmanager
+        def open(self, request: Request) -> Iterator[Pending]:
+            if self.gone:
+                raise Unavailable("the engine is gone")
+            if self.ended:
+                raise Overloaded("requests_per_minute: at its limit", retry_after=3600.0)
+            with super().open(request) as pending:
+                yield pending
+
+        async def lost(self) -> None:
+            self.gone = True
+
+    with pytest.raises(Unavailable, match="the engine is gone"):
+        embed(Leaving(), 2)
 
 
 def test_a_failure_while_others_wait_ends_the_call() -> None:
