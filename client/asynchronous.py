@@ -147,10 +147,11 @@ class AsyncClient:
 
     async def _why_not_ready(self, seconds: float | None) -> str:
         self._check_open()
-        try:
-            return why_not(await self._health.Check(QUESTION, timeout=seconds))
-        except grpc.RpcError as error:
-            return why_no_answer(error)
+        with translated():  # what a client that is closed meanwhile raises here
+            try:
+                return why_not(await self._health.Check(QUESTION, timeout=seconds))
+            except grpc.RpcError as error:
+                return why_no_answer(error)
 
     def _how(self, timeout: float | None, metadata: Metadata) -> dict[str, Any]:
         self._check_open()

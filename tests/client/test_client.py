@@ -6,6 +6,7 @@ That they work with Quire's own server is shown wherever tests and benchmarks us
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 import warnings
@@ -637,6 +638,25 @@ def test_a_closed_client_says_so(kind: str, method: str, args: list[Any]) -> Non
             blocking("127.0.0.1:1", work)
         else:
             awaited("127.0.0.1:1", work_async)
+
+
+@pytest.mark.parametrize(
+    ("method", "args"), [("model_info", ()), ("ready", ()), ("wait_ready", (60,))]
+)
+def test_a_client_that_is_closed_cancels_nobody(method: str, args: tuple[float, ...]) -> None:
+    """grpc.aio would: the task that waits for a server which says nothing."""
+
+    async def run(client: AsyncClient) -> None:
+        waiting = asyncio.create_task(getattr(client, method)(*args))
+        await asyncio.sleep(0)  # until it asks
+        await client.close()
+        await asyncio.wait({waiting})
+        assert not waiting.cancelled()
+        with pytest.raises(QuireError, match="closed"):
+            await waiting
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        awaited(f"127.0.0.1:{silent.getsockname()[1]}", run)
 
 
 def test_a_reader_that_is_cancelled_stays_so(server: tuple[Scripted, str]) -> None:
