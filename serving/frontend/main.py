@@ -74,8 +74,8 @@ async def _serve_engines(server: Server, given: Mapping[str, Any], line: Lifelin
         try:
             intake = await asyncio.to_thread(intakes.of, link)
             if link.healthy:
+                quiet_collector(FRONTEND)  # before there are calls, which it would keep
                 await server.serve(link, intake)
-                quiet_collector(FRONTEND)
                 line.say(ready=True)
                 await link.lost()
                 line.say(ready=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from collections.abc import Iterator
@@ -57,3 +58,30 @@ def test_what_belonged_to_the_last_engine_is_collected(collector: None) -> None:
     del link
     quiet_collector()
     assert gone() is None
+
+
+def test_no_call_is_left_out_of_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there when it is settled is kept until the next engine comes."""
+    done = list[str]()
+
+    class Engine:
+        healthy = True
+
+        async def lost(self) -> None:
+            raise asyncio.CancelledError  # the process ends
+
+    class Frontend:
+        async def serve(self, link: Any, intake: Any) -> None:
+            done.append("serves")
+
+    async def attach(*_: Any) -> Any:
+        return Engine()
+
+    monkeypatch.setattr(main, "RemoteLink", SimpleNamespace(attach=attach))
+    monkeypatch.setattr(main._Intakes, "of", lambda self, link: None)
+    monkeypatch.setattr(main, "quiet_collector", lambda _: done.append("is settled"))
+    line: Any = SimpleNamespace(say=lambda **news: None)
+    server: Any = Frontend()
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main._serve_engines(server, {"engine_address": "", "name": ""}, line))
+    assert done == ["is settled", "serves"]
