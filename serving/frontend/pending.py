@@ -35,7 +35,7 @@ class Pace:
     MEASURED = 2_000
     """Messages, over which that is measured anew: what the process computed meanwhile, for each."""
 
-    SPARE = 1.25
+    SPARE = 1.12
     """Of what a message costs, between two readers: more than 1, so that a core keeps up."""
 
     COSTS = 25e-6, 150e-6
