@@ -180,8 +180,8 @@ class EngineConfig:
     )
     compile_threads: int | None = setting(
         None,
-        "step programs compiled at once (default: cores, at most 16, and a quarter of the "
-        "host's memory)",
+        "step programs compiled at once (default: cores, at most 16, what a quarter of the "
+        "host's memory holds, and on a GPU what fits beside the weights)",
         low=1,
     )
     cache_dir: str | None = setting(

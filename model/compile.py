@@ -131,10 +131,18 @@ def _no_jax_cache(off: bool) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def compile_threads(layers: int, host_bytes: int) -> int:
-    """Programs of so many layers to compile at once: by the cores, and by the host's memory."""
+def compile_threads(layers: int, host_bytes: int, tuned_at_once: int | None = None) -> int:
+    """Programs to compile at once: by the cores, by the host's memory and by the device's.
+
+    Args:
+      layers: of each program.
+      host_bytes: memory of this machine.
+      tuned_at_once: how many of the largest products fit the device beside what is there by then;
+        each compilation tries kernels on it. None where nothing is tried.
+    """
     each = _COMPILE_BYTES + layers * _COMPILE_BYTES_PER_LAYER
-    return max(1, min(os.cpu_count() or 1, _MAX_THREADS, int(host_bytes * _POOL_SHARE) // each))
+    bounds = [os.cpu_count() or 1, _MAX_THREADS, int(host_bytes * _POOL_SHARE) // each]
+    return max(1, min(bounds if tuned_at_once is None else [*bounds, tuned_at_once]))
 
 
 def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:

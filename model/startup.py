@@ -21,11 +21,12 @@ from .devices import DeviceMemory
 from .ladder import Bucket, Sampler
 from .memory import STEPS_IN_FLIGHT, MemoryTable
 from .mesh import Mesh
+from .parallel import local_config
 from .plan import RunnerSpec
 from .program_store import ProgramStore
 from .programs import SCORE, STATE, Programs, SampleKey
 from .score import SCORE_ROWS
-from .sizing import Sizes, serving_dtype, settle
+from .sizing import Sizes, largest_parameter_bytes, serving_dtype, settle
 
 _NEED = "need"
 """Stands for a program in the facts under which the need of all of them is kept."""
@@ -33,6 +34,10 @@ _NEED = "need"
 _TIGHT = 0.25
 """Where less than this share of the budget is spare, the largest program is compiled alone first:
 the page count may change, and all others would have to be compiled again."""
+
+
+_LOGIT_BYTES = 4
+"""Sampling works on float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +82,16 @@ class Startup:
         self._problems = tuple(problems)
         self.dtype = serving_dtype(config, model, mesh.platform)
         self.decoder = AbstractDecoder(model, self.dtype, mesh.shards)
-        self._first = self._settle(Need()).spec
+        self._local = local_config(model, mesh.shards)
+        rows = self._settle(Need()).spec.ladder.max_rows
+        # What is sure to be needed: with none, the largest program would be measured with more
+        # pages than the device holds beside a step's logits, which XLA says aloud.
+        self._least = Need(staging=rows * self._local.vocab_size * _LOGIT_BYTES)
+        self._first = self._settle(self._least).spec
 
     def sizes(self) -> Sizes:
         """The sizes as far as they are known: all, or all but the programs' need."""
-        return self._settle(self._remembered() or Need())
+        return self._settle(self._remembered() or self._least)
 
     def measured_sizes(self) -> Sizes:
         """The sizes with the programs' need, for which the largest program may be compiled."""
@@ -106,7 +116,7 @@ class Startup:
           progress: called with (done, total) as programs are there.
         """
         need = self._remembered()
-        sizes = self._settle(need or Need())
+        sizes = self._settle(need or self._least)
         spare = sizes.memory.budget - sizes.memory.total
         if need is None and spare < _TIGHT * sizes.memory.budget:
             if before_compiling is not None:
@@ -146,6 +156,16 @@ class Startup:
     @property
     def layers(self) -> int:
         return self._model.num_layers
+
+    @property
+    def tuned_at_once(self) -> int | None:
+        """Products by the largest parameter that fit a GPU beside the weights, operands and result;
+        XLA tries its kernels on them while it compiles, when there are no KV pages yet."""
+        if self._mesh.platform != "gpu":
+            return None
+        table = self.sizes().memory
+        beside = table.budget - table.reserve - table.weights
+        return beside // (largest_parameter_bytes(self._local, self.dtype) + self._least.staging)
 
     def _settle(self, need: Need) -> Sizes:
         mesh = self._mesh

@@ -157,7 +157,9 @@ def _warm_runner(
     phases: Phases,
 ) -> tuple[ModelRunner, Sizes, int]:
     """A runner whose programs have all run, its sizes, and how many programs were stored."""
-    threads = config.compile_threads or compile_threads(starting.layers, host_memory())
+    threads = config.compile_threads or compile_threads(
+        starting.layers, host_memory(), starting.tuned_at_once
+    )
     # XLA tries kernels on a GPU to choose among them, and must not be disturbed.
     before = loading.params if mesh.platform == "gpu" else None
     runner: ModelRunner | None = None

@@ -242,3 +242,7 @@ def test_the_compile_pool_is_bounded_by_memory_as_well_as_cores(monkeypatch):
     assert compile_threads(32, GIB) == 1
     cores[0] = 2
     assert compile_threads(2, 64 * GIB) == 2
+    cores[0] = 64
+    assert compile_threads(32, 1000 * GIB, tuned_at_once=5) == 5
+    assert compile_threads(32, 1000 * GIB, tuned_at_once=0) == 1
+    assert compile_threads(32, 1000 * GIB, tuned_at_once=100) == 16

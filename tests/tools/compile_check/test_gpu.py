@@ -12,13 +12,16 @@ import jax
 import pytest
 from described_engines import config_of, engine
 
+from quire.config import EngineConfig
 from quire.model.compile import compiler_options
 from quire.model.config import ModelConfig
+from quire.model.devices import DeviceMemory
 from quire.model.inputs import ADMIT_ROOM
 from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
+from quire.model.startup import Startup
 from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
 PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
@@ -217,3 +220,18 @@ def test_kernels_that_are_switched_off_are_in_no_program(bucket: Bucket) -> None
     assert switches.PROJECTION == "gemv" or got.kernels("gemv") == 0
     assert switches.PROMPTS_BY == "mosaic" or "mosaic_gpu" not in got.hlo
     assert (got.kernels("attention_merge") == 0) == switches.MERGE_INSIDE
+
+
+def test_compilations_at_once_fit_their_products_beside_the_weights() -> None:
+    def at_once(**settings: Any) -> int | None:
+        settings = {"model": "x", "memory": 6 << 30, **settings}
+        starting = Startup(
+            EngineConfig(**settings), config_of("qwen2.5-1.5b"), gpu_mesh(),
+            DeviceMemory(150055419904, None), None,
+        )  # fmt: skip
+        return starting.tuned_at_once
+
+    # 6 GiB less 2.875 of weights and 0.875 in reserve; 0.435 for the embedding, 0.145 for logits.
+    assert at_once() == 3
+    assert at_once(memory=12 << 30) == 14
+    assert at_once(max_num_seqs=128) == 4
