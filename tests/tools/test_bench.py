@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,8 @@ from matplotlib.figure import Figure
 from quire.errors import InvalidConfig
 from quire.model.kernels.attention import api
 from quire.model.plan import StepPlan
+from quire.sched.request import Request, SamplingParams
+from quire.sched.scheduler import Scheduler
 from quire.tools.bench import (
     device_limits,
     engine_run,
@@ -31,6 +35,7 @@ from quire.tools.bench import (
 from quire.tools.bench.models import DATA, shipped_configs
 from quire.tools.bench.null_runner import NullRunner, null_spec
 from quire.tools.bench.scheduler import ClosedLoop
+from quire.tools.bench.step_clock import Step, StepClock, by_bucket
 from quire.tools.bench.trace import Trace, draw_prompts, read_trace
 from quire.tools.cli import main
 
@@ -125,14 +130,17 @@ def test_throughput_counts_what_ran(bench: Bench, folder: Path, tmp_path: Path) 
     plot = tmp_path / "plot.png"
     said = bench(
         "throughput", f"--model={folder}", f"--trace={trace}", "--requests=3", "--repeat=2",
-        f"--plot={plot}", *SMALL,
+        f"--plot={plot}", f"--steps={tmp_path / 'steps.csv'}", *SMALL,
     )  # fmt: skip
     assert said["trace"]["prompt_tokens"] == 63 and said["trace"]["output_tokens"] == 10
     assert len(said["repetitions"]) == 2
     for figures in said["repetitions"]:
         assert figures["output_tok_s"] == pytest.approx(10 / figures["seconds"])
         assert figures["total_tok_s"] == pytest.approx(73 / figures["seconds"])
-        assert sum(figures["steps_by_bucket"].values()) == figures["steps"] >= 5
+        by_bucket = figures["steps_by_bucket"].values()
+        assert sum(found["count"] for found in by_bucket) == figures["steps"] >= 5
+        assert figures["steps_ms"] == pytest.approx(sum(found["sum_ms"] for found in by_bucket))
+        assert 0 < figures["steps_ms"] <= 1e3 * figures["seconds"]  # steps do not overlap
         assert 0 <= figures["padding_waste"] < 1 and figures["prefix_hit_tokens"] == 0
     rates = [figures["output_tok_s"] for figures in said["repetitions"]]
     assert said["output_tok_s"]["best"] == max(rates)
@@ -140,6 +148,49 @@ def test_throughput_counts_what_ran(bench: Bench, folder: Path, tmp_path: Path) 
     assert said["device"]["platform"] == "cpu" and "jax" in said["versions"]
     assert said["command"].split()[0] == "quire" and said["date"].startswith("20")
     assert plot.read_bytes().startswith(b"\x89PNG")
+    lines = [*csv.DictReader((tmp_path / "steps.csv").open())]
+    assert len(lines) == sum(figures["steps"] for figures in said["repetitions"])
+    first = [line for line in lines if line["run"] == "1"]
+    assert sum(int(line["tokens"]) for line in first) == 63 + 10 - 3  # the last ones are not read
+    assert sum(int(line["decode_rows"]) for line in first) == 10 - 3
+    assert sum(int(line["decode_reads"]) for line in first) == sum(range(21, 25)) + sum((4, 5, 6))
+    assert (
+        sum(int(line["prompt_pairs"]) for line in first) == 20 * 21 // 2 + 3 * 4 // 2 + 40 * 41 // 2
+    )
+
+
+def test_throughput_with_so_many_at_once(bench: Bench, folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    trace.write_text("[[2, 5], [3, 4], [4, 1], [9, 9]]")
+    said = bench(
+        "throughput", f"--model={folder}", f"--trace={trace}", "--repeat=1", "--concurrency=1",
+        *SMALL,
+    )  # fmt: skip
+    (run,) = said["repetitions"]
+    assert said["concurrency"] == 1 and run["steps"] == 5 + 4 + 1 + 9
+
+
+def test_steps_are_timed_from_when_the_device_could_begin() -> None:
+    spec = null_spec(4, page_size=4, max_model_len=64, pages=33)
+    times = iter((1.0, 2.0, 5.0, 6.0, 9.0, 12.0))
+    runner: Any = NullRunner(spec)
+    clock = StepClock(runner, lambda: next(times))
+    scheduler = Scheduler(spec, max_batched_tokens=32, prefill_chunk=32)
+    sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=9)
+    scheduler.submit(Request(id="a", prompt=(1, 2, 3), sampling=sampling))
+    plan = scheduler.schedule()
+    assert plan is not None
+    seen: list[Step] = []
+    clock.steps = seen
+    lost = runner.launch(plan)  # 1: a fault takes it
+    runner.collect(runner.launch(replace(plan)))  # 2, 5
+    runner.collect(runner.launch(replace(plan)))  # 6, 9
+    clock.steps = None
+    runner.launch(plan)
+    runner.collect(lost)  # 12, and nobody wants to know
+    assert [step.seconds for step in seen] == [3.0, 3.0]
+    (figures,) = by_bucket(seen).values()
+    assert figures == {"count": 2, "median_ms": 3e3, "sum_ms": 6e3}
 
 
 def test_latency_by_its_method(bench: Bench, folder: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ import jax
 
 from ...config import EngineConfig
 from ...errors import Internal
-from ...model.plan import Bucket, StepPlan
 from ...sched.engine import Engine
 from ...sched.request import Request, RequestOutput, SamplingParams
 from ...sched.scheduler import Scheduler
@@ -26,22 +25,32 @@ from ...serving.assemble import Assembled, assemble
 from ...serving.collector import quiet_collector
 from ...serving.progress import Reporter
 from ..inspect_command import memory
+from .step_clock import Step, StepClock
 
 LOOK_EVERY = 0.2
 """Seconds between updates of the progress bar."""
 
 
+def _nobody(done: int, total: int) -> None:
+    """Hears how far a run is that has no progress bar."""
+
+
 @dataclass(slots=True)
 class Run:
-    """Requests that were submitted together, and when their tokens came.
+    """Requests that were submitted together, or as others ended, and when their tokens came.
 
     Attributes:
+      sent: seconds from the start of submission to when each was submitted.
       first, last: seconds from the start of submission to each request's first and last token.
       tokens: output tokens of each.
       seconds: from the start of submission to the last token of all.
       error: of the first request that failed.
+      steps: that ran meanwhile, in order.
+      room: for requests that may yet be under way.
     """
 
+    room: threading.Semaphore
+    sent: list[float]
     first: list[float]
     last: list[float]
     tokens: list[int]
@@ -49,6 +58,7 @@ class Run:
     seconds: float = 0.0
     ended: int = 0
     error: Exception | None = None
+    steps: list[Step] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -62,9 +72,7 @@ class TokenEngine:
         self._hear: Callable[[list[RequestOutput]], None] | None = None
         self.config = config
         self.parts: Assembled = assemble(config, self._deliver, reporter)
-        self.buckets: Counter[Bucket] = Counter()
-        """Steps launched of each step program."""
-        self._count_buckets()
+        self._clock = StepClock(self.parts.runner)
         quiet_collector()
 
     def __enter__(self) -> TokenEngine:
@@ -89,30 +97,41 @@ class TokenEngine:
         return self.parts.sizes.spec.vocab_size
 
     def run(
-        self, prompts: Sequence[tuple[int, ...]], outputs: Sequence[int], name: str = ""
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        outputs: Sequence[int],
+        name: str = "",
+        most: int | None = None,
     ) -> Run:
-        """Submits all prompts at once, greedy; each gets exactly as many tokens as `outputs` says.
+        """Submits prompts, greedy; each gets exactly as many tokens as `outputs` says.
 
         Args:
           prompts: token ids.
           outputs: output tokens of each.
           name: of the progress bar; "" shows none.
+          most: requests under way at once, each that ends is followed by the next; None: all are
+            submitted at once.
 
         Raises:
           QuireError: what ended a request early.
         """
-        run = Run([0.0] * len(prompts), [0.0] * len(prompts), [0] * len(prompts))
+        count = len(prompts)
+        room = threading.Semaphore(count if most is None else most)
+        run = Run(room, [0.0] * count, [0.0] * count, [0.0] * count, [0] * count)
         self._run, self._index = run, {}
-        run.begin = time.perf_counter()
-        for at, (prompt, length) in enumerate(zip(prompts, outputs, strict=True)):
-            request = self.request(prompt, length)
-            self._index[request.id] = at
-            self.parts.engine.submit(request)
-        if name:
-            with self._reporter.phase(name) as update:
-                while not run.done.wait(LOOK_EVERY):
+        self._clock.steps = run.steps
+        with self._reporter.phase(name) if name else nullcontext(_nobody) as update:
+            run.begin = time.perf_counter()
+            for at, (prompt, length) in enumerate(zip(prompts, outputs, strict=True)):
+                while not room.acquire(timeout=LOOK_EVERY):
                     update(sum(run.tokens), sum(outputs))
-        run.done.wait()
+                request = self.request(prompt, length)
+                self._index[request.id] = at
+                run.sent[at] = time.perf_counter() - run.begin
+                self.parts.engine.submit(request)
+            while not run.done.wait(LOOK_EVERY):
+                update(sum(run.tokens), sum(outputs))
+        self._clock.steps = None
         run.seconds = max(run.last)
         if run.error is not None:
             raise run.error
@@ -152,17 +171,6 @@ class TokenEngine:
         engine.start()
         return scheduler
 
-    def _count_buckets(self) -> None:
-        runner, buckets = self.parts.runner, self.buckets
-        launch = runner.launch
-
-        def counted(plan: StepPlan) -> Any:
-            buckets[plan.bucket] += 1
-            return launch(plan)
-
-        # In the way of nobody else, where a wrapper class would have to follow the runner's faces.
-        setattr(runner, "launch", counted)  # noqa: B010
-
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """On the engine's thread."""
         if self._hear is not None:
@@ -181,6 +189,7 @@ class TokenEngine:
                 run.last[at] = now
                 run.ended += 1
                 run.error = run.error or output.error
+                run.room.release()
         if run.ended == len(run.tokens):
             run.done.set()
 

@@ -152,6 +152,7 @@ def _throughput(found: Findings, peers: Peers) -> dict[str, list[float]]:
     trace = found.report["trace"]
     for name, theirs in TRACE.items():
         _same(found, f"trace {trace['name']!r}: {name}", trace[name], theirs)
+    _same(found, "concurrency", found.report.get("concurrency"), None)
     rates = [run["output_tok_s"] for run in found.report["repetitions"]]
     return {"trace_output_tok_s": rates}
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,17 +148,16 @@ def _traced(
         folder = keep or Path(scratch)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = options.host_tracer_level = 0
-        before = engine.buckets.copy()
         jax.profiler.start_trace(folder, profiler_options=options)
         try:
-            seconds = engine.run(prompts, outputs).seconds
+            run = engine.run(prompts, outputs)
         finally:
             jax.profiler.stop_trace()
-        steps = engine.buckets - before
+        steps = Counter(step.work.bucket for step in run.steps)
         file = max(folder.rglob("*.xplane.pb"), key=lambda f: f.stat().st_mtime)
         found = kernels(jax.profiler.ProfileData.from_file(str(file)))
     return {
-        "wall_ms": 1e3 * seconds,
+        "wall_ms": 1e3 * run.seconds,
         "steps": {bucket_name(bucket): n for bucket, n in steps.items()},
         **summary(found, part, round(steps.total() * (1 - part)) or 1),
     }

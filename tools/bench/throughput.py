@@ -1,4 +1,5 @@
-"""`quire bench throughput`: a trace, all requests submitted at once, output tokens per second.
+"""`quire bench throughput`: a trace, all requests submitted at once, output tokens per second; or a
+closed loop over it, with so many under way as --concurrency says.
 
 Token ids are drawn anew for every repetition, so that no repetition finds the prefixes of another.
 Greedy, end of sequence ignored, no text: the method of data/peers_h200.json.
@@ -7,20 +8,22 @@ Greedy, end of sequence ignored, no text: the method of data/peers_h200.json.
 from __future__ import annotations
 
 import argparse
+import csv
+from itertools import chain
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
+from ...errors import InvalidConfig
 from ..flags import from_zero, positive
 from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
-    from collections import Counter
-
-    from ...model.plan import Bucket
     from ...sched.stats import EngineStats
     from .engine_run import Run, TokenEngine
+    from .step_clock import Step
     from .trace import Trace
 
 
@@ -37,20 +40,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip", action="store_true", help="shorten requests that are too long for the model"
     )
     group.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: 3)")
+    group.add_argument(
+        "--concurrency",
+        type=positive,
+        metavar="N",
+        help="requests under way at most, each that ends is followed by the next (default: all)",
+    )
     group.add_argument("--seed", type=from_zero, default=0, help="of the token ids (default: 0)")
+    group.add_argument(
+        "--steps",
+        metavar="FILE",
+        help="also write every step, what it had to do and its milliseconds, into a .csv",
+    )
     add_output(parser)
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     check_output(args)
+    _check_steps(args.steps)
     config = engine_config(args)
     from .trace import read_trace
 
     trace = read_trace(args.trace).first(args.requests)
     if not args.clip:
         trace.fitted(context_of(config), clip=False)  # refused before anything is loaded
-    settings, trace, repetitions = measure(config, trace, args.clip, args.repeat, args.seed)
+    settings, trace, repetitions = measure(config, trace, args)
     rates = [r["output_tok_s"] for r in repetitions]
     results = {
         "settings": settings,
@@ -62,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             "output_tokens": sum(trace.outputs),
             "seed": args.seed,
         },
+        "concurrency": args.concurrency,
         "repetitions": repetitions,
         "output_tok_s": {"best": max(rates), "median": median(rates)},
     }
@@ -69,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(
-    config: EngineConfig, trace: Trace, clip: bool, repeat: int, seed: int
+    config: EngineConfig, trace: Trace, args: argparse.Namespace
 ) -> tuple[dict[str, Any], Trace, list[dict[str, Any]]]:
     """Runs the trace `repeat` times on one engine: its settings, what ran, and the figures."""
     import numpy as np
@@ -78,46 +94,67 @@ def measure(
     from .engine_run import TokenEngine
     from .trace import draw_prompts
 
-    draw = np.random.default_rng(seed)
-    repetitions = []
+    draw, repetitions, steps = np.random.default_rng(args.seed), [], []
     with TokenEngine(config, Terminal()) as engine:
-        trace = trace.fitted(engine.longest, clip=clip)
-        for at in range(repeat):
+        trace = trace.fitted(engine.longest, clip=args.clip)
+        for at in range(args.repeat):
             prompts = draw_prompts(trace.prompts, engine.vocab, draw)
-            before, buckets = engine.stats(), engine.buckets.copy()
-            run = engine.run(prompts, trace.outputs, f"run {at + 1} of {repeat}")
-            repetitions.append(_figures(engine, trace, run, before, engine.buckets - buckets))
+            name = f"run {at + 1} of {args.repeat}"
+            before = engine.stats()
+            run = engine.run(prompts, trace.outputs, name, args.concurrency)
+            repetitions.append(_figures(engine, trace, run, before))
+            steps.append(run.steps)
+        if args.steps is not None:
+            _write_steps(args.steps, steps)
         return engine.described(), trace, repetitions
 
 
-def _figures(
-    engine: TokenEngine,
-    trace: Trace,
-    run: Run,
-    before: EngineStats,
-    buckets: Counter[Bucket],
-) -> dict[str, Any]:
+def _figures(engine: TokenEngine, trace: Trace, run: Run, before: EngineStats) -> dict[str, Any]:
     """One repetition's."""
     import numpy as np
+
+    from .step_clock import by_bucket
 
     after = engine.stats()
     output, prompt = sum(trace.outputs), sum(trace.prompts)
     real = after.real_tokens - before.real_tokens
     padded = after.padded_tokens - before.padded_tokens
+    waits = np.subtract(run.first, run.sent)
     return {
         "seconds": run.seconds,
         "output_tok_s": output / run.seconds,
         "total_tok_s": (output + prompt) / run.seconds,
         "steps": after.steps - before.steps,
-        "steps_by_bucket": {bucket_name(b): count for b, count in sorted(buckets.items())},
+        "steps_by_bucket": {bucket_name(b): found for b, found in by_bucket(run.steps).items()},
+        "steps_ms": 1e3 * sum(step.seconds for step in run.steps),
         "padding_waste": 1 - real / padded,
         "page_waste_since_start": after.waste,
         "prefix_hit_tokens": after.prefix_hit_tokens - before.prefix_hit_tokens,
         "preemptions": after.preemptions - before.preemptions,
         "recomputed_tokens": after.recomputed_tokens - before.recomputed_tokens,
         "compiles_after_ready": engine.parts.runner.compiles_after_ready,
-        "first_token_s_p50": float(np.percentile(run.first, 50)),
+        "first_token_s_p50": float(np.percentile(waits, 50)),
     }
+
+
+def _check_steps(file: str | None) -> None:
+    """Before the minutes that a run takes."""
+    if file is not None and not Path(file).expanduser().resolve().parent.is_dir():
+        raise InvalidConfig(f"--steps: got {file!r}, must be in a folder that exists")
+
+
+def _write_steps(file: str, repetitions: list[list[Step]]) -> None:
+    """A line a step."""
+    from .step_clock import Work
+
+    names = [name for name in Work._fields if name != "bucket"]
+    with Path(file).expanduser().open("w", newline="", encoding="utf-8") as opened:
+        out = csv.writer(opened)
+        out.writerow(["run", "bucket_tokens", "bucket_rows", "sampler", "k", *names, "ms"])
+        for at, steps in enumerate(repetitions):
+            for (bucket, *work), seconds in steps:
+                shape = [bucket.tokens, bucket.rows, bucket.sampler.name.lower(), bucket.k]
+                out.writerow([at + 1, *shape, *work, f"{1e3 * seconds:.4f}"])
 
 
 def bucket_name(bucket: Any) -> str:
@@ -128,8 +165,9 @@ def bucket_name(bucket: Any) -> str:
 
 def _table(results: dict[str, Any]) -> Any:
     repetitions = results["repetitions"]
-    count = len(repetitions)
+    count, most = len(repetitions), results["concurrency"]
     title = f"throughput: {results['settings']['model']}, {results['trace']['requests']} requests"
+    title += f", {most} at once" if most else ""
     made = table(title, "", *(f"run {at + 1}" for at in range(count)))
     forms = {
         "output_tok_s": "{:,.0f}",
@@ -145,13 +183,22 @@ def _table(results: dict[str, Any]) -> Any:
     }
     for name, form in forms.items():
         made.add_row(name.replace("_", " "), *(form.format(r[name]) for r in repetitions))
-    for name in sorted({name for r in repetitions for name in r["steps_by_bucket"]}):
-        cells = [f"{r['steps_by_bucket'].get(name, 0):,}" for r in repetitions]
-        made.add_row(f"steps of {name}", *cells)
+    # A run may lack what another has, and buckets shall stand in their order.
+    longest = max(repetitions, key=lambda r: len(r["steps_by_bucket"]))["steps_by_bucket"]
+    for name in dict.fromkeys(chain(longest, *(r["steps_by_bucket"] for r in repetitions))):
+        cells = [_steps_cell(r["steps_by_bucket"].get(name)) for r in repetitions]
+        made.add_row(f"steps of {name}: count, median ms, s in all", *cells)
+    made.add_row("all steps, s", *(f"{r['steps_ms'] / 1e3:.2f}" for r in repetitions))
     rate = results["output_tok_s"]
     made.add_row("output tok/s, best", f"{rate['best']:,.0f}")
     made.add_row("output tok/s, median", f"{rate['median']:,.0f}")
     return made
+
+
+def _steps_cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['count']:,}  {found['median_ms']:6.2f}  {found['sum_ms'] / 1e3:6.2f}"
 
 
 def _draw(figure: Any, results: dict[str, Any]) -> None:

@@ -1,0 +1,108 @@
+"""How long each step of an engine took, and what it had to do. Used by engine_run.py; step_costs.py
+says what the same work takes on an H200.
+
+A step takes from when the device could begin with it (it was launched, and the one before
+collected) until its own results were collected, so that the steps of a busy engine add up to the
+wall clock. The engine's thread reads the clock once a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any, NamedTuple
+
+from ...model.plan import Bucket, Runner, StepHandle, StepOutputs, StepPlan
+
+
+class Work(NamedTuple):
+    """What a step has to do.
+
+    Attributes:
+      tokens, rows: without padding.
+      decode_rows: rows that go on from their last token.
+      decode_reads: KV tokens that these read, in all.
+      prompt_reads: KV tokens that prompt chunks read, each chunk's once.
+      prompt_pairs: pairs of a prompt token and one that it sees.
+    """
+
+    bucket: Bucket
+    tokens: int
+    rows: int
+    decode_rows: int
+    decode_reads: int
+    prompt_reads: int
+    prompt_pairs: int
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Work:
+        decodes = plan.num_decode
+        ends = plan.starts + plan.counts
+        counts = plan.counts[decodes:].astype("int64")
+        return cls(
+            plan.bucket,
+            plan.num_tokens,
+            plan.num_rows,
+            decodes,
+            int(ends[:decodes].sum()),
+            int(ends[decodes:].sum()),
+            int((counts * (2 * ends[decodes:] - counts + 1)).sum()) // 2,
+        )
+
+
+class Step(NamedTuple):
+    """A step that ran."""
+
+    work: Work
+    seconds: float
+
+
+class StepClock:
+    """Stands around a runner's calls: in the way of nobody else, where a wrapper class would have
+    to follow the runner's faces.
+
+    Attributes:
+      steps: gets each step that is collected from now on; None: nobody wants to know. Set and read
+        it while the engine is idle.
+    """
+
+    def __init__(self, runner: Runner, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self.steps: list[Step] | None = None
+        self._flights: deque[tuple[StepHandle, Work, float]] = deque()
+        self._collected = 0.0
+        self._launch, self._collect = runner.launch, runner.collect
+        setattr(runner, "launch", self._launched)  # noqa: B010
+        setattr(runner, "collect", self._read)  # noqa: B010
+
+    def _launched(self, plan: StepPlan) -> StepHandle:
+        handle = self._launch(plan)
+        if self.steps is not None:
+            self._flights.append((handle, Work.of(plan), self._now()))
+        return handle
+
+    def _read(self, handle: StepHandle) -> StepOutputs:
+        outputs = self._collect(handle)
+        now = self._now()
+        while self._flights:  # those that a fault took with it are never collected
+            flight, work, launched = self._flights.popleft()
+            if flight is handle:
+                if self.steps is not None:
+                    took = now - max(launched, self._collected)
+                    self.steps.append(Step(work, took))
+                break
+        self._collected = now
+        return outputs
+
+
+def by_bucket(steps: Iterable[Step]) -> dict[Bucket, dict[str, Any]]:
+    """How many steps of each step program there were, and their milliseconds: median and sum."""
+    found: defaultdict[Bucket, list[float]] = defaultdict(list)
+    for step in steps:
+        found[step.work.bucket].append(1e3 * step.seconds)
+    return {
+        bucket: {"count": len(ms), "median_ms": median(ms), "sum_ms": sum(ms)}
+        for bucket, ms in sorted(found.items())
+    }
