@@ -64,6 +64,17 @@ def forward_key(bucket: Bucket) -> Bucket:
     return replace(bucket, sampler=Sampler.FULL) if bucket.apart else bucket
 
 
+def module_name(key: Key) -> str:
+    """What a program is called in profiles and dumps, after "jit_": for which rung it is."""
+    match key:
+        case Bucket(tokens=tokens, rows=rows, sampler=sampler, k=k, apart=apart):
+            end = "" if apart else f"_{sampler.name.lower()}" + (f"_k{k}" if k > 1 else "")
+            return f"{'forward' if apart else 'step'}_{tokens}x{rows}{end}"
+        case SampleKey(rows=rows, sampler=sampler):
+            return f"sample_{rows}_{sampler.name.lower()}"
+    return key
+
+
 class Programs:
     """Lowers the programs of an engine.
 
@@ -208,36 +219,36 @@ class Programs:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
         step = make_step(self._forward(layout), layout)
-        return self._lowered(step, args, donated=(1, 2), fresh=1)
+        return self._lowered(bucket, step, args, donated=(1, 2), fresh=1)
 
     def _lower_pass(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
         forward = make_pass(self._forward(layout), layout, self._hidden_rows)
-        return self._lowered(forward, args, donated=(1, 2), fresh=3)
+        return self._lowered(bucket, forward, args, donated=(1, 2), fresh=3)
 
     def _lower_sample(self, key: SampleKey) -> Lowered:
         _, slots = self.abstract_state()
         logits = self._array((key.rows, self._spec.vocab_size), "float32")
         args = (slots, logits, self._buffer(2 * key.rows))
         if key.sampler != Sampler.FULL:
-            return self._lowered(make_sample(key.rows), args, donated=(0,), fresh=1)
+            return self._lowered(key, make_sample(key.rows), args, donated=(0,), fresh=1)
         controlled = (self.abstract_controls(), *args)
-        return self._lowered(make_full_sample(key.rows), controlled, donated=(0, 1), fresh=1)
+        return self._lowered(key, make_full_sample(key.rows), controlled, donated=(0, 1), fresh=1)
 
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size
         hidden = self._array((self._hidden_rows, width), self._decoder.dtype)
         args = (self.abstract_params(), hidden, self._buffer(SCORE_WORDS))
-        return self._lowered(make_score(self._decoder), args, fresh=1)
+        return self._lowered(SCORE, make_score(self._decoder), args, fresh=1)
 
     def _lower_controls(self) -> Lowered:
         args = (self.abstract_controls(), self._buffer(BUFFER_WORDS))
-        return self._lowered(make_fill(), args, donated=(0,))
+        return self._lowered(CONTROLS, make_fill(), args, donated=(0,))
 
     def _lower_admit(self) -> Lowered:
         args = (*self.abstract_state(), self._buffer(ADMIT_ROOM.words))
-        return self._lowered(make_admit(self.groups), args, donated=(0, 1))
+        return self._lowered(ADMIT, make_admit(self.groups), args, donated=(0, 1))
 
     def _lower_state(self) -> Lowered:
         abstract = (*self.abstract_state(), self.abstract_controls())
@@ -272,6 +283,7 @@ class Programs:
 
     def _lowered(
         self,
+        key: Key,
         program: Callable[..., Any],
         args: tuple[Any, ...],
         *,
@@ -281,6 +293,7 @@ class Programs:
         """Traced and lowered, cut over the mesh's devices.
 
         Args:
+          key: of the program, which is called so.
           program: returns its donated arguments first, then `fresh` results; a lone one bare.
           args: abstract arguments.
           donated: which of them it updates in place.
@@ -290,6 +303,7 @@ class Programs:
         results = (*(placed[i] for i in donated), *[self._mesh.everywhere] * fresh)
         results = results if len(results) > 1 else results[0]
         split = self._mesh.split(program, placed, results)
+        setattr(split, "__name__", module_name(key))  # noqa: B010
         jitted = jax.jit(split, donate_argnums=donated, out_shardings=results)
         return self._for_platform(jitted, *args)
 

@@ -212,6 +212,7 @@ def test_callers_that_were_too_slow_are_noted(compare: Any, write: Write) -> Non
         ("llama_latency", {"output_tokens": 64}, "output_tokens of the decode steps: ours 64, the"),
         ("llama_latency", {"prefix_ms__tokens": 9}, "prefix_tokens: ours 9, the peers' 10000"),
         ("llama_throughput", {"trace__requests": 10}, "requests: ours 10, the peers' 1000"),
+        ("llama_throughput", {"concurrency": 256}, "concurrency: ours 256, the peers' None"),
         ("llama_throughput", {"trace__clipped": 1}, "clipped: ours 1, the peers' 0"),
         ("llama_throughput", {"bench": "soak"}, "is of `quire bench soak`, must be of one of"),
         ("llama_throughput", {"bench": "latency"}, "is not what this version's `quire bench laten"),

@@ -2,61 +2,93 @@
 
 Each scenario runs on one engine under JAX's profiler. Read off the streams of a GPU (the first, of
 several) are the union of kernel intervals over the time from the first to the last of them (memory
-copies do not count), and the time of each kind of kernel per step. With --keep the traces stay, for
-tools that draw them.
+copies do not count), and the time of each kind of kernel per step; in all, and for each step
+program, whose name a kernel carries (model/programs.py). With --keep the traces stay, for tools
+that draw them.
 
-    decode N     the second half of N requests' 128 output tokens, all decoding by then
+    decode N     the second half of N requests' 128 output tokens, all decoding by then; its step
+                 programs are of all of them
     first N      a prompt of N tokens, one output token
     hit N        the same once more, from the prefix cache
-    mixed        the first 120 requests of the trace sharegpt-like, shortened where they must be
+    mixed N      the first N requests of the trace sharegpt-like at once, shortened where they must
+                 be; all 1,000 are some 500,000 kernels, which are read in seconds
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import InvalidConfig
 from ..flags import positives
 from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
+from .step_clock import by_bucket
 from .throughput import bucket_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ...config import EngineConfig
+    from ...model.plan import Bucket
     from ...serving.progress import Reporter
     from .engine_run import TokenEngine
 
-Interval = tuple[str, float, float]
-"""Kernel, begin and end in milliseconds."""
+
+class Kernel(NamedTuple):
+    """One that ran: its name, begin and end in milliseconds, and the program it belongs to, "" if
+    the profiler did not say."""
+
+    name: str
+    begin: float
+    end: float
+    program: str = ""
+
 
 DECODE_TOKENS = 128
-MIXED_REQUESTS = 120
 SHOWN = 12  # kinds of kernels in the table
+
+_GROUPS = (
+    ("products", re.compile("gemm|gemv|nvjet|cublas|cutlass|splitk", re.IGNORECASE)),
+    ("prompts", re.compile("attention_(prefill|tile)")),
+    ("answers", re.compile("attention")),
+    ("others", re.compile("")),
+)
+"""Of kernels, in the table by step program: matrix products, attention of either."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     group.add_argument(
-        "--batch", type=positives, default=(1, 64, 256), metavar="LIST",
-        help="requests decoding at once (default: 1,64,256)",
+        "--batch", type=_sizes, default=(1, 64, 256), metavar="LIST",
+        help="requests decoding at once, or none (default: 1,64,256)",
     )  # fmt: skip
     group.add_argument(
-        "--prompt-tokens", type=positives, default=(128, 1024, 8192), metavar="LIST",
-        help="prompts on an idle engine, each twice (default: 128,1024,8192)",
+        "--prompt-tokens", type=_sizes, default=(128, 1024, 8192), metavar="LIST",
+        help="prompts on an idle engine, each twice, or none (default: 128,1024,8192)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mixed", type=_sizes, default=(120,), metavar="LIST",
+        help="requests of the trace sharegpt-like at once, or none; it has 1,000 (default: 120)",
     )  # fmt: skip
     group.add_argument("--keep", type=Path, metavar="DIR", help="where traces are to stay")
     add_output(parser)
     add_engine(parser)
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    return () if text == "none" else positives(text)
+
+
 def run(args: argparse.Namespace) -> None:
     check_output(args)
+    _check_mixed(args.mixed)
     config = engine_config(args)
     _check_gpu(config)
     if args.keep is not None:
@@ -68,7 +100,16 @@ def run(args: argparse.Namespace) -> None:
     with TokenEngine(config, reporter) as engine:
         found, left_out = _profile(engine, args, reporter)
         results = {"settings": engine.described(), "scenarios": found, "left_out": left_out}
-    finish(args, results, [_table(n, f) for n, f in found.items()], lambda f: _draw(f, results))
+    tables = [make(n, f) for n, f in found.items() for make in (_table, _programs_table)]
+    finish(args, results, tables, lambda figure: _draw(figure, results))
+
+
+def _check_mixed(sizes: Sequence[int]) -> None:
+    from .trace import read_trace
+
+    most = len(read_trace("sharegpt-like"))
+    if any(size > most for size in sizes):
+        raise InvalidConfig(f"mixed: got {max(sizes)}, must be at most {most}")
 
 
 def _check_gpu(config: EngineConfig) -> None:
@@ -130,8 +171,10 @@ def _scenarios(
         prompts = draw_prompts([length], vocab, draw)
         yield f"first {length}", prompts, [1], 0.0
         yield f"hit {length}", prompts, [1], 0.0
-    trace = read_trace("sharegpt-like").first(MIXED_REQUESTS).fitted(engine.longest, clip=True)
-    yield "mixed", draw_prompts(trace.prompts, vocab, draw), list(trace.outputs), 0.0
+    whole = read_trace("sharegpt-like").fitted(engine.longest, clip=True)
+    for count in args.mixed:
+        trace = whole.first(count)
+        yield f"mixed {count}", draw_prompts(trace.prompts, vocab, draw), [*trace.outputs], 0.0
 
 
 def _traced(
@@ -153,18 +196,19 @@ def _traced(
             run = engine.run(prompts, outputs)
         finally:
             jax.profiler.stop_trace()
-        steps = Counter(step.work.bucket for step in run.steps)
         file = max(folder.rglob("*.xplane.pb"), key=lambda f: f.stat().st_mtime)
         found = kernels(jax.profiler.ProfileData.from_file(str(file)))
+    steps = by_bucket(run.steps)
     return {
         "wall_ms": 1e3 * run.seconds,
-        "steps": {bucket_name(bucket): n for bucket, n in steps.items()},
-        **summary(found, part, round(steps.total() * (1 - part)) or 1),
+        "steps": {bucket_name(bucket): seen["count"] for bucket, seen in steps.items()},
+        **summary(found, part, round(len(run.steps) * (1 - part)) or 1),
+        "programs": programs(found, steps),
     }
 
 
-def kernels(profile: Any) -> list[Interval]:
-    """What ran on the streams of the first GPU that ran any, memory copies excluded."""
+def kernels(profile: Any) -> list[Kernel]:
+    """What ran on the streams of the first GPU that ran any, memory copies excluded, by begin."""
     gpus = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
     for plane in sorted(gpus, key=lambda plane: plane.name):
         found = []
@@ -172,15 +216,24 @@ def kernels(profile: Any) -> list[Interval]:
             if not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                if not event.name.lower().startswith(("memcpy", "memset")):
+                name = sys.intern(event.name)  # of half a million, some dozens differ
+                if not name.lower().startswith(("memcpy", "memset")):
                     begin = event.start_ns / 1e6
-                    found.append((event.name, begin, begin + event.duration_ns / 1e6))
+                    end = begin + event.duration_ns / 1e6
+                    found.append(Kernel(name, begin, end, _program(event)))
         if found:  # of several, each has as much to do; together they would hide who waits
-            return sorted(found, key=lambda interval: interval[1])
+            return sorted(found, key=lambda kernel: kernel.begin)
     return []
 
 
-def summary(found: list[Interval], part: float, steps: int) -> dict[str, Any]:
+def _program(event: Any) -> str:
+    for name, value in event.stats:
+        if name == "hlo_module":
+            return sys.intern(str(value).removeprefix("jit_"))
+    return ""
+
+
+def summary(found: list[Kernel], part: float, steps: int) -> dict[str, Any]:
     """Busy share, kernels a step, and milliseconds a step by kind of kernel.
 
     Args:
@@ -190,24 +243,62 @@ def summary(found: list[Interval], part: float, steps: int) -> dict[str, Any]:
     """
     if not found:
         return {"busy": None, "launches": 0, "kernels": {}}
-    first, last = found[0][1], max(end for _, _, end in found)
-    found = [k for k in found if k[1] >= first + part * (last - first)]
-    union, until = 0.0, found[0][1]
-    by_kind: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    for name, begin, end in found:
+    first, last = found[0].begin, max(kernel.end for kernel in found)
+    found = [kernel for kernel in found if kernel.begin >= first + part * (last - first)]
+    union, until = 0.0, found[0].begin
+    for _, begin, end, _ in found:
         union += max(0.0, end - max(begin, until))
         until = max(until, end)
-        kind = by_kind[re.sub(r"[._]?\d+(?=[._]|$)", "", name)]
-        kind[0] += (end - begin) / steps
-        kind[1] += 1 / steps
-    span = until - found[0][1]
-    costly = sorted(by_kind.items(), key=lambda item: -item[1][0])
+    span = until - found[0].begin
     return {
         "busy": union / span if span else 1.0,
         "ms_per_step": span / steps,
         "launches": len(found) / steps,
-        "kernels": {name: {"ms": ms, "count": count} for name, (ms, count) in costly},
+        "kernels": by_kind(found, steps),
     }
+
+
+def by_kind(found: list[Kernel], steps: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and launches a step of each kind of kernel, the dearest first."""
+    kinds: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    names: dict[str, list[float]] = {}
+    for name, begin, end, _ in found:
+        if (kind := names.get(name)) is None:
+            kind = names[name] = kinds[re.sub(r"[._]?\d+(?=[._]|$)", "", name)]
+        kind[0] += (end - begin) / steps
+        kind[1] += 1 / steps
+    costly = sorted(kinds.items(), key=lambda item: -item[1][0])
+    return {name: {"ms": ms, "count": count} for name, (ms, count) in costly}
+
+
+def programs(found: list[Kernel], steps: dict[Bucket, dict[str, Any]]) -> dict[str, Any]:
+    """For each step program its steps, their milliseconds by the host's clock (median), and those
+    of kernels; for others, whose runs nobody counts, of kernels in all.
+
+    Args:
+      steps: of step_clock.by_bucket.
+    """
+    from ...model.programs import forward_key, module_name
+
+    ran: defaultdict[str, list[Kernel]] = defaultdict(list)
+    for kernel in found:
+        ran[kernel.program].append(kernel)
+    made: dict[str, Any] = {}
+    for bucket, seen in steps.items():
+        own = ran.pop(module_name(forward_key(bucket)), [])
+        kinds = by_kind(own, seen["count"])
+        made[bucket_name(bucket)] = {
+            "steps": seen["count"],
+            "step_ms": seen["median_ms"],
+            "kernels_ms": sum(kind["ms"] for kind in kinds.values()),
+            "kernels": kinds,
+        }
+    for program, own in sorted(ran.items()):
+        kinds = by_kind(own, 1)
+        total = sum(kind["ms"] for kind in kinds.values())
+        name = program or "programs that the profiler did not name"
+        made[name] = {"steps": None, "step_ms": None, "kernels_ms": total, "kernels": kinds}
+    return made
 
 
 def _table(name: str, found: dict[str, Any]) -> Any:
@@ -220,6 +311,19 @@ def _table(name: str, found: dict[str, Any]) -> Any:
     )  # fmt: skip
     for kernel, cost in list(found["kernels"].items())[:SHOWN]:
         made.add_row(kernel[:70], f"{cost['ms']:.3f}", f"{cost['count']:.1f}")
+    return made
+
+
+def _programs_table(name: str, found: dict[str, Any]) -> Any:
+    groups = [group for group, _ in _GROUPS]
+    made = table(f"{name}, by program: ms", "", "steps", "a step", "kernels", *groups)
+    for program, seen in found["programs"].items():
+        cost = dict.fromkeys(groups, 0.0)
+        for kernel, kind in seen["kernels"].items():
+            cost[next(group for group, pattern in _GROUPS if pattern.search(kernel))] += kind["ms"]
+        counted = seen["steps"] is not None
+        counts = (f"{seen['steps']:,}", f"{seen['step_ms']:.3f}") if counted else ("", "")
+        made.add_row(program, *counts, *(f"{v:.3f}" for v in (seen["kernels_ms"], *cost.values())))
     return made
 
 
