@@ -3,10 +3,11 @@ clock: servers here answer at once, and the arithmetic is shown on times that we
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
-from quire.tools.bench.load import Served, poisson, scattered
+from quire.tools.bench.load import Served, poisson, run_closed, scattered
 from quire.tools.bench.openai_target import OpenAITarget, tokens_so_far
 from quire.tools.bench.serve import figures_of
 from quire.tools.cli import main
@@ -46,7 +47,8 @@ class Grpc(pb_grpc.GenerationServiceServicer):
             count = min(left, 2)
             left -= count
             yield pb.GenerateChunk(token_ids=[1] * count)
-        yield pb.GenerateChunk(finish_reason=pb.FINISH_REASON_LENGTH)
+        usage = pb.Usage(cached_tokens=len(request.token_ids.ids) // 2)
+        yield pb.GenerateChunk(finish_reason=pb.FINISH_REASON_LENGTH, usage=usage)
 
 
 @pytest.fixture
@@ -99,6 +101,55 @@ def test_over_grpc(run: Any, tmp_path: Path) -> None:
         sampling = request.sampling
         assert [len(request.token_ids.ids), sampling.max_tokens] in TRACE
         assert sampling.ignore_eos and sampling.HasField("temperature") and not sampling.temperature
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_a_closed_loop(run: Any, clients: int) -> None:
+    """Of several processes, each sends what none has sent before it."""
+    service = Grpc()
+    server, address = serving(service)
+    status, said, _ = run(address, "--concurrency=2", f"--clients={clients}")
+    server.stop(None)
+    assert status == 0 and (said["errors"], said["requests"]) == (0, 4)
+    assert (said["concurrency"], said["clients"], said["rate_req_s"]) == (2, clients, None)
+    assert said["prefix_hit_tokens"] == 5 // 2 + 3 // 2 + 40 // 2 + 7 // 2
+    lengths = [len(request.token_ids.ids) for request in service.requests]
+    assert sorted(lengths) == sorted([1] * (1 if clients == 1 else 1 + clients) + [3, 5, 7, 40])
+
+
+def test_prompts_are_others_in_each_run(run: Any) -> None:
+    asked, seeds = [], []
+    for more in ((), (), ("--seed=7",), ("--seed=7",)):
+        service = Grpc()
+        server, address = serving(service)
+        _, said, _ = run(address, *more)
+        server.stop(None)
+        seeds.append(said["trace"]["seed"])
+        asked.append({tuple(r.token_ids.ids) for r in service.requests if len(r.token_ids.ids) > 1})
+    assert asked[0].isdisjoint(asked[1]) and asked[2] == asked[3]
+    assert seeds[0] != seeds[1] and seeds[2:] == [7, 7]
+
+
+def test_so_many_are_under_way_and_no_more() -> None:
+    now, most, sent = 0, 0, []
+
+    class Server:
+        async def stream(self, prompt: Any, output: int, found: Any) -> AsyncIterator[int]:
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            sent.append(prompt)
+            for count in range(1, output + 1):
+                await asyncio.sleep(0)
+                yield count
+            now -= 1
+
+    target: Any = Server()
+    prompts = [(at,) for at in range(7)]
+    outputs = [5, 1, 1, 1, 9, 1, 1]
+    served = asyncio.run(run_closed(target, prompts, outputs, 3, lambda done, total: None))
+    assert most == 3 and sent == prompts
+    assert [r.output for r in served] == outputs and all(r.whole for r in served)
 
 
 def test_failures_are_counted_and_named(run: Any) -> None:
@@ -216,6 +267,8 @@ def test_an_address_may_end_with_its_version() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--rate=5", "--concurrency=2"], "rate: got 5, must be inf with --concurrency"),
+        (["--clients=2", "--api=openai"], "clients: got 2, must be 1 for openai, and with keys"),
         (["--requests=5"], "requests: got 5, must be at most 4"),
         (["--served-model=x"], "served_model: for openai alone"),
         (["--api=openai", "--tls-ca=x"], "tls_ca: for grpc alone"),

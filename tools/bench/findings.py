@@ -180,6 +180,7 @@ def _startup(found: Findings, peers: Peers) -> dict[str, list[float]]:
 
 
 def _serve(found: Findings, peers: Peers) -> dict[str, list[float]]:
+    _same(found, "concurrency", found.report.get("concurrency"), None)
     return _served(found, peers, found.report)
 
 

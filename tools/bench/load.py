@@ -1,5 +1,5 @@
-"""Requests that arrive when they arrive, an open loop; and what their callers saw. For serve.py
-and load_process.py.
+"""Requests that arrive when they arrive, an open loop, or as others end, a closed one; and what
+their callers saw. For serve.py, fairness.py and load_process.py.
 
 In an open loop a slow server does not slow down who comes next, as with real callers; times count
 from when a request was due, so that a late sender hides nothing.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -29,6 +29,7 @@ class Served:
       messages: (when it came, tokens in all by then).
       ended: when the stream did.
       error: why it failed.
+      hit: prompt tokens that the server found in its prefix index; None if it does not say.
     """
 
     due: float
@@ -37,6 +38,7 @@ class Served:
     messages: list[tuple[float, int]] = field(default_factory=list)
     ended: float = math.nan
     error: str = ""
+    hit: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -99,13 +101,7 @@ async def run_load(
 
     async def ask(request: Served, prompt: Sequence[int]) -> None:
         nonlocal done
-        request.sent = clock() - begin
-        try:
-            async for count in target.stream(prompt, request.output):
-                request.messages.append((clock() - begin, count))
-        except QuireError as error:
-            request.error = f"{type(error).__name__}: {error}"
-        request.ended = clock() - begin
+        await _ask(target, request, prompt, begin)
         done += 1
         progress(done, len(served))
 
@@ -114,3 +110,54 @@ async def run_load(
             await asyncio.sleep(begin + request.due - clock())
             group.create_task(ask(request, prompt))
     return served
+
+
+async def run_closed(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[int],
+    streams: int,
+    progress: Callable[[int, int], None],
+    begin: float | None = None,
+    take: Iterable[int] | None = None,
+) -> list[Served]:
+    """Sends requests in their order, `streams` at a time: each that ends is followed by the next,
+    which is due when it is sent. Returns when the last has ended.
+
+    Args:
+      begin: by the loop's clock, which is time.monotonic; None is now.
+      take: which to send next, by its place, as often as it is asked; None sends them all.
+    """
+    clock = asyncio.get_running_loop().time
+    begin = clock() if begin is None else begin
+    left = iter(range(len(prompts)) if take is None else take)
+    served: list[Served] = []
+
+    async def caller() -> None:
+        for at in left:
+            request = Served(clock() - begin, outputs[at])
+            await _ask(target, request, prompts[at], begin)
+            served.append(request)
+            progress(len(served), len(prompts))
+
+    await asyncio.sleep(begin - clock())
+    async with asyncio.TaskGroup() as group:
+        for _ in range(streams):
+            group.create_task(caller())
+    return sorted(served, key=lambda request: request.due)
+
+
+async def _ask(target: Target, request: Served, prompt: Sequence[int], begin: float) -> None:
+    """Sends one, and writes down what comes."""
+    clock = asyncio.get_running_loop().time
+
+    def found(tokens: int) -> None:
+        request.hit = tokens
+
+    request.sent = clock() - begin
+    try:
+        async for count in target.stream(prompt, request.output, found):
+            request.messages.append((clock() - begin, count))
+    except QuireError as error:
+        request.error = f"{type(error).__name__}: {error}"
+    request.ended = clock() - begin

@@ -1,10 +1,12 @@
 """Callers in processes of their own, so that many tokens a second do not wait for the caller's
-Python. Used by online.py, which runs this module as
+Python. Used by online.py and serve.py, which run this module as
 
     python -P -m quire.tools.bench.load_process
 
 On stdin a line of JSON: {"address": ..., "warm": LOAD, "load": LOAD}, LOAD being {"prompts": [...],
-"outputs": [...], "due": [...]} (token ids, tokens, seconds). It sends the warm-up's requests, and
+"outputs": [...], "due": [...]} (token ids, tokens, seconds). In a closed loop there are "streams",
+how many requests it has under way, and "queue", a pipe that all processes read which to send next
+from; each then knows the whole load. It sends the warm-up's requests, and
 says what was served of them, a line of JSON; reads another line, the time.monotonic() at which the
 load begins; and says what was served of that. Before such a line there may be numbers, a line each:
 how many requests have ended.
@@ -13,17 +15,21 @@ how many requests have ended.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import signal
+import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from ...errors import Internal
-from .load import Served, run_load
+from .load import Served, run_closed, run_load
 from .targets import GrpcTarget
 
 _AHEAD = 0.3
@@ -35,6 +41,9 @@ _SAY_EVERY = 1.0
 _LINE = 1 << 30
 """Bytes that a line of theirs may have."""
 
+_NUMBER = struct.Struct("i")
+"""Of a request, in the pipe."""
+
 Load = dict[str, list[Any]]
 
 
@@ -44,10 +53,13 @@ async def serve_load(
     warm: Load,
     load: Load,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    streams: int | None = None,
 ) -> tuple[list[Served], list[Served]]:
     """Sends a warm-up, waits for its end, and then a load, both spread over `clients` processes.
 
     Args:
+      streams: requests of the load under way at once, each that ends is followed by the next
+        whatever its `due`; None: each is sent when it is due.
       progress: hears how many requests of the load have ended, of how many.
 
     Returns:
@@ -58,14 +70,22 @@ async def serve_load(
     """
     command = [sys.executable, "-P", "-m", f"{__package__}.load_process"]
     pipe = asyncio.subprocess.PIPE
-    processes = [
-        await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE)
-        for _ in range(clients)
-    ]
+    with _queue(0 if streams is None else len(load["prompts"])) as queue:
+        processes = [
+            await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, limit=_LINE, pass_fds=[queue]
+            )
+            for _ in range(clients)
+        ]
     try:
         for at, process in enumerate(processes):
-            parts = {"warm": _part(warm, at, clients), "load": _part(load, at, clients)}
-            await _tell(process, {"address": address, **parts})
+            job: dict[str, Any] = {"address": address, "warm": _part(warm, at, clients)}
+            if streams is None:
+                job["load"] = _part(load, at, clients)
+            else:
+                part = (streams + at) // clients  # which add up to all
+                job |= {"load": load, "streams": part, "queue": queue}
+            await _tell(process, job)
         warmed = await asyncio.gather(*(_hear(process) for process in processes))
         begin = asyncio.get_running_loop().time() + _AHEAD
         for process in processes:
@@ -85,6 +105,26 @@ async def serve_load(
                 process.kill()
             await process.wait()
     return _merged(warmed), _merged(served)
+
+
+@contextmanager
+def _queue(count: int) -> Iterator[int]:
+    """A pipe that holds the numbers below `count`, and then ends."""
+    reader, writer = os.pipe()
+    try:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, max(_NUMBER.size * count, 1))  # else it could block
+        for number in range(count):
+            os.write(writer, _NUMBER.pack(number))
+        os.close(writer)
+        yield reader
+    finally:
+        os.close(reader)
+
+
+def _taken(queue: int) -> Iterator[int]:
+    """What nobody else took from such a pipe."""
+    while number := os.read(queue, _NUMBER.size):
+        yield _NUMBER.unpack(number)[0]
 
 
 def _part(load: Load, at: int, clients: int) -> Load:
@@ -120,11 +160,17 @@ async def _main() -> None:
     """In the process."""
     job = json.loads(sys.stdin.readline())
     async with GrpcTarget(job["address"], api_key=None, tls=False) as target:
-        for name in ("warm", "load"):
-            load = job[name]
-            begin = None if name == "warm" else float(await asyncio.to_thread(sys.stdin.readline))
-            served = await run_load(target, **load, progress=_Progress(), begin=begin)
-            _say([asdict(each) for each in served])
+        _say_all(await run_load(target, **job["warm"], progress=_Progress()))
+        begin = float(await asyncio.to_thread(sys.stdin.readline))
+        load, progress = job["load"], _Progress()
+        if "queue" in job:
+            more = {"streams": job["streams"], "take": _taken(job["queue"])}
+            prompts, outputs = load["prompts"], load["outputs"]
+            _say_all(
+                await run_closed(target, prompts, outputs, progress=progress, begin=begin, **more)
+            )
+        else:
+            _say_all(await run_load(target, **load, progress=progress, begin=begin))
 
 
 class _Progress:
@@ -135,6 +181,10 @@ class _Progress:
         if (now := time.monotonic()) - self._last >= _SAY_EVERY:
             self._last = now
             _say(done)
+
+
+def _say_all(served: list[Served]) -> None:
+    _say([asdict(each) for each in served])
 
 
 def _say(what: Any) -> None:

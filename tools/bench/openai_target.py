@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -63,7 +63,9 @@ class OpenAITarget:
     async def described(self) -> dict[str, Any]:
         return {"model": self._model}
 
-    async def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
+    async def stream(
+        self, prompt: Sequence[int], output: int, found: Callable[[int], None] = lambda hit: None
+    ) -> AsyncIterator[int]:
         asked = {
             "model": self._model,
             "prompt": list(prompt),
@@ -83,12 +85,22 @@ class OpenAITarget:
                 async for line in response.aiter_lines():
                     if not line.startswith("data:") or line.endswith("[DONE]"):
                         continue
-                    now = tokens_so_far(json.loads(line.removeprefix("data:")), count, output)
+                    message = json.loads(line.removeprefix("data:"))
+                    now = tokens_so_far(message, count, output)
+                    if (hit := _cached_tokens(message)) is not None:
+                        found(hit)
                     if now != count:
                         count = now
                         yield count
         except (httpx.HTTPError, ValueError) as error:
             raise QuireError(f"{type(error).__name__}: {error}") from error
+
+
+def _cached_tokens(message: dict[str, Any]) -> int | None:
+    """Of the prompt, where the message says it."""
+    details = (message.get("usage") or {}).get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if isinstance(cached, int) else None
 
 
 def _shows_keys(url: httpx.URL) -> bool:

@@ -1,6 +1,8 @@
 """`quire bench serve`: a running server under load, as its callers see it.
 
-Requests of a trace arrive at random (Poisson) at a given rate, whatever the server does. Reports
+Requests of a trace arrive at random (Poisson) at a given rate, whatever the server does; or, with
+--concurrency, each that ends is followed by the next. Prompts are drawn anew each run, so that none
+finds another's in the server's prefix cache. Reports
 time to first token, time per output token, time between messages, end to end, and goodput: what
 was served within given bounds. Drives Quire over gRPC, or any server of OpenAI's completions, so
 that engines are compared by one tool.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import secrets
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
     from .load import Served
+    from .load_process import Load
     from .targets import Target
     from .trace import Trace
 
@@ -69,6 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--rate", type=_rate, default=math.inf, metavar="R", help="requests a second (default: inf)"
     )
+    load.add_argument(
+        "--concurrency",
+        type=positive,
+        metavar="N",
+        help="requests under way at most, each that ends is followed by the next",
+    )
+    load.add_argument(
+        "--clients",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes of callers, of a gRPC server without keys and TLS: one reads some 10,000 "
+        "messages a second (default: 1)",
+    )
     load.add_argument("--requests", type=positive, metavar="N", help="its first N (default: all)")
     load.add_argument(
         "--clip",
@@ -83,7 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts are random token ids below this (default: 512, which every model has)",
     )
-    load.add_argument("--seed", type=from_zero, default=0, help="of ids and times (default: 0)")
+    load.add_argument(
+        "--seed",
+        type=from_zero,
+        metavar="N",
+        help="of ids and times (default: another each run, as the server's prefix cache knows the "
+        "prompts of a seed it has seen)",
+    )
     goal = parser.add_argument_group("goodput: a request counts if it meets all that are given")
     for name in ("ttft", "tpot", "e2e"):
         goal.add_argument(
@@ -94,7 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args)
+    _check_load(args)
     trace = _trace(args)
+    if args.seed is None:
+        args.seed = secrets.randbits(32)
     settings, served = asyncio.run(_load(args, trace))
     figures = figures_of(served, _goals(args))
     if figures["errors"] == len(served):
@@ -110,6 +137,8 @@ def run(args: argparse.Namespace) -> None:
             "output_tokens": sum(trace.outputs),
             "seed": args.seed,
         },
+        "concurrency": args.concurrency,
+        "clients": args.clients,
         "rate_req_s": None if math.isinf(args.rate) else args.rate,
         **figures,
     }
@@ -148,6 +177,7 @@ def figures_of(served: list[Served], goals: dict[str, float]) -> dict[str, Any]:
         "tokens_per_message": (
             sum(r.tokens for r in whole) / max(sum(len(r.messages) for r in whole), 1)
         ),
+        "prefix_hit_tokens": _hits(served),
         "late_ms_p99": 1e3 * float(np.percentile([r.sent - r.due for r in served], 99)),
     }
     for name, values in samples.items():
@@ -161,6 +191,12 @@ def figures_of(served: list[Served], goals: dict[str, float]) -> dict[str, Any]:
         figures["goodput_req_s"] = good / seconds
         figures["good"] = good
     return figures
+
+
+def _hits(served: list[Served]) -> int | None:
+    """Prompt tokens that the server found instead of computing them; None if it does not say."""
+    hits = [request.hit for request in served if request.hit is not None]
+    return sum(hits) if hits else None
 
 
 def samples_of(served: list[Served]) -> dict[str, list[float]]:
@@ -188,7 +224,8 @@ async def _load(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any],
     import numpy as np
 
     from ...serving.progress import Terminal
-    from .load import poisson, run_load
+    from .load import poisson, run_closed, run_load
+    from .load_process import serve_load
     from .trace import draw_prompts
 
     draw = np.random.default_rng(args.seed)
@@ -201,7 +238,32 @@ async def _load(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any],
             pass
         settings = await target.described()
         with reporter.phase("serving") as update:
-            return settings, await run_load(target, prompts, trace.outputs, due, update)
+            if args.clients > 1:
+                load: Load = {"prompts": prompts, "outputs": [*trace.outputs], "due": due}
+                first = [prompt[:1] for prompt in prompts[: args.clients]]
+                warm: Load = {
+                    "prompts": first,
+                    "outputs": [1] * len(first),
+                    "due": [0.0] * len(first),
+                }
+                _, served = await serve_load(
+                    args.address, args.clients, warm, load, update, args.concurrency
+                )
+            elif args.concurrency:
+                served = await run_closed(target, prompts, trace.outputs, args.concurrency, update)
+            else:
+                served = await run_load(target, prompts, trace.outputs, due, update)
+            return settings, served
+
+
+def _check_load(args: argparse.Namespace) -> None:
+    if args.concurrency is not None and not math.isinf(args.rate):
+        raise InvalidConfig(f"rate: got {args.rate:g}, must be inf with --concurrency")
+    guarded = (args.api_key_file, args.tls_ca, args.tls_cert, args.tls_key)
+    if args.clients > 1 and (args.api != "grpc" or any(guarded)):
+        raise InvalidConfig(
+            f"clients: got {args.clients}, must be 1 for openai, and with keys or TLS"
+        )
 
 
 def _trace(args: argparse.Namespace) -> Trace:
@@ -275,9 +337,15 @@ def _positive_number(text: str, limit: str) -> float:
     return value
 
 
-def _table(results: dict[str, Any]) -> Any:
+def _when(results: dict[str, Any]) -> str:
+    if most := results["concurrency"]:
+        return f"{most} under way"
     rate = results["rate_req_s"]
-    title = f"serve: {results['requests']} requests at " + (f"{rate:g}/s" if rate else "once")
+    return f"{rate:g} a second" if rate else "at once"
+
+
+def _table(results: dict[str, Any]) -> Any:
+    title = f"serve: {results['requests']} requests, {_when(results)}"
     made = table(title, "", *(f"p{p}" for p in _PERCENTILES), "mean")
     for name, words in _TITLES.items():
         if name in results:
@@ -288,6 +356,8 @@ def _table(results: dict[str, Any]) -> Any:
     if "slo" in results:
         bounds = ", ".join(f"{name[:-3]} {most:g} ms" for name, most in results["slo"].items())
         made.add_row(f"goodput ({bounds}), requests/s", f"{results['goodput_req_s']:,.2f}")
+    if results["prefix_hit_tokens"] is not None:
+        made.add_row("prefix hit tokens", f"{results['prefix_hit_tokens']:,}")
     made.add_row("failed", str(results["errors"]))
     for error in results["first_errors"]:
         made.add_row(f"  {error[:100]}")
@@ -315,9 +385,7 @@ def _draw(figure: Any, served: list[Served], results: dict[str, Any]) -> None:
             side = "left" if at < values[-1] / 2 else "right"  # of its line, off the axis
             axes.annotate(f" p{p} {at:,.1f} ", (at, 0.04), fontsize=8, ha=side)
         axes.set_xlim(left=0)
-    rate = results["rate_req_s"]
     figure.suptitle(
-        f"{results['requests']} requests at "
-        + (f"{rate:g} a second" if rate else "once")
-        + f": {results['output_tok_s']:,.0f} output tokens a second"
+        f"{results['requests']} requests, {_when(results)}: "
+        f"{results['output_tok_s']:,.0f} output tokens a second"
     )

@@ -6,7 +6,7 @@ ignored, streamed.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -26,8 +26,13 @@ class Target(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
+    def stream(
+        self, prompt: Sequence[int], output: int, found: Callable[[int], None] = lambda hit: None
+    ) -> AsyncIterator[int]:
         """Yields, as messages come, how many tokens have come in all.
+
+        Args:
+          found: hears how many prompt tokens the server found in its prefix index, if it says so.
 
         Raises:
           QuireError: the request failed.
@@ -70,7 +75,9 @@ class GrpcTarget:
             "pages": info.kv_pages,
         }
 
-    async def stream(self, prompt: Sequence[int], output: int) -> AsyncIterator[int]:
+    async def stream(
+        self, prompt: Sequence[int], output: int, found: Callable[[int], None] = lambda hit: None
+    ) -> AsyncIterator[int]:
         count = 0
         call = self._client.stream(prompt, temperature=0.0, max_tokens=output, ignore_eos=True)
         async with call as chunks:
@@ -78,3 +85,5 @@ class GrpcTarget:
                 if chunk.token_ids:
                     count += len(chunk.token_ids)
                     yield count
+                if chunk.HasField("usage"):
+                    found(chunk.usage.cached_tokens)
