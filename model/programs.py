@@ -108,7 +108,8 @@ class Programs:
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
-        return InputLayout(bucket, self._spec.page_size, self._spec.num_slots)
+        s = self._spec
+        return InputLayout(bucket, s.page_size, s.num_slots, s.max_pages_per_seq)
 
     def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and placement of all parameters."""

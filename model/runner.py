@@ -20,7 +20,15 @@ from jax.stages import Compiled
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
 from .compile import CompileCounter, Progress
-from .inputs import ADMIT_ROOM, InputLayout, pack, pack_sample, pack_updates
+from .inputs import (
+    ADMIT_ROOM,
+    InputLayout,
+    admit_buffers,
+    blank_updates,
+    fits,
+    pack,
+    pack_sample,
+)
 from .memory import STEPS_IN_FLIGHT
 from .mesh import Mesh
 from .outputs import unpack_outputs
@@ -118,7 +126,7 @@ class ModelRunner:
         """
         runs = _GPU_WARMUP_RUNS if self._mesh.platform == "gpu" else 1
         idle: list[Callable[[], object]] = [
-            partial(self._admit, ()),
+            partial(self._admit, blank_updates(ADMIT_ROOM, self._spec.num_slots)),
             partial(self._fill_controls, empty_buffer(self._spec.num_slots)),
         ]
         # They bring all other programs along.
@@ -196,17 +204,10 @@ class ModelRunner:
         without it."""
         for buffer in control_buffers(plan.controls, self._spec.num_slots):
             self._fill_controls(buffer)
-        room = layout.room
-        fits = len(plan.inits) <= room.inits and len(plan.page_adds) <= room.adds
-        if fits and not len(plan.page_copies):
+        if fits(plan, layout):
             return plan
-        # Slot initialisation comes before page additions, so all of both go ahead together.
-        for at in range(0, len(plan.page_copies), ADMIT_ROOM.copies):
-            self._admit((), copies=plan.page_copies[at : at + ADMIT_ROOM.copies])
-        for at in range(0, len(plan.inits), ADMIT_ROOM.inits):
-            self._admit(plan.inits[at : at + ADMIT_ROOM.inits])
-        for at in range(0, len(plan.page_adds), ADMIT_ROOM.adds):
-            self._admit((), adds=plan.page_adds[at : at + ADMIT_ROOM.adds])
+        for buffer in admit_buffers(plan, self._spec.num_slots):
+            self._admit(buffer)
         return dataclasses.replace(
             plan,
             inits=(),
@@ -214,9 +215,7 @@ class ModelRunner:
             page_copies=np.zeros((0, 2), np.int32),
         )
 
-    def _admit(self, inits: tuple[Any, ...], adds: Any = None, copies: Any = None) -> None:
-        buffer = np.zeros(ADMIT_ROOM.words, np.int32)
-        pack_updates(buffer, ADMIT_ROOM, self._spec.num_slots, inits, adds, copies)
+    def _admit(self, buffer: np.ndarray) -> None:
         self._slabs, self._slots = self._program(ADMIT)(self._slabs, self._slots, buffer)
 
     def _fill_controls(self, buffer: np.ndarray) -> None:

@@ -74,6 +74,14 @@ class Slots:
         """Sets page-table entries (slot, index), each [A]; out-of-range slots are dropped."""
         return Slots(self.words, self.page_table.at[slot, index].set(page, mode="drop"))
 
+    def put_row(self, slot: jax.Array, pages: jax.Array, changed: jax.Array) -> Slots:
+        """Sets those of the entries of `slot` [] that are `changed` bool [M] to `pages` [M]. For a
+        long row: a scatter takes an accelerator without wide ones a moment for each entry."""
+        old = jax.lax.dynamic_index_in_dim(self.page_table, slot, keepdims=False)
+        row = jnp.where(changed, pages, old)
+        table = jax.lax.dynamic_update_index_in_dim(self.page_table, row, slot, 0)
+        return Slots(self.words, table)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

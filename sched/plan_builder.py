@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..model.plan import Emit, Ladder, Sampler, ScoredRow, SlotControls, SlotInit, StepPlan
+from ..model.plan import (
+    Emit,
+    IntArray,
+    Ladder,
+    Sampler,
+    ScoredRow,
+    SlotControls,
+    SlotInit,
+    StepPlan,
+)
 from .controls import controls_of
 from .sequence import Sequence
 
@@ -41,7 +50,7 @@ class StepBuilder:
         self._counts: list[int] = []
         self._emits: list[int] = []
         self._tokens = array("i")
-        self._page_adds: list[int] = []  # (slot, index, page) after one another
+        self._page_adds: list[tuple[int, int, list[int]]] = []  # slot, first index, pages
         self._inits: list[SlotInit] = []
         self._controls: list[SlotControls] = []
         self._scored: list[tuple[int, array[int]]] = []  # (place among prompt rows, targets)
@@ -87,8 +96,8 @@ class StepBuilder:
 
     def pages(self, slot: int, first: int, pages: list[int]) -> None:
         """Page-table entries of a slot, from index `first` on."""
-        for index, page in enumerate(pages, first):
-            self._page_adds += (slot, index, page)
+        if pages:
+            self._page_adds.append((slot, first, pages[:]))  # those of a sequence grow
 
     def init(self, seq: Sequence) -> None:
         """The device state of a slot that was just handed out."""
@@ -136,7 +145,7 @@ class StepBuilder:
                 tokens, len(rows), self.sampler, decode_only=not self._prompts, k=self.k
             ),
             prompt_tokens=np.array(self._tokens, np.int32),
-            page_adds=np.array(self._page_adds, np.int32).reshape(-1, 3),
+            page_adds=self._table_entries(),
             inits=tuple(self._inits),
             controls=tuple(self._controls),
             scored=tuple(
@@ -146,3 +155,20 @@ class StepBuilder:
         )
         promised = [self.k] * decodes + [emit != Emit.NONE for emit in self._emits]
         return Flight(plan, rows, promised)
+
+    def _table_entries(self) -> IntArray:
+        """Additions to page tables, [A, (slot, index, page)]."""
+        adds = self._page_adds
+        entries = np.empty((sum(len(pages) for _, _, pages in adds), 3), np.int32)
+        at = 0
+        for slot, first, pages in adds:
+            if len(pages) == 1:  # a decode row's: of these there may be many
+                entries[at] = slot, first, pages[0]
+                at += 1
+                continue
+            of_one = entries[at : at + len(pages)]
+            of_one[:, 0] = slot
+            of_one[:, 1] = np.arange(first, first + len(pages))
+            of_one[:, 2] = pages
+            at += len(pages)
+        return entries

@@ -17,7 +17,7 @@ import stepping
 from stepping import CONFIG, ints, make_runner, pages, run, state
 
 from quire.model.compile import CompileCounter, cache_folder, compile_all, use_cache
-from quire.model.inputs import ADMIT_ROOM, InputLayout, pack, unpack
+from quire.model.inputs import ADMIT_ROOM, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
 from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, RunnerSpec, ScoredRow, SlotControls, SlotInit, StepPlan
@@ -138,6 +138,26 @@ def test_updates_beyond_the_room_of_a_step_are_sent_ahead(fresh):
         assert slots.page_table[slot, index] == page
 
 
+def test_a_long_prefix_hit_rides_along_with_the_step(fresh, monkeypatch):
+    """One transfer and one launch, be the hit as long as a sequence may be, and others' pages with
+    it; of the rest of the page table nothing changes."""
+    expected = start(fresh, slot=7)
+    before = state(fresh)[1].page_table
+    monkeypatch.setattr(fresh, "_admit", None)  # whoever calls it fails
+    hit, other = pages(3, 5, SPEC.max_pages_per_seq), pages(7, 36, 5)
+    room = fresh._programs.layout(MIXED).room
+    most = pages(9, 77, room.adds - len(other))
+    some = hit[10:-20]  # by index: neither the first entries of the row nor the last
+    init = SlotInit(slot=7, position=0, remaining=10)
+    adds = np.concatenate([other, some, most])
+    plan = prompt_plan((3, 1, 4, 1, 5), slot=7, inits=(init,), page_adds=adds)
+    assert run(fresh, plan).tokens.tolist() == [[expected]]
+    expected_table = before.copy()
+    for slot, index, page in adds:
+        expected_table[slot, index] = page
+    np.testing.assert_array_equal(state(fresh)[1].page_table, expected_table)
+
+
 def test_pages_are_copied_in_every_layer_before_the_step(fresh):
     start(fresh)
     before = state(fresh)[0]["kv"]
@@ -160,7 +180,7 @@ def test_what_is_packed_is_unpacked(fresh):
         ints(5, 3), ints(1, 1), ints(20, 7), ints(1, 4), ints(Emit.TOKEN, Emit.NONE), 1, MIXED,
         prompt_tokens=ints(50, 51, 52, 53), page_adds=pages(3, 90, 2), inits=(init,),
     )  # fmt: skip
-    layout = InputLayout(MIXED, SPEC.page_size, SPEC.num_slots)
+    layout = fresh._programs.layout(MIXED)
     got = unpack(jnp.asarray(pack(plan, layout)), layout)
     assert (int(got.num_rows), int(got.num_decode)) == (2, 1)
     assert got.slots.tolist() == [5, 3, 40, 40]

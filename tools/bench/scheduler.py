@@ -190,7 +190,7 @@ class ClosedLoop:
         self._runner = NullRunner(spec)
         self._draw = np.random.default_rng(seed)
         self._layouts = {
-            bucket: InputLayout(bucket, spec.page_size, spec.num_slots)
+            bucket: InputLayout(bucket, spec.page_size, spec.num_slots, spec.max_pages_per_seq)
             for bucket in spec.ladder.buckets
         }
         self._made = 0
