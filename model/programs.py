@@ -142,8 +142,8 @@ class Programs:
         buckets = {forward_key(b) for b in ladder.buckets}
 
         def order(bucket: Bucket) -> tuple[Any, ...]:
-            own_kernels = bucket.tokens < VENDOR_TOKENS
-            return bucket.sampler != Sampler.GREEDY, not own_kernels, -bucket.tokens, -bucket.k
+            tries = bucket.tokens < VENDOR_TOKENS and bucket.decode_only  # XLA's own kernels
+            return bucket.sampler != Sampler.GREEDY, not tries, -bucket.tokens, -bucket.k
 
         samples = [SampleKey(*sample) for sample in reversed(ladder.samples)]
         return [*sorted(buckets, key=order), SCORE, *samples, CONTROLS, ADMIT, STATE]

@@ -70,11 +70,17 @@ def test_default_ladder_of_a_gpu():
     ladder = make_ladder(1024, 2048)
     shapes = {s: [(b.tokens, b.rows) for b in ladder.buckets if b.sampler == s] for s in Sampler}
     decode = {s: [t for t, r in of if t == r] for s, of in shapes.items()}
-    mixed = {s: [t for t, r in of if t > r] for s, of in shapes.items()}
+    mixed = {s: [t for t, r in of if t > r >= t / 2] for s, of in shapes.items()}
+    few = {s: [(t, r) for t, r in of if r < t / 2] for s, of in shapes.items()}
     assert decode[Sampler.GREEDY] == [1, 32, 64, 128, 256, 384, 512, 768, 1024]
     assert mixed[Sampler.GREEDY] == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
     assert decode[Sampler.SAMPLE] == [1, 32, 64, 128, 256, 512, 1024]
     assert mixed[Sampler.SAMPLE] == [64, 128, 256, 512, 1024, 2048]
+    assert few == {
+        Sampler.GREEDY: [(32, 8), (1024, 64), (2048, 64)],
+        Sampler.SAMPLE: [],
+        Sampler.FULL: [],
+    }
     assert shapes[Sampler.FULL] == [
         (32, 32), (128, 112), (128, 128), (256, 224), (256, 256), (1024, 896), (1024, 1024),
         (2048, 1024),
@@ -84,14 +90,33 @@ def test_default_ladder_of_a_gpu():
     sampled = {s: [rows for rows, of in ladder.samples if of == s] for s in Sampler}
     assert sampled[Sampler.SAMPLE] == decode[Sampler.SAMPLE]
     assert sampled[Sampler.FULL] == [32, 128, 256, 1024]
-    assert ladder.num_programs == 47
+    assert ladder.num_programs == 50
+
+
+def test_prompts_that_come_alone_pay_for_few_rows():
+    """And none of those rungs takes what has more rows, or cuts prompts that come with answers."""
+    ladder = make_ladder(1024, 2048)
+    greedy = Sampler.GREEDY
+    for tokens, rows, expected in [
+        (7, 1, (32, 8)), (32, 8, (32, 8)), (32, 9, (64, 56)), (33, 1, (64, 56)),
+        (800, 1, (1024, 64)), (1024, 64, (1024, 64)), (1024, 65, (1024, 896)),
+        (1025, 2, (1536, 1024)), (2048, 1, (2048, 64)), (2048, 300, (2048, 1024)),
+    ]:  # fmt: skip
+        rung = ladder.choose(tokens, rows, greedy, decode_only=False)
+        assert (rung.tokens, rung.rows, rung.sampler) == (*expected, greedy)
+    assert ladder.choose(8, 8, greedy, decode_only=True).decode_only
+    # A chunk is cut to a size that there is for any number of rows, too.
+    few = {b.tokens for b in ladder.buckets if b.rows * 2 < b.tokens > 64}
+    assert few <= {b.tokens for b in ladder.buckets if b.rows * 2 >= b.tokens > b.rows}
+    # Where compiling is dear there are none.
+    assert all(b.rows * 2 >= b.tokens for b in make_ladder(1024, 2048, max_programs=39).buckets)
 
 
 def test_chunks_are_cut_to_rungs():
     ladder = make_ladder(1024, 2048)
     wanted = (1, 64, 65, 129, 768, 769, 2048, 9999)
     assert [ladder.chunk_size(n, Sampler.GREEDY) for n in wanted] == [
-        64, 64, 128, 192, 768, 1024, 2048, 2048
+        32, 64, 128, 192, 768, 1024, 2048, 2048
     ]  # fmt: skip
     assert [ladder.chunk_size(n, Sampler.SAMPLE) for n in wanted] == [
         64, 64, 128, 256, 1024, 1024, 2048, 2048
@@ -100,7 +125,7 @@ def test_chunks_are_cut_to_rungs():
 
 def test_ladder_with_several_tokens_a_dispatch():
     ladder = make_ladder(256, 2048, max_k=4)
-    assert ladder.num_programs == 47
+    assert ladder.num_programs == 50
     assert [ladder.most_k(n, Sampler.GREEDY) for n in (1, 8, 64, 65, 256)] == [4, 4, 4, 1, 1]
     assert [ladder.most_k(n, Sampler.FULL) for n in (1, 64)] == [1, 1]
     for sampler, rows in [(Sampler.GREEDY, 1), (Sampler.SAMPLE, 8)]:
