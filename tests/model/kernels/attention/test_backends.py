@@ -469,7 +469,10 @@ def test_a_row_whose_cache_is_not_finite_keeps_it_to_itself(backend: str, mode: 
         np.testing.assert_array_equal(np.delete(out, mine, 0), np.delete(clean, mine, 0))
 
 
-MOSAIC_PLAIN = PLAIN | {"dtype": "bfloat16", "sinks": False, "page_size": 32, "return_lse": False}
+# A group of 6 is three sets of heads, each with tiles of its own.
+MOSAIC_PLAIN = PLAIN | {
+    "dtype": "bfloat16", "sinks": False, "page_size": 32, "return_lse": False, "group": 6
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "mosaic" in name])
