@@ -411,29 +411,28 @@ def _call(
                     most = jnp.maximum(high + offset - heads.window, 0)
                     whole = jnp.minimum(jnp.maximum(cdiv(most, block), begin), cut)
 
-                @when(stop > begin)
-                def attend() -> None:
+                some = stop > begin  # or it sees nothing, and gives zeros
+
+                @when(some)
+                def start() -> None:
                     mosaic.barrier_wait(q_there)
                     mosaic.barrier_wait(k_there.at[slot_of(step0)])
                     when(wg == 1)(swap)  # which is half a turn behind
-                    state: Any = full(LOWEST, ROWS), full(0, ROWS), full(0, ROWS, dim)
-                    if heads.window is not None:
-                        state = lax.fori_loop(begin, whole, turn(masked=True), state)
-                    state = lax.fori_loop(whole, cut, turn(masked=False), state)
-                    state = lax.fori_loop(cut, stop, turn(masked=True), state)
-                    _, l, acc = state  # noqa: E741
-                    when(wg == 0)(swap)
-                    if sums:
-                        when(kind == PART)(lambda: write_part(*state))
 
-                    @when(kind != PART)
-                    def write_result() -> None:
-                        some = jnp.where(l != 0.0, l, 1.0)  # NaN stays
-                        write(acc * lax.broadcast_in_dim(1.0 / some, acc.shape, (0,)))
+                state: Any = full(LOWEST, ROWS), full(0, ROWS), full(0, ROWS, dim)
+                if heads.window is not None:
+                    state = lax.fori_loop(begin, whole, turn(masked=True), state)
+                state = lax.fori_loop(whole, cut, turn(masked=False), state)
+                state = lax.fori_loop(cut, stop, turn(masked=True), state)
+                _, l, acc = state  # noqa: E741
+                when(some & (wg == 0))(swap)
+                if sums:
+                    when(kind == PART)(lambda: write_part(*state))
 
-                @when((stop <= begin) & (kind != UNUSED))
-                def nothing_seen() -> None:
-                    write(full(0, ROWS, dim))
+                @when((kind != PART) & (kind != UNUSED))
+                def write_result() -> None:
+                    nonzero = jnp.where(l != 0.0, l, 1.0)  # NaN stays
+                    write(acc * lax.broadcast_in_dim(1.0 / nonzero, acc.shape, (0,)))
 
                 return step0 + stop - begin
 
