@@ -2,8 +2,8 @@
 
 Decode rows go through gpu_decode.py, prompt rows through gpu_prefill.py, which fills its tokens
 into the array that the first has begun; gpu_pallas.py holds what they share. Both are lowered
-through Triton. On Hopper, gpu_mosaic.py can stand in for gpu_prefill.py. Page counts and lengths
-are data: one program serves any of them.
+through Triton. On Hopper, gpu_mosaic.py stands in for gpu_prefill.py in steps of many tokens. Page
+counts and lengths are data: one program serves any of them.
 
 `attend` needs a GPU; `attend_interpreted` is the same evaluated as plain JAX, for tests.
 """
@@ -57,6 +57,21 @@ def _mosaic_shape() -> MosaicShape:
     return MosaicShape()
 
 
+MOSAIC_TOKENS = 768
+"""Of a step, from which on Mosaic's kernel takes the prompts: a whole chunk of one, and what a step
+takes of one while others decode (BUSY_TOKENS). With fewer there are too few of its tiles of 128
+rows to give each multiprocessor one, each has a block or two of keys, and what it takes is latency,
+not products; or a few stand over a long cache, where it must be read once for all of them. There
+Triton's tiles of half the size, two at once on a multiprocessor, are no worse; and lowering a
+program takes about a second less, of which a start has one a rung."""
+
+
+def _prompts_by(num_tokens: int) -> Literal["triton", "mosaic"]:
+    """The kernel for the prompts of a step of this size where both can serve. Only the size of the
+    rung is known when a program is traced, not what rows it will hold."""
+    return switches.PROMPTS_BY if num_tokens >= MOSAIC_TOKENS else "triton"
+
+
 def _attend(
     q: jax.Array,
     slab: jax.Array,
@@ -76,7 +91,7 @@ def _attend(
       NotImplementedError: a MosaicShape was given, and that kernel cannot serve.
     """
     if prefill_shape is None and not options.decode_only:
-        if (prompts_by or switches.PROMPTS_BY) == "mosaic":
+        if (prompts_by or _prompts_by(q.shape[0])) == "mosaic":
             prefill_shape = _mosaic_shape()
             if _why_not_mosaic(q, slab, extras, options, prefill_shape, interpret) is not None:
                 prefill_shape = None

@@ -172,16 +172,36 @@ def test_own_kernels_are_used() -> None:
     assert decode.kernels("attention_decode") == mixed.kernels("attention_decode") == layers
     assert decode.kernels("attention_prefill") == 0
     assert mixed.kernels("attention_prefill") == layers
+    assert mixed.kernels("attention_prefill_mosaic") == (layers if MOSAIC_IS_HERE else 0)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernel needs JAX 0.11")
+MOSAIC_IS_HERE = jax.__version_info__ >= (0, 11)
+
+
+@pytest.mark.parametrize("attention", [None, "gpu_mosaic"])
+def test_prompts_of_large_steps_are_mosaics_where_that_can_serve(attention: str | None) -> None:
+    """Not those of small steps, unless that backend is asked for; nor any on an older JAX, or of
+    another head dim."""
+    config = replace(small(), head_dim=64, num_heads=12)
+    made, _ = engine(config, gpu_mesh(), **SIZES, attention=attention)
+
+    def by_mosaic(bucket: Bucket) -> bool:
+        return "mosaic_gpu" in made.lower(bucket).as_text()
+
+    assert by_mosaic(Bucket(768, 256, Sampler.GREEDY)) == MOSAIC_IS_HERE
+    assert by_mosaic(Bucket(512, 256, Sampler.GREEDY)) == (MOSAIC_IS_HERE and attention is not None)
+    assert not by_mosaic(DECODE)
+    assert "mosaic_gpu" not in report("small", MIXED).hlo
+
+
+@pytest.mark.skipif(not MOSAIC_IS_HERE, reason="Mosaic's kernel needs JAX 0.11")
 def test_prompts_by_mosaic_are_no_less_in_place_and_one_launch() -> None:
-    """The kernel is built to the last instruction, by wgmma and TMA, where it can serve."""
+    """The kernel is built to the last instruction, by wgmma and TMA."""
     config = replace(small(), head_dim=64)
-    made, _ = engine(config, gpu_mesh(), **SIZES, attention="gpu_mosaic")
-    lowered = made.lower(MIXED)
-    assert lowered.as_text().count("mosaic_gpu") >= 1
-    check_in_place_and_one_launch(made, config, MIXED, compile_for(lowered, "gpu"))
+    made, _ = engine(config, gpu_mesh(), **SIZES)
+    got = compile_for(made.lower(MIXED), "gpu")
+    assert "mosaic_gpu" in got.hlo
+    check_in_place_and_one_launch(made, config, MIXED, got)
 
 
 def check_in_place_and_one_launch(

@@ -32,10 +32,8 @@ PLATFORM = jax.default_backend()
 
 def is_here(name: str) -> bool:
     platform = name.split("_")[0]
-    if name == f"gpu_{switches.PROMPTS_BY}" or (
-        name == "gpu_merge_inside" and switches.MERGE_INSIDE
-    ):
-        return False  # that is "gpu"
+    if name == "gpu_triton" or (name == "gpu_merge_inside" and switches.MERGE_INSIDE):
+        return False  # that is "gpu", in steps of as few tokens as here
     if name.endswith("_interpret"):
         # Before 0.11 Mosaic's cannot serve, and Triton's would be tested twice.
         return PLATFORM == "cpu" and ("mosaic" not in name or jax.__version_info__ >= (0, 11))
@@ -363,8 +361,10 @@ PLAIN: Case = {
 }
 
 
+# On a GPU also what large steps of a narrow type take.
+@pytest.mark.parametrize("dtype", ["float32", *["bfloat16"] * (PLATFORM == "gpu")])
 @pytest.mark.parametrize("backend", GENERAL)
-def test_a_prompt_of_2000_tokens(backend: str) -> None:
+def test_a_prompt_of_2000_tokens(backend: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     n, page = 2000, 32
     num_pages = -(-n // page)
@@ -377,10 +377,11 @@ def test_a_prompt_of_2000_tokens(backend: str) -> None:
     q = rng.standard_normal((2048, 2, 64)).astype(np.float32)
     lens = np.array([n], np.int32)
     cu = np.array([0, n], np.int32)
+    q, slab = (x.astype(jnp.dtype(dtype)) for x in (q, slab))
     batch = Batch(q, slab, lens, table[None], cu, np.int32(1), np.int32(0))
     options = dict.fromkeys(("window", "soft_cap", "sinks", "kv_scales"), None)
     problem = Problem(batch, {"scale": 0.125, "first_page": 0, **options})
-    check(backend, problem, decode_only=False)
+    check(backend, problem, decode_only=False, return_lse=dtype == "float32")
 
 
 @pytest.mark.parametrize("backend", [name for name in GENERAL if name.startswith("gpu")])
