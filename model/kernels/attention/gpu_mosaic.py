@@ -60,7 +60,7 @@ def why_not(
     """Why this kernel cannot serve, None if it can; the device is why_not_here's matter."""
     num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = slab.shape[1], slab.shape[2] // 2
-    group = _heads_of_a_tile(num_heads // kv_heads)
+    group = _heads_of_a_tile(num_heads // kv_heads, shape)
     if jax.__version_info__ < (0, 11):
         return f"JAX {jax.__version__}: before 0.11, kernels cannot write in place"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or slab.dtype != q.dtype:
@@ -69,8 +69,6 @@ def why_not(
         return f"head dim {head_dim}"
     if page_size % ALIGN or shape.block % page_size:
         return f"pages of {page_size}"
-    if group * ALIGN > shape.queries:
-        return f"{group} query heads a tile"
     if num_tokens % ALIGN or num_tokens < shape.tile(group):
         return f"{num_tokens} tokens"
     if options.soft_cap is not None or options.return_lse:
@@ -112,7 +110,7 @@ def prefill(
     """
     num_tokens, _, _, head_dim = q.shape
     wholes = q.shape, out[1].shape
-    each = _heads_of_a_tile(heads.group)
+    each = _heads_of_a_tile(heads.group, shape)
     sets = heads.num_kv_heads * heads.group // each  # of query heads, tiles of which are items
     q, o, lse = (x.reshape(num_tokens, sets, each, *x.shape[3:]) for x in (q, *out))
     heads = replace(heads, num_kv_heads=sets, group=each)
@@ -139,9 +137,9 @@ def prefill(
     return o.reshape(wholes[0]), lse.reshape(wholes[1])
 
 
-def _heads_of_a_tile(group: int) -> int:
-    """The largest power of two that divides a group: all its heads, or sets of them in turn."""
-    return group & -group
+def _heads_of_a_tile(group: int, shape: MosaicShape) -> int:
+    """The largest power of two that divides a group: all its heads, or one of several sets."""
+    return min(group & -group, shape.queries // ALIGN)
 
 
 def _call(
