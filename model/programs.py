@@ -22,6 +22,7 @@ from .compile import VENDOR_TOKENS, compiler_options
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
 from .kernels.attention.api import default_backend
+from .kernels.attention.gpu_lowered import LoweredKernels
 from .kernels.kv_write import default_writer
 from .mesh import Mesh
 from .plan import Bucket, RunnerSpec, Sampler
@@ -105,6 +106,7 @@ class Programs:
         )
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
+        self._kernels = LoweredKernels(mesh.lowering_platforms[0], mesh.abstract)
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
@@ -310,5 +312,5 @@ class Programs:
 
     def _for_platform(self, jitted: Any, *args: Any) -> Lowered:
         """Lowered for the mesh's platform, which need not be this process's."""
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract):
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract), self._kernels.in_use():
             return jitted.trace(*args).lower(lowering_platforms=self._mesh.lowering_platforms)

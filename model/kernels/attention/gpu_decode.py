@@ -247,6 +247,7 @@ def decode(
         grid=(kv_heads, num_items),
         out=out + (partial_sums if splits else []),
         args=[work.items, batch.page_table, first_page, q, slab, *inside, *extra],
+        any_rows=True,
     )
     o, lse, *sums = results
     if not splits or inside:
@@ -345,5 +346,6 @@ def _merge(
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, lse)],
             args=args,
             aliases={len(args) - 2: 0, len(args) - 1: 1},
+            any_rows=True,
         )
     )

@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from .gpu_lowered import Unknown, in_use
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 LOWEST = -1e30
@@ -54,19 +56,34 @@ def call(
     out: Sequence[jax.ShapeDtypeStruct],
     args: Sequence[jax.Array],
     aliases: Mapping[int, int] | None = None,
+    any_rows: bool = False,
 ) -> Any:
-    """Runs `kernel(*args, *out)` on whole arrays in memory; `aliases` is {argument: output}."""
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=list(out),
-        input_output_aliases=dict(aliases or {}),
-        interpret=launch.interpret,
-        compiler_params=triton.CompilerParams(
-            num_warps=launch.num_warps, num_stages=launch.num_stages
-        ),
-        name=name,
-    )(*args)
+    """Runs `kernel(*args, *out)` on whole arrays in memory; `aliases` is {argument: output}.
+
+    With `any_rows` the kernel looks at no array's first dimension, not even at those of arrays in
+    its closure: programs for steps of any size may share it (gpu_lowered.py).
+    """
+
+    def make(out: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., Any]:
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=list(out),
+            input_output_aliases=dict(aliases or {}),
+            interpret=launch.interpret,
+            compiler_params=triton.CompilerParams(
+                num_warps=launch.num_warps, num_stages=launch.num_stages
+            ),
+            name=name,
+        )
+
+    if any_rows and not launch.interpret and (kernels := in_use()) is not None:
+        try:
+            with jax.named_scope(name):
+                return kernels.run(kernel, launch, grid, make, args, out, aliases or {})
+        except Unknown:
+            pass
+    return make(out)(*args)
 
 
 def load(ref: Any, index: tuple[Any, ...], mask: jax.Array, dtype: Any = None) -> jax.Array:

@@ -227,7 +227,7 @@ def prefill(
     def attend_tile(*refs: Any) -> None:
         items, used, table, page, q_ref, slab_ref, *rest = refs
         sinks, k_scale, v_scale = optional_refs(rest, extras)
-        o_ref, lse_ref, *parts = refs[len(args) :]
+        o_ref, lse_ref, *parts = refs[num_args:]
         head, program = program_id(0), program_id(1)
 
         def work_off(item: jax.Array) -> None:
@@ -283,7 +283,7 @@ def prefill(
             state = lax.fori_loop(cut, end, turn(masked=True), state)
 
             _, m, l, acc = state  # noqa: E741
-            if budget:
+            if splits:
 
                 @when(kind == PART)
                 def write_part() -> None:
@@ -302,16 +302,19 @@ def prefill(
                 store(o_ref, at, o, here)
                 store(lse_ref, (token, head, g), lse, real)
 
-        if programs == num_items:
+        if stride is None:
             when(items[program, 0] != UNUSED)(lambda: work_off(program))
         else:
-            mine = div(jnp.maximum(used[0] - program + programs - 1, 0), programs)
-            lax.fori_loop(0, mine, lambda n, _: work_off(program + n * programs), None)
+            mine = div(jnp.maximum(used[0] - program + stride - 1, 0), stride)
+            lax.fori_loop(0, mine, lambda n, _: work_off(program + n * stride), None)
 
-    num_items = work.items.shape[0]
+    # The kernel sees no more of the step's size than it needs: its code is shared by what it sees.
+    splits = budget > 0
     programs = num_tokens // tile + budget + min(batch.kv_lens.shape[0], shape.rows_at_once) + 1
+    stride = None if programs == work.items.shape[0] else programs
     used = jnp.sum(work.items[:, 0] != UNUSED, dtype=jnp.int32)[None]
     args = [work.items, used, batch.page_table, first_page, q, slab, *extra, *out]
+    num_args = len(args)
     o, lse, *sums = call(
         attend_tile,
         Launch(heads.interpret, shape.num_warps, shape.num_stages),
@@ -320,6 +323,7 @@ def prefill(
         out=results + partial_sums,
         args=args,
         aliases={len(args) - 2: 0, len(args) - 1: 1},
+        any_rows=True,
     )
     if not budget:
         return o, lse
@@ -399,5 +403,6 @@ def merge(
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, lse)],
             args=args,
             aliases={len(args) - 2: 0, len(args) - 1: 1},
+            any_rows=True,
         )
     )

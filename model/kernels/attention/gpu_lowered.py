@@ -1,0 +1,186 @@
+"""Kernels lowered once for all programs of an engine. Called by gpu_pallas.py for each of its own.
+
+Some forty step programs have the same few kernels: how many tokens a step has changes their grids
+and the first dimensions of arrays, but not their code. Pallas traces and lowers a kernel anew in
+every program, which took a third of the time that lowering takes. Here Pallas lowers it once, alone,
+and what it made of it, a call of XLA's with the code as an attribute, stands in every program.
+
+A kernel is known by all it can see: its code, what its closure holds, the types and shapes of its
+arguments. What cannot be known, or repeated, is lowered where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = jax.Array | jax.ShapeDtypeStruct
+Make = Callable[[Sequence[jax.ShapeDtypeStruct]], Callable[..., Any]]
+"""Given its results' shapes, a `pallas_call`."""
+
+_ROWS = 64
+"""First dimension of arrays, for a kernel that does not look at it."""
+
+_NARROW = 2**32
+"""Bytes of an array, up to which Pallas counts in 32 bits."""
+
+_MOST_PROGRAMS = 2**16 - 1
+"""Along the second and third axis of a grid; Pallas gives larger ones to the first."""
+
+_CONFIG = "mhlo.backend_config"
+_GRID = ("grid_x", "grid_y", "grid_z")
+
+
+class Unknown(Exception):
+    """A kernel that cannot be told from others, or whose call cannot be repeated."""
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A kernel's call, as Pallas made it: of what, and with which attributes besides the grid."""
+
+    target: str
+    attributes: dict[str, Any]
+
+
+class LoweredKernels:
+    """The kernels of one engine's programs, which are all for the same devices.
+
+    Args:
+      platform: of the devices, as `Traced.lower` calls it.
+      mesh: of them.
+    """
+
+    def __init__(self, platform: str, mesh: jax.sharding.AbstractMesh) -> None:
+        self._platform, self._mesh = platform, mesh
+        self._known: dict[Hashable, _Lowered | None] = {}
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Programs traced within take their kernels from here."""
+        token = _IN_USE.set(self)
+        try:
+            yield
+        finally:
+            _IN_USE.reset(token)
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        launch: Hashable,
+        grid: tuple[int, ...],
+        make: Make,
+        args: Sequence[jax.Array],
+        out: Sequence[jax.ShapeDtypeStruct],
+        aliases: Mapping[int, int],
+    ) -> Any:
+        """`make(out)(*args)`, a `pallas_call` of a kernel that looks at no first dimension.
+
+        Raises:
+          Unknown: it has to be made.
+        """
+        if any(size > _MOST_PROGRAMS for size in grid):
+            raise Unknown(f"grid {grid}")
+        seen, left = [_seen(x) for x in args], [_seen(x) for x in out]
+        # Of the last two axes only this much is in the code, of those before them the sizes.
+        axes = (*grid[:-2], *(size == 1 for size in grid[-2:]))
+        shapes = tuple((x.shape, x.dtype) for x in (*seen, *left))
+        key = (identity(kernel), launch, axes, shapes, tuple(sorted(aliases.items())))
+        if key not in self._known:
+            self._known[key] = self._lower(make(left), seen, grid)
+        lowered = self._known[key]
+        if lowered is None:
+            raise Unknown("its call cannot be repeated")
+        call = jax.ffi.ffi_call(lowered.target, list(out), input_output_aliases=dict(aliases))
+        return call(*args, **lowered.attributes, **_on_grid(grid))
+
+    def _lower(
+        self, call: Callable[..., Any], args: Sequence[jax.ShapeDtypeStruct], grid: tuple[int, ...]
+    ) -> _Lowered | None:
+        """The call in a program of its own; None where there is more, or other, than is known."""
+        with jax.sharding.use_abstract_mesh(self._mesh):
+            traced = jax.jit(call).trace(*args)
+            module = traced.lower(lowering_platforms=(self._platform,)).compiler_ir("stablehlo")
+        found: list[Any] = []
+        module.operation.walk(lambda op: _collect(op, found))
+        if len(found) != 1:
+            return None
+        (attributes,) = (op.attributes for op in found)
+        if _CONFIG not in attributes or attributes["has_side_effect"].value:
+            return None
+        config = {a.name: _plain(a.attr) for a in attributes[_CONFIG]}
+        if None in config.values() or _on_grid(grid) != {a: config.pop(a, 0) for a in _GRID}:
+            return None
+        return _Lowered(attributes["call_target_name"].value, config)
+
+
+_IN_USE: ContextVar[LoweredKernels | None] = ContextVar("lowered kernels", default=None)
+
+
+def in_use() -> LoweredKernels | None:
+    """Where the program that is being traced takes its kernels from, if it does."""
+    return _IN_USE.get()
+
+
+def identity(thing: Any) -> Hashable:
+    """Tells apart whatever a kernel's code can tell apart. Of arrays no kernel sees more than what
+    kind they are: those that a closure holds are not arguments.
+
+    Raises:
+      Unknown: what kind of thing this is.
+    """
+    kind = type(thing)
+    if thing is None or kind in (bool, int, float, str) or isinstance(thing, (np.dtype, type)):
+        return kind, thing
+    if isinstance(thing, FunctionType):
+        closure = (cell.cell_contents for cell in thing.__closure__ or ())
+        defaults = (thing.__defaults__ or (), tuple((thing.__kwdefaults__ or {}).items()))
+        return kind, thing.__code__, identity(defaults), tuple(map(identity, closure))
+    if isinstance(thing, (tuple, list)):
+        return kind, tuple(map(identity, thing))
+    if isinstance(thing, jax.Array):
+        return jax.Array, thing.shape[1:], thing.dtype
+    if is_dataclass(thing):
+        return kind, tuple(identity(getattr(thing, field.name)) for field in fields(thing))
+    raise Unknown(f"{kind} in a kernel's closure")
+
+
+def _seen(array: Array) -> jax.ShapeDtypeStruct:
+    """An array as a kernel sees it that does not look at its first dimension."""
+    given = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    usual = jax.ShapeDtypeStruct((_ROWS, *array.shape[1:]), array.dtype)
+    wide = max(x.size * x.dtype.itemsize for x in (given, usual)) > _NARROW
+    return given if wide else usual
+
+
+def _on_grid(grid: tuple[int, ...]) -> dict[str, Any]:
+    sizes = (*grid, 1, 1)[: len(_GRID)]
+    return {axis: np.int32(size) for axis, size in zip(_GRID, sizes, strict=True)}
+
+
+def _collect(op: Any, found: list[Any]) -> Any:
+    from jaxlib.mlir import ir
+
+    if op.name == "stablehlo.custom_call":
+        found.append(op)
+    return ir.WalkResult.ADVANCE
+
+
+def _plain(attribute: Any) -> Any:
+    """What `ffi_call` makes the same attribute of; None: it cannot."""
+    from jaxlib.mlir import ir
+
+    if isinstance(attribute, ir.StringAttr):
+        return attribute.value_bytes
+    if isinstance(attribute, ir.BoolAttr):
+        return bool(attribute.value)
+    if isinstance(attribute, ir.IntegerAttr) and str(attribute.type) == "i32":
+        return np.int32(attribute.value)
+    return None
