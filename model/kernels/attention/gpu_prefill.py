@@ -225,7 +225,7 @@ def prefill(
     extra = [x for x in extras if x is not None]
 
     def attend_tile(*refs: Any) -> None:
-        items, used, table, page, q_ref, slab_ref, *rest = refs
+        items, counts, table, page, q_ref, slab_ref, *rest = refs
         sinks, k_scale, v_scale = optional_refs(rest, extras)
         o_ref, lse_ref, *parts = refs[num_args:]
         head, program = program_id(0), program_id(1)
@@ -302,18 +302,19 @@ def prefill(
                 store(o_ref, at, o, here)
                 store(lse_ref, (token, head, g), lse, real)
 
-        if stride is None:
+        if one_each:
             when(items[program, 0] != UNUSED)(lambda: work_off(program))
         else:
-            mine = div(jnp.maximum(used[0] - program + stride - 1, 0), stride)
+            stride = counts[1]
+            mine = div(jnp.maximum(counts[0] - program + stride - 1, 0), stride)
             lax.fori_loop(0, mine, lambda n, _: work_off(program + n * stride), None)
 
-    # The kernel sees no more of the step's size than it needs: its code is shared by what it sees.
+    # What depends on the step's size is data: its kernel is one for all sizes.
     splits = budget > 0
     programs = num_tokens // tile + budget + min(batch.kv_lens.shape[0], shape.rows_at_once) + 1
-    stride = None if programs == work.items.shape[0] else programs
-    used = jnp.sum(work.items[:, 0] != UNUSED, dtype=jnp.int32)[None]
-    args = [work.items, used, batch.page_table, first_page, q, slab, *extra, *out]
+    one_each = programs == work.items.shape[0]
+    counts = jnp.stack([jnp.sum(work.items[:, 0] != UNUSED, dtype=jnp.int32), programs])
+    args = [work.items, counts, batch.page_table, first_page, q, slab, *extra, *out]
     num_args = len(args)
     o, lse, *sums = call(
         attend_tile,
