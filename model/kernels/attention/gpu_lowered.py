@@ -2,8 +2,8 @@
 
 Some forty step programs have the same few kernels: how many tokens a step has changes their grids
 and the first dimensions of arrays, but not their code. Pallas traces and lowers a kernel anew in
-every program, which took a third of the time that lowering takes. Here Pallas lowers it once, alone,
-and what it made of it, a call of XLA's with the code as an attribute, stands in every program.
+every program, a third of all that lowering takes. Here Pallas lowers it once, alone; what it made
+of it, a call of XLA's with the code as an attribute, stands in every program.
 
 A kernel is known by all it can see: its code, what its closure holds, the types and shapes of its
 arguments. What cannot be known, or repeated, is lowered where it is used.

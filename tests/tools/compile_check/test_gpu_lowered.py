@@ -1,0 +1,174 @@
+"""Kernels that programs share are what Pallas makes of them in each program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from described_engines import config_of, engine
+from jax._src.pallas.triton.lowering import _new_ir_context
+from jaxlib.mlir import ir, passmanager
+
+from quire.model.kernels.attention import gpu
+from quire.model.kernels.attention.gpu_lowered import LoweredKernels, Unknown, identity
+from quire.model.kernels.attention.gpu_pallas import Launch, call
+from quire.model.plan import Bucket, Sampler
+from quire.model.programs import Programs
+from quire.tools.compile_check import gpu_mesh
+
+pytestmark = pytest.mark.xdist_group("compile for gpu")
+GREEDY = Sampler.GREEDY
+SIZES = [
+    *(Bucket(n, n, GREEDY) for n in (1, 64, 256)),
+    *(Bucket(t, r, GREEDY) for t, r in ((64, 56), (256, 224), (1024, 256), (2048, 256))),
+]
+SAID = "has_side_effect", "operand_layouts", "result_layouts", "output_operand_aliases"
+
+
+@pytest.fixture(autouse=True)
+def compiler(needs_compiler: Callable[[str], None]) -> Iterator[None]:
+    needs_compiler("gpu")
+    yield
+    gpu._traced_once.clear_cache()  # a trace says nothing of where its kernels came from
+
+
+@cache
+def programs() -> Programs:
+    """Of two layers, one with a window; a head dim that is no power of two, group 4."""
+    config = replace(
+        config_of("llama-3.1-8b"), vocab_size=4000, hidden_size=640, intermediate_size=1024,
+        num_layers=2, num_heads=8, num_kv_heads=2, head_dim=80, windows=(None, 100),
+    )  # fmt: skip
+    sizes = {"page_size": 32, "num_pages": 4096, "rows": 256, "tokens": 2048}
+    return engine(config, gpu_mesh(), **sizes)[0]
+
+
+def kernels_of(lowered: Any) -> list[dict[str, str]]:
+    """What each call of a kernel in a program says; of its code, what is left when constants are
+    folded, whatever their order."""
+    found = []
+
+    def look(op: Any) -> Any:
+        if (
+            op.name == "stablehlo.custom_call"
+            and "triton" in op.attributes["call_target_name"].value
+        ):
+            said = {name: op.attributes[name] for name in SAID if name in op.attributes}
+            said |= {a.name: a.attr for a in op.attributes["mhlo.backend_config"]}
+            code = said.pop("ir").value_bytes
+            with _new_ir_context():
+                module = ir.Module.parse(code)
+                passmanager.PassManager.parse("builtin.module(canonicalize,cse)").run(
+                    module.operation
+                )
+                lines = module.operation.get_asm(enable_debug_info=False).splitlines()
+            constants = sorted(line for line in lines if "arith.constant" in line)
+            rest = [line for line in lines if "arith.constant" not in line]
+            found.append(
+                {"code": "\n".join(constants + rest)} | {k: str(v) for k, v in said.items()}
+            )
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(look)
+    return found
+
+
+@pytest.mark.parametrize("bucket", SIZES, ids=str)
+def test_shared_kernels_are_those_that_pallas_makes(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu._traced_once.clear_cache()
+    shared = kernels_of(programs().lower(bucket))
+    gpu._traced_once.clear_cache()
+    monkeypatch.setattr(LoweredKernels, "run", _refuse)
+    alone = kernels_of(programs().lower(bucket))
+    assert [k["name"] for k in shared] == [k["name"] for k in alone] and len(shared) >= 2
+    assert shared == alone
+
+
+def _refuse(*_: Any) -> Any:
+    raise Unknown("test")
+
+
+def test_sizes_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[Any] = []
+    lower = LoweredKernels._lower
+    monkeypatch.setattr(
+        LoweredKernels, "_lower", lambda *args: lowered.append(args) or lower(*args)
+    )
+    programs.cache_clear()
+    for first, other in ((SIZES[2], SIZES[1]), (SIZES[6], SIZES[5])):
+        gpu._traced_once.clear_cache()
+        programs().lower(first)
+        known = len(lowered)
+        programs().lower(other)
+        assert 0 < known == len(lowered)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    by: float
+
+
+def scaling(how: Any, used: Callable[[Any], Any] = lambda x: x) -> Callable[..., None]:
+    def kernel(x: Any, y: Any) -> None:
+        y[1, 0] = used(x[1, 0] * getattr(how, "by", how))
+
+    return kernel
+
+
+def code_of(kernels: LoweredKernels, kernel: Callable[..., None], **other: Any) -> tuple[str, int]:
+    """How a kernel stands in a program, and how many have been lowered."""
+    settings = {"launch": Launch(False, 1, 1), "grid": (2, 2), "columns": 4} | other
+    array = jax.ShapeDtypeStruct((8, settings["columns"]), jnp.float32)
+
+    def program(x: jax.Array) -> Any:
+        launch, grid = settings["launch"], settings["grid"]
+        return call(
+            kernel, launch, name="scale", grid=grid, out=[array], args=[x], any_rows=True,
+        )  # fmt: skip
+
+    with jax.sharding.use_abstract_mesh(gpu_mesh().abstract), kernels.in_use():
+        lowered = jax.jit(program).trace(array).lower(lowering_platforms=("cuda",))
+    return str(kernels_of(lowered)), len(kernels._known)
+
+
+def test_kernels_are_told_apart_by_all_that_they_see() -> None:
+    """A constant, also in a dataclass or a function that the closure holds, launch, grid, shapes."""
+    known = LoweredKernels("cuda", gpu_mesh().abstract)
+    first = code_of(known, scaling(2))
+    assert first[1] == 1 and code_of(known, scaling(2)) == first
+    others = [
+        code_of(known, scaling(2.0 + 1)), code_of(known, scaling(Scaled(4.0))),
+        code_of(known, scaling(Scaled(5.0))), code_of(known, scaling(2, used=lambda x: x + 1)),
+        code_of(known, scaling(2), launch=Launch(False, 2, 1)),
+        code_of(known, scaling(2), grid=(2, 1)), code_of(known, scaling(2), columns=16),
+    ]  # fmt: skip
+    assert len({code for code, _ in (first, *others)}) == others[-1][1] == len(others) + 1
+
+
+def test_the_grid_is_each_calls_own() -> None:
+    known = LoweredKernels("cuda", gpu_mesh().abstract)
+    one, other = (code_of(known, scaling(2), grid=(2, n)) for n in (3, 5))
+    assert one[1] == other[1] == 1
+    assert "'grid_y': '3 : i32'" in one[0] and "'grid_y': '5 : i32'" in other[0]
+    assert one[0].replace("3 : i32", "5 : i32") == other[0]
+
+
+def test_what_cannot_be_told_apart_is_lowered_where_it_is_used() -> None:
+    class Opaque:
+        by = 3.0
+
+    known = LoweredKernels("cuda", gpu_mesh().abstract)
+    with pytest.raises(Unknown):
+        identity(scaling(Opaque()))
+    code, count = code_of(known, scaling(Opaque()))
+    assert count == 0 and "scale" in code
+    # Past what the second axis of a grid holds, where axes lie is in the code.
+    code, count = code_of(known, scaling(2), grid=(2, 2**16))
+    assert count == 0 and "131072" in code
