@@ -16,6 +16,11 @@ PROMPTS_BY: Literal["triton", "mosaic"] = "mosaic"
 """The kernel for the prompt rows of large steps (attention/gpu.py says which) where both can
 serve."""
 
+# No GPU has run "stream" yet (attention backend "gpu_stream").
+DECODE_BY: Literal["items", "stream"] = "items"
+"""The kernel for decode rows: an item of a row a program (gpu_decode.py), or an equal share of all
+rows (gpu_stream.py)."""
+
 # No GPU has run it inside yet (attention backend "gpu_merge_inside").
 MERGE_INSIDE = False
 """Whether the parts of a decode row are merged by the program that finishes last, or else by a

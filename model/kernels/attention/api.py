@@ -25,9 +25,11 @@ BACKENDS: dict[str, Attend] = {
     "gpu_triton": gpu.attend_by_triton,  # these to compare kernels: for prompt rows,
     "gpu_mosaic": gpu.attend_by_mosaic,  # where that cannot serve, Triton does;
     "gpu_merge_inside": gpu.attend_merging_inside,  # and for decode rows
+    "gpu_stream": gpu.attend_by_stream,
     "gpu_interpret": gpu.attend_interpreted,  # for tests: slow, on any device
     "gpu_mosaic_interpret": gpu.attend_interpreted_mosaic,  # likewise, on CPU
     "gpu_merge_inside_interpret": gpu.attend_interpreted_merging_inside,
+    "gpu_stream_interpret": gpu.attend_interpreted_by_stream,
     "tpu": tpu.attend,
     "tpu_interpret": tpu.attend_interpreted,  # for tests, on CPU
 }

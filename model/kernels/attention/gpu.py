@@ -18,12 +18,22 @@ import jax
 import jax.numpy as jnp
 
 from .. import switches
-from . import gpu_mosaic
+from . import gpu_mosaic, gpu_stream
 from .contract import Extras, Options, RaggedBatch
 from .gpu_decode import DecodeShape, decode
 from .gpu_mosaic import MosaicShape
 from .gpu_pallas import Heads
 from .gpu_prefill import PrefillShape, prefill
+from .gpu_stream import StreamShape
+
+
+def _stream_shape(heads: Heads) -> StreamShape:
+    """As _decode_shape says; no GPU has compared any yet."""
+    if heads.compute == jnp.float32:
+        return StreamShape(num_warps=4, num_stages=3 if heads.dims <= 128 else 2)
+    if heads.dims > 128:
+        return StreamShape(num_warps=4, num_stages=3)
+    return StreamShape()
 
 
 def _decode_shape(heads: Heads) -> DecodeShape:
@@ -81,8 +91,9 @@ def _attend(
     *,
     interpret: bool,
     prompts_by: Literal["triton", "mosaic"] | None = None,
+    decode_by: Literal["items", "stream"] | None = None,
     merge_inside: bool | None = None,
-    decode_shape: DecodeShape | None = None,
+    decode_shape: DecodeShape | StreamShape | None = None,
     prefill_shape: PrefillShape | MosaicShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See api.py. What is None is as kernels/switches.py says; the shapes are for tuning.
@@ -103,7 +114,8 @@ def _attend(
     first_page = jnp.full((1,), options.first_page, jnp.int32)
     return _traced_once(
         q, slab, batch, extras, first_page, options=replace(options, first_page=0),
-        interpret=interpret, merge_inside=merge_inside, decode_shape=decode_shape,
+        interpret=interpret, decode_by=decode_by or switches.DECODE_BY, merge_inside=merge_inside,
+        decode_shape=decode_shape,
         prefill_shape=prefill_shape,
     )  # fmt: skip
 
@@ -124,7 +136,9 @@ def _why_not_mosaic(
 # is done once a program and not once a layer. XLA inlines the calls.
 @partial(
     jax.jit,
-    static_argnames=("options", "interpret", "merge_inside", "decode_shape", "prefill_shape"),
+    static_argnames=(
+        "options", "interpret", "decode_by", "merge_inside", "decode_shape", "prefill_shape"
+    ),
 )
 def _traced_once(
     q: jax.Array,
@@ -135,8 +149,9 @@ def _traced_once(
     *,
     options: Options,
     interpret: bool,
+    decode_by: Literal["items", "stream"],
     merge_inside: bool | None,
-    decode_shape: DecodeShape | None,
+    decode_shape: DecodeShape | StreamShape | None,
     prefill_shape: PrefillShape | MosaicShape | None,
 ) -> tuple[jax.Array, jax.Array]:
     num_tokens, num_heads, head_dim = q.shape
@@ -159,14 +174,17 @@ def _traced_once(
         compute=_compute_dtype(q.dtype, slab.dtype),
         interpret=interpret,
     )
-    decode_shape = decode_shape or _decode_shape(heads)
-    if merge_inside is not None:
+    if decode_shape is None:
+        decode_shape = _stream_shape(heads) if decode_by == "stream" else _decode_shape(heads)
+    if isinstance(decode_shape, DecodeShape) and merge_inside is not None:
         decode_shape = replace(decode_shape, merge_inside=merge_inside)
     queries = q.reshape(num_tokens, kv_heads, heads.group, head_dim)
     tokens = slab.reshape(-1, 2 * kv_heads, head_dim)
-    out = decode(
-        queries, tokens, first_page, batch, extras, heads, decode_shape, alone=options.decode_only
-    )
+    args = queries, tokens, first_page, batch, extras, heads
+    if isinstance(decode_shape, StreamShape):
+        out = gpu_stream.decode(*args, decode_shape, alone=options.decode_only)
+    else:
+        out = decode(*args, decode_shape, alone=options.decode_only)
     if options.decode_only:
         pass
     elif isinstance(prefill_shape, MosaicShape):
@@ -186,7 +204,11 @@ def _compute_dtype(q: jnp.dtype, slab: jnp.dtype) -> jnp.dtype:
 attend = partial(_attend, interpret=False)
 attend_by_triton = partial(_attend, interpret=False, prompts_by="triton")
 attend_by_mosaic = partial(_attend, interpret=False, prompts_by="mosaic")
-attend_merging_inside = partial(_attend, interpret=False, merge_inside=True)
-attend_interpreted = partial(_attend, interpret=True, prompts_by="triton", merge_inside=False)
+attend_merging_inside = partial(_attend, interpret=False, decode_by="items", merge_inside=True)
+attend_by_stream = partial(_attend, interpret=False, decode_by="stream")
+attend_interpreted = partial(
+    _attend, interpret=True, prompts_by="triton", decode_by="items", merge_inside=False
+)
 attend_interpreted_mosaic = partial(_attend, interpret=True, prompts_by="mosaic")
 attend_interpreted_merging_inside = partial(attend_interpreted, merge_inside=True)
+attend_interpreted_by_stream = partial(attend_interpreted, decode_by="stream")
