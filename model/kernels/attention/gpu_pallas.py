@@ -106,7 +106,7 @@ def add_one(ref: Any, at: Any, *, interpret: bool) -> jax.Array:
     """
     if not interpret:
         triton.debug_barrier()  # of this program's threads, each of which stored a part
-    return triton.atomic_add(ref, (at,), jnp.int32(1))
+    return triton.atomic_add(ref, at if isinstance(at, tuple) else (at,), jnp.int32(1))
 
 
 def dot(a: jax.Array, b: jax.Array, *, b_transposed: bool = False) -> jax.Array:

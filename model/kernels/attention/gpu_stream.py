@@ -67,15 +67,18 @@ class StreamShape:
 
 
 class StreamPlan(NamedTuple):
-    """What runs where; the same for all layers of one window, so XLA computes it once a step."""
+    """What runs where; the same for all layers of one window, so XLA computes it once a step. (Two
+    arrays, since each would be a kernel of its own.)"""
 
-    starts: jax.Array  # [P, 4] of each share: first row, its block, blocks in all, is it continued?
-    spans: jax.Array  # [R, 2] first share of each row, and in how many it lies
-    lens: jax.Array  # [R + 1] cached tokens, 0 for what is no decode row
+    shares: jax.Array  # [P, 4 + KH] first row, its block, blocks in all, is it continued?; counters
+    rows: jax.Array  # [R, 3] first share it lies in, how many, cached tokens (0: no decode row)
 
 
 def plan(batch: RaggedBatch, heads: Heads, shape: StreamShape, rows: int) -> StreamPlan:
     """Cuts rows 0 to num_decode into shares. A row that has nothing cached has a block, too.
+
+    A counter is for the row that begins in the share and does not end there: how many of its parts
+    are written. Whoever writes the last leaves it at zero again; to XLA, kernels only read them.
 
     Args:
       rows: rows that may be decode rows.
@@ -86,19 +89,17 @@ def plan(batch: RaggedBatch, heads: Heads, shape: StreamShape, rows: int) -> Str
     blocks = jnp.where(exists, jnp.maximum(cdiv(lens, shape.block) - first, 1), 0)
     ends = jnp.cumsum(blocks)
     begins, total = ends - blocks, ends[-1]
-    shares = shape.shares(heads)
-    share = jnp.maximum(cdiv(total, shares), shape.least_blocks)
-    spans = begins // share, jnp.maximum(ends - 1, 0) // share
-
-    begin = jnp.arange(shares) * share
+    count = shape.shares(heads)
+    share = jnp.maximum(cdiv(total, count), shape.least_blocks)
+    begin = jnp.arange(count) * share
     row = jnp.minimum(jnp.sum(ends <= begin[:, None], axis=1), rows - 1)
-    turns = jnp.clip(total - begin, 0, share)
     lead = begin - begins[row]
+    turns = jnp.clip(total - begin, 0, share)
     starts = [row, first[row] + lead, turns, (lead > 0).astype(jnp.int32)]
+    counters = [jnp.zeros_like(row)] * heads.num_kv_heads
+    low, high = div(begins, share), div(jnp.maximum(ends - 1, 0), share)
     return StreamPlan(
-        jnp.stack(starts, axis=1).astype(jnp.int32),
-        jnp.stack([spans[0], spans[1] - spans[0] + 1], axis=1),
-        jnp.append(lens, 0),
+        jnp.stack([*starts, *counters], axis=1), jnp.stack([low, high - low + 1, lens], axis=1)
     )
 
 
@@ -138,7 +139,6 @@ def decode(
     """
     tokens, kv_heads, group, head_dim = q.shape
     rows = min(tokens, batch.page_table.shape[0])
-    work = plan(batch, heads, shape, rows)
     shares, block = shape.shares(heads), shape.block
     extra = [x for x in extras if x is not None]
     out = [
@@ -151,17 +151,14 @@ def decode(
         jax.ShapeDtypeStruct((2 * shares, kv_heads, group, *last), jnp.float32)
         for last in ((head_dim,), (), ())
     ]
-    # One a share, for the row that begins there and does not end there. Whoever finishes last
-    # leaves it at zero again: to XLA, the kernel only reads them.
-    counters = jnp.zeros(shares * kv_heads, jnp.int32)
 
     def attend_share(*refs: Any) -> None:
-        starts, spans, lens, table, page, counter_ref, present, q_ref, slab_ref, *rest = refs
+        share_ref, row_ref, table, page, present, q_ref, slab_ref, *rest = refs
         sinks, k_scale, v_scale = optional_refs(rest, extras)
         o_ref, lse_ref, *parts = rest[len(extra) :]
         acc_ref, m_ref, l_ref = parts
         head, share = program_id(0), program_id(1)
-        first_row, begin, turns, continued = (starts[share, c] for c in range(4))
+        first_row, begin, turns, continued = (share_ref[share, c] for c in range(4))
         g, d = jnp.arange(power_of_2(group, 16)), jnp.arange(heads.dims)
         real = (g < group)[:, None] & (d < head_dim)[None, :]
         at = (head, g[:, None], d[None, :])
@@ -181,6 +178,9 @@ def decode(
             store(acc_ref, (part, *at), acc, real)
             store(m_ref, (part, head, g), m, g < group)
             store(l_ref, (part, head, g), l, g < group)
+
+        def length(row: jax.Array) -> jax.Array:
+            return load(row_ref, (row, jnp.int32(2)), row < rows)
 
         def work_off() -> None:
             first = page[0]
@@ -214,15 +214,15 @@ def decode(
                 kv_len = jnp.where(ends, next_len, kv_len)
                 i = jnp.where(ends, first_block(kv_len, heads, block), i + 1)
                 return (
-                    row, i, kv_len, lens[jnp.minimum(row + 1, rows)],
+                    row, i, kv_len, length(row + 1),
                     jnp.where(ends, 1, own), pages(row, i, kv_len),
                     # Chosen, not multiplied by 0: a row that is not finite keeps it to itself.
                     jnp.where(ends, LOWEST, m), jnp.where(ends, 0.0, l), jnp.where(ends, 0.0, acc),
                 )  # fmt: skip
 
-            kv_len = lens[first_row]
+            kv_len = length(first_row)
             start = (
-                first_row, begin, kv_len, lens[first_row + 1], 1 - continued,
+                first_row, begin, kv_len, length(first_row + 1), 1 - continued,
                 pages(first_row, begin, kv_len),
                 jnp.full(g.shape, LOWEST, jnp.float32), jnp.zeros(g.shape, jnp.float32),
                 jnp.zeros((*g.shape, heads.dims), jnp.float32),
@@ -239,17 +239,15 @@ def decode(
 
                 @when(mine)
                 def count() -> None:
-                    begun, parts_of_it = spans[merged, 0], spans[merged, 1]
-                    counter = begun * kv_heads + head
+                    begun, of_it = row_ref[merged, 0], row_ref[merged, 1]
+                    counter = begun, 4 + head
 
-                    @when(
-                        add_one(counter_ref, counter, interpret=heads.interpret) == parts_of_it - 1
-                    )
+                    @when(add_one(share_ref, counter, interpret=heads.interpret) == of_it - 1)
                     def merge() -> None:
                         few = jnp.arange(power_of_2(group))  # no matrix unit wants 16 here
-                        state = _merged(begun, parts_of_it, head, parts, few, shape.merged)
+                        state = _merged(begun, of_it, head, parts, few, shape.merged)
                         write_result(merged, few, state)
-                        counter_ref[counter] = jnp.int32(0)
+                        share_ref[counter] = jnp.int32(0)
 
             lax.fori_loop(0, 2, merge_one, None)
 
@@ -265,14 +263,14 @@ def decode(
             absent = cdiv(jnp.maximum(rows - present[0] - share, 0), shares)
             lax.fori_loop(0, absent, write_none, None)
 
-    present = jnp.minimum(batch.num_decode, rows).reshape(1)
+    work = plan(batch, heads, shape, rows)
     o, lse, *_ = call(
         attend_share,
         Launch(heads.interpret, shape.num_warps, shape.num_stages),
         name="attention_decode",
         grid=(kv_heads, shares),
         out=out + partial_sums,
-        args=[*work, batch.page_table, first_page, counters, present, q, slab, *extra],
+        args=[*work, batch.page_table, first_page, batch.num_decode[None], q, slab, *extra],
     )
     return o, lse
 
