@@ -66,11 +66,15 @@ class StreamShape:
         return max(1, self.programs // heads.num_kv_heads)
 
 
+_COUNTERS = 6  # column of StreamPlan.shares where they begin
+
+
 class StreamPlan(NamedTuple):
     """What runs where; the same for all layers of one window, so XLA computes it once a step. (Two
     arrays, since each would be a kernel of its own.)"""
 
-    shares: jax.Array  # [P, 4 + KH] first row, its block, blocks in all, is it continued?; counters
+    shares: jax.Array  # [P, _COUNTERS + KH] first row, its block, blocks in all, is it continued?,
+    # cached tokens of this row and the next; counters
     rows: jax.Array  # [R, 3] first share it lies in, how many, cached tokens (0: no decode row)
 
 
@@ -90,12 +94,14 @@ def plan(batch: RaggedBatch, heads: Heads, shape: StreamShape, rows: int) -> Str
     ends = jnp.cumsum(blocks)
     begins, total = ends - blocks, ends[-1]
     count = shape.shares(heads)
-    share = jnp.maximum(cdiv(total, count), shape.least_blocks)
+    # No more shares than have least_blocks, and those alike.
+    share = jnp.maximum(cdiv(total, jnp.clip(cdiv(total, shape.least_blocks), 1, count)), 1)
     begin = jnp.arange(count) * share
     row = jnp.minimum(jnp.sum(ends <= begin[:, None], axis=1), rows - 1)
     lead = begin - begins[row]
     turns = jnp.clip(total - begin, 0, share)
-    starts = [row, first[row] + lead, turns, (lead > 0).astype(jnp.int32)]
+    following = jnp.append(lens, 0)[row + 1]
+    starts = [row, first[row] + lead, turns, (lead > 0).astype(jnp.int32), lens[row], following]
     counters = [jnp.zeros_like(row)] * heads.num_kv_heads
     low, high = div(begins, share), div(jnp.maximum(ends - 1, 0), share)
     return StreamPlan(
@@ -220,9 +226,9 @@ def decode(
                     jnp.where(ends, LOWEST, m), jnp.where(ends, 0.0, l), jnp.where(ends, 0.0, acc),
                 )  # fmt: skip
 
-            kv_len = length(first_row)
+            kv_len, next_len = share_ref[share, 4], share_ref[share, 5]
             start = (
-                first_row, begin, kv_len, length(first_row + 1), 1 - continued,
+                first_row, begin, kv_len, next_len, 1 - continued,
                 pages(first_row, begin, kv_len),
                 jnp.full(g.shape, LOWEST, jnp.float32), jnp.zeros(g.shape, jnp.float32),
                 jnp.zeros((*g.shape, heads.dims), jnp.float32),
@@ -240,7 +246,7 @@ def decode(
                 @when(mine)
                 def count() -> None:
                     begun, of_it = row_ref[merged, 0], row_ref[merged, 1]
-                    counter = begun, 4 + head
+                    counter = begun, _COUNTERS + head
 
                     @when(add_one(share_ref, counter, interpret=heads.interpret) == of_it - 1)
                     def merge() -> None:
