@@ -43,7 +43,9 @@ from .gpu_pallas import (
 )
 
 UNUSED, REAL, EMPTY, PART = range(4)  # kinds of items
-_MERGED_QUERIES = 16  # of a tile, that one program of the merge takes
+_MERGED_QUERIES = 4  # of a tile, that are merged at once, so that one tile keeps many programs busy
+_MERGED_VALUES = 8192  # float32, of partial sums, that a program of the merge holds at once
+_MERGE_PROGRAMS = 4 * 132  # on an H200 at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ class PrefillPlan(NamedTuple):
     """What runs where; the same for all layers of one window, so XLA computes it once a step."""
 
     items: jax.Array  # [N, 8] as `tiles` gives them, and which part each is
-    splits: jax.Array  # [S, 4] of each tile that is cut: first part, parts, first and end query
+    splits: jax.Array  # [S, 5] of each tile that is cut: first part, parts, first and end query; how
+    # many are cut
 
 
 def tiles(
@@ -152,7 +155,7 @@ def plan(work: jax.Array, shape: Tiling, budget: int) -> PrefillPlan:
       budget: what shape.budget gave.
     """
     if budget == 0:
-        return PrefillPlan(jnp.pad(work, ((0, 0), (0, 1))), jnp.zeros((0, 4), jnp.int32))
+        return PrefillPlan(jnp.pad(work, ((0, 0), (0, 1))), jnp.zeros((0, 5), jnp.int32))
     kind, row, low, high, offset, kv_first, kv_end = work.T
     first = kv_first // shape.block
     blocks = jnp.where(kind == REAL, jnp.maximum(cdiv(kv_end, shape.block) - first, 0), 0)
@@ -179,7 +182,8 @@ def plan(work: jax.Array, shape: Tiling, budget: int) -> PrefillPlan:
     cut = jnp.arange(budget)
     owner = jnp.minimum(jnp.sum(cuts <= cut[:, None], axis=1), len(work) - 1)
     there = jnp.where(cut < cuts[-1], parts[owner], 0)
-    splits = [(part_ends - parts)[owner], there, low[owner], high[owner]]
+    cuts_in_all = jnp.full(budget, cuts[-1])
+    splits = [(part_ends - parts)[owner], there, low[owner], high[owner], cuts_in_all]
     return PrefillPlan(jnp.stack(items, axis=1), jnp.stack(splits, axis=1))
 
 
@@ -353,54 +357,67 @@ def merge(
     groups, dims = power_of_2(group), power_of_2(head_dim, 16)
     size = sums[0].shape[2]
     width = min(size, _MERGED_QUERIES)
-    tile = size // groups
+    stretches, tile = size // width, size // groups
+    programs = min(splits.shape[0] * stretches, max(1, _MERGE_PROGRAMS // kv_heads))
 
-    def merge_tile(*refs: Any) -> None:
+    def merge_tiles(*refs: Any) -> None:
         splits_ref, acc_ref, m_ref, l_ref, *rest = refs
         sinks, _, v_scale = optional_refs(rest, extras._replace(k_scale=None))
         o_ref, lse_ref = refs[-2:]
-        head, cut, stretch = (program_id(axis) for axis in range(3))
-        first, count, low, high = (splits_ref[cut, c] for c in range(4))
+        head, program = program_id(0), program_id(1)
+        d = jnp.arange(dims)
+        nth = jnp.arange(max(1, _MERGED_VALUES // (width * dims)))  # parts in one go
 
-        @when(count > 0)
-        def merge() -> None:
-            lane, d = stretch * width + jnp.arange(width), jnp.arange(dims)
+        def merge_stretch(unit: jax.Array) -> None:
+            cut, stretch = div(unit, stretches), rem(unit, stretches)
+            first, count, low, high = (splits_ref[cut, c] for c in range(4))
+            lane = stretch * width + jnp.arange(width)
             t, g = (rem(lane, tile), div(lane, tile)) if head_major else (
                 div(lane, groups), rem(lane, groups)
             )  # fmt: skip
             token = div(low, align) * align + t
             real = (token >= low) & (token < high) & (g < group)
-            here = real[:, None] & (d < head_dim)[None, :]
 
-            def turn(part: jax.Array, state: Any) -> Any:
+            def turn(i: jax.Array, state: Any) -> Any:
                 m, l, acc = state  # noqa: E741
+                part = i * nth.size + nth
                 # Of queries that are none, nothing was written.
-                part_m = jnp.where(real, load(m_ref, (part, head, lane), real), LOWEST)
-                part_l = load(l_ref, (part, head, lane), real)
-                part_acc = load(acc_ref, (part, head, lane[:, None], d[None, :]), here)
-                top = jnp.maximum(m, part_m)
-                decay, weight = jnp.exp2(m - top), jnp.exp2(part_m - top)
-                acc = acc * decay[:, None] + part_acc * weight[:, None]
-                return top, l * decay + part_l * weight, acc
+                there = (part < count)[:, None] & real[None, :]
+                at = (first + part)[:, None], head, lane[None, :]
+                part_m = jnp.where(there, load(m_ref, at, there), LOWEST)
+                part_l = load(l_ref, at, there)
+                wide = there[:, :, None] & (d < head_dim)[None, None, :]
+                at = (first + part)[:, None, None], head, lane[None, :, None], d[None, None, :]
+                part_acc = load(acc_ref, at, wide)
+                top = jnp.maximum(m, jnp.max(part_m, axis=0))
+                decay, weight = jnp.exp2(m - top), jnp.exp2(part_m - top[None, :])
+                acc = acc * decay[:, None] + jnp.sum(part_acc * weight[:, :, None], axis=0)
+                return top, l * decay + jnp.sum(part_l * weight, axis=0), acc
 
             start = (
                 jnp.full((width,), LOWEST, jnp.float32),
                 jnp.zeros((width,), jnp.float32),
                 jnp.zeros((width, dims), jnp.float32),
             )
-            m, l, acc = lax.fori_loop(first, first + count, turn, start)  # noqa: E741
+            m, l, acc = lax.fori_loop(0, cdiv(count, nth.size), turn, start)  # noqa: E741
             sink = None if sinks is None else load(sinks, (head * group + g,), g < group)
             out, log = finish(m, l, acc, sink, 1.0 if v_scale is None else v_scale[head])
+            here = real[:, None] & (d < head_dim)[None, :]
             store(o_ref, (token[:, None], head, g[:, None], d[None, :]), out, here)
             store(lse_ref, (token, head, g), log, real)
+
+        # There may be none: programs of their own for each that there could be would take longer
+        # to find that out than to merge one.
+        mine = cdiv(jnp.maximum(splits_ref[0, 4] * stretches - program, 0), programs)
+        lax.fori_loop(0, mine, lambda n, _: merge_stretch(program + n * programs), None)
 
     args = [splits, *sums, *used, o, lse]
     return tuple(
         call(
-            merge_tile,
+            merge_tiles,
             launch,
             name="attention_tile_merge",
-            grid=(kv_heads, splits.shape[0], size // width),
+            grid=(kv_heads, programs),
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, lse)],
             args=args,
             aliases={len(args) - 2: 0, len(args) - 1: 1},
