@@ -85,13 +85,13 @@ def fit(x: jax.Array, kv_heads: int, slab: jax.Array) -> jax.Array:
     return x.reshape(tokens, -1, stored_dim)
 
 
-def unfit(x: jax.Array, kv_heads: int, like: jax.Array) -> jax.Array:
-    """Takes from `fit` queries' output what belongs to the real heads; the shape of `like`."""
-    if x.shape == like.shape:
+def unfit(x: jax.Array, kv_heads: int, shape: tuple[int, int, int]) -> jax.Array:
+    """Takes from `fit` queries' output what belongs to the real heads, of this shape [T, H, D]."""
+    if x.shape == shape:
         return x
-    tokens, heads, dim = like.shape
+    tokens, heads, dim = shape
     x = x.reshape(tokens, -1, heads // kv_heads, x.shape[2])
-    return x[:, :kv_heads, :, :dim].reshape(like.shape)
+    return x[:, :kv_heads, :, :dim].reshape(shape)
 
 
 def token_bytes(groups: tuple[CacheGroup, ...]) -> int:

@@ -1,7 +1,7 @@
 """The decoder: one transformer for every family Quire serves, in Flax NNX.
 
 Tokens of all requests in a step lie in one flat row [T]; there is no batch dimension. What they
-attend to is not the decoder's business: it hands q, k, v of a layer to `attend` and gets the mixed
+attend to is not the decoder's business: it hands a layer's heads to `attend` and gets the mixed
 values back, so serving (paged slab, model/step.py) and training (one dense sequence,
 tools/train_demo) share every line here. Families differ only in ModelConfig.
 """
@@ -9,6 +9,7 @@ tools/train_demo) share every line here. Families differ only in ModelConfig.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,12 @@ from flax import nnx
 
 from .config import ModelConfig
 from .mesh import TENSOR
-from .projection import Project, in_parts
+from .projection import IN_PARTS, Products, Stream
 from .rope import cos_sin, rotate
 from .weights import matrix, ones, take_rows, zeros
 
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(layer, q [T, H, D], k [T, KH, D], v [T, KH, D]) -> [T, H, D]; q and k are rotated already."""
+Rotation = tuple[jax.Array, jax.Array]
+"""cos and sin of each token, float32 [T, 1, D / 2] (rope.py)."""
 
 
 class RMSNorm(nnx.Module):
@@ -61,6 +62,13 @@ class Linear(nnx.Module):
         self.bias = zeros((out_size,), axes[:1], dtype) if bias else None
 
 
+class Unbiased:
+    """A matrix whose bias is somebody else's to add."""
+
+    def __init__(self, matrix: Linear):
+        self.weight, self.bias, self.summed = matrix.weight, None, matrix.summed
+
+
 class Attention(nnx.Module):
     """Projections, optional norms of q and k, rotation; the mixing itself is `attend`'s."""
 
@@ -78,17 +86,21 @@ class Attention(nnx.Module):
             rngs, c.q_size, c.hidden_size, ("embed", "heads"), dtype, bias=c.out_bias, summed=shared
         )
 
+    def product(
+        self, stream: Stream, norm: RMSNorm, products: Products
+    ) -> tuple[jax.Array, jax.Array]:
+        """The stream [T, E] with all added up, and of its norm queries, keys and values, side by
+        side [T, (H + 2·KH) · D], which lack bias, norms and rotation."""
+        with jax.named_scope("qkv"):
+            return products.of_normed(stream, norm, Unbiased(self.qkv))
+
     def heads(
-        self,
-        x: jax.Array,
-        norm: RMSNorm,
-        rotation: tuple[jax.Array, jax.Array],
-        project: Project,
+        self, product: jax.Array, rotation: Rotation
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [T, E] -> q [T, H, D], k and v [T, KH, D], q and k rotated."""
+        """What `product` gave -> q [T, H, D], k and v [T, KH, D], q and k rotated."""
         c = self.config
         with jax.named_scope("qkv"):
-            qkv = project(x, self.qkv, norm=norm)
+            qkv = product if self.qkv.bias is None else product + self.qkv.bias[...]
             q, k, v = jnp.split(qkv, [c.q_size, c.q_size + c.kv_size], axis=-1)
             q = q.reshape(-1, c.num_heads, c.head_dim)
             k = k.reshape(-1, c.num_kv_heads, c.head_dim)
@@ -97,10 +109,50 @@ class Attention(nnx.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             return rotate(q, *rotation), rotate(k, *rotation), v
 
-    def join(self, x: jax.Array, mixed: jax.Array, project: Project) -> jax.Array:
+    def join(self, x: jax.Array, mixed: jax.Array, products: Products) -> Stream:
         """x [T, E] plus what comes of mixed [T, H, D]."""
         with jax.named_scope("out"):
-            return project(mixed.reshape(-1, self.config.q_size), self.out, residual=x)
+            return products.onto(x, mixed.reshape(-1, self.config.q_size), self.out)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a layer attends with, as far as it is computed: some do the rest in a kernel of theirs.
+
+    Attributes:
+      product: [T, (H + 2·KH) · D] queries, keys and values, without bias, norms and rotation.
+      attention: whose they are.
+      rotation: of each token.
+    """
+
+    product: jax.Array
+    attention: Attention
+    rotation: Rotation
+
+    @property
+    def config(self) -> ModelConfig:
+        """The numbers of this device's share."""
+        return self.attention.config
+
+    @property
+    def bias(self) -> jax.Array | None:
+        """[(H + 2·KH) · D]"""
+        bias = self.attention.qkv.bias
+        return None if bias is None else bias[...]
+
+    @property
+    def norms(self) -> tuple[jax.Array, jax.Array] | None:
+        """Scales [D] of the norms of queries and of keys."""
+        q, k = self.attention.q_norm, self.attention.k_norm
+        return None if q is None or k is None else (q.scale[...], k.scale[...])
+
+    def rotated(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [T, H, D], k and v [T, KH, D], all done."""
+        return _heads(self.attention, self.product, self.rotation)
+
+
+Attend = Callable[[int, Heads], jax.Array]
+"""(layer, heads) -> [T, H, D]."""
 
 
 class MLP(nnx.Module):
@@ -117,10 +169,10 @@ class MLP(nnx.Module):
             summed=shared,
         )  # fmt: skip
 
-    def __call__(self, x: jax.Array, norm: RMSNorm, project: Project) -> jax.Array:
-        """x [T, E] plus what the MLP makes of it."""
-        inner = project(x, self.gate_up, norm=norm, gated=True)
-        return project(inner, self.down, residual=x)
+    def __call__(self, stream: Stream, norm: RMSNorm, products: Products) -> Stream:
+        """The stream plus what the MLP makes of it."""
+        x, inner = products.of_normed(stream, norm, self.gate_up, gated=True)
+        return products.onto(x, inner, self.down)
 
 
 class Layer(nnx.Module):
@@ -134,32 +186,39 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        stream: Stream,
         layer: int,
-        rotation: tuple[jax.Array, jax.Array],
+        rotation: Rotation,
         attend: Attend,
-        project: Project,
-    ) -> jax.Array:
-        q, k, v = _before_attending(self, x, rotation, project)
+        products: Products,
+    ) -> Stream:
+        x, product = _before_attending(self, stream, products)
         with jax.named_scope("attend"):
-            mixed = attend(layer, q, k, v)
-        return _after_attending(self, x, mixed, project)
+            mixed = attend(layer, Heads(product, self.attn, rotation))
+        return _after_attending(self, x, mixed, products)
 
 
 # Under a `jit` of their own these are traced and lowered once a program and not once a layer, which
 # would take most of the time that lowering takes. XLA inlines the calls.
-@partial(jax.jit, static_argnames="project")
+@partial(jax.jit, static_argnames="products")
 def _before_attending(
-    layer: Layer, x: jax.Array, rotation: tuple[jax.Array, jax.Array], project: Project
+    layer: Layer, stream: Stream, products: Products
+) -> tuple[jax.Array, jax.Array]:
+    return layer.attn.product(stream, layer.attn_norm, products)
+
+
+@jax.jit
+def _heads(
+    attention: Attention, product: jax.Array, rotation: Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return layer.attn.heads(x, layer.attn_norm, rotation, project)
+    return attention.heads(product, rotation)
 
 
-@partial(jax.jit, static_argnames="project")
-def _after_attending(layer: Layer, x: jax.Array, mixed: jax.Array, project: Project) -> jax.Array:
-    x = layer.attn.join(x, mixed, project)
+@partial(jax.jit, static_argnames="products")
+def _after_attending(layer: Layer, x: jax.Array, mixed: jax.Array, products: Products) -> Stream:
+    stream = layer.attn.join(x, mixed, products)
     with jax.named_scope("mlp"):
-        return layer.mlp(x, layer.mlp_norm, project)
+        return layer.mlp(stream, layer.mlp_norm, products)
 
 
 class Embedding(nnx.Module):
@@ -222,26 +281,26 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
-        project: Project = in_parts,
-    ) -> jax.Array:
+        products: Products = IN_PARTS,
+    ) -> Stream:
         """Runs all layers.
 
         Args:
           tokens: int32 [T].
           positions: int32 [T], each token's place in its own sequence.
           attend: mixes values within each sequence.
-          project: multiplies by matrices.
+          products: multiplies by matrices.
 
         Returns:
-          [T, E] hidden states before the final norm (so that it runs on emitted rows only).
+          The hidden states [T, E] before the final norm (so that it runs on emitted rows only).
         """
         with jax.named_scope("embed"):
-            x = self.embed(tokens)
+            stream = Stream(self.embed(tokens))
         rotation = cos_sin(self.config.rope, self.config.head_dim, positions)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x = layer(x, i, rotation, attend, project)
-        return x
+                stream = layer(stream, i, rotation, attend, products)
+        return stream
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] -> float32 [R, E], each row after the final norm and of length 1."""
@@ -250,11 +309,11 @@ class Decoder(nnx.Module):
             length = jnp.linalg.norm(normed, axis=-1, keepdims=True)
             return normed / jnp.maximum(length, 1e-12)  # as torch.nn.functional.normalize
 
-    def logits(self, hidden: jax.Array, project: Project = in_parts) -> jax.Array:
+    def logits(self, hidden: Stream, products: Products = IN_PARTS) -> jax.Array:
         """hidden [R, E] -> float32 logits [R, V] of the whole vocabulary."""
         with jax.named_scope("logits"):
             head = self.embed if self.lm_head is None else self.lm_head
-            logits = project(hidden, head, norm=self.final_norm, out_dtype=jnp.float32)
+            _, logits = products.of_normed(hidden, self.final_norm, head, out_dtype=jnp.float32)
             if self.shared:  # the last share may be padded
                 logits = jax.lax.all_gather(logits, TENSOR, axis=1, tiled=True)
             return logits[:, : self.vocab_size]

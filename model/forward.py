@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs, fit, unfit
+from .decoder import Heads
 from .inputs import InputLayout, StepInputs
 from .kernels.attention.api import ragged_paged_attention
-from .kernels.kv_write import write_kv
+from .kernels.kv_write import ROTATING, write_kv
+from .kernels.rotate_write_gpu import rotate_write, serves
 from .projection import projection as choose_projection
 from .slots import SlotRows, Slots
 from .weights import Params
@@ -80,17 +82,27 @@ def make_forward(
         kv_lens = _once_a_step(jnp.where(placed.live, placed.rows.position + inputs.counts, 0))
         slab = slabs[group.name]
 
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            nonlocal slab
-            first_page = layer * num_pages
+        def write(layer: int, heads: Heads) -> tuple[jax.Array, jax.Array]:
+            """Queries as the slab's heads are, and the slab with the step's K and V."""
+            first_page, local = jnp.full((1,), layer * num_pages, jnp.int32), heads.config
+            if writer in ROTATING and serves(slab, local.num_kv_heads, local.head_dim):
+                return rotate_write(
+                    heads.product, slab, heads.rotation, first_page, placed.pages, placed.offsets,
+                    num_kv_heads=local.num_kv_heads, bias=heads.bias, norms=heads.norms,
+                    eps=local.norm_eps, interpret=ROTATING[writer],
+                )  # fmt: skip
             # As a constant it would give each layer a kernel of its own that writes K and V.
-            offset = jax.lax.optimization_barrier(jnp.full((1,), first_page, jnp.int32))
+            offset = jax.lax.optimization_barrier(first_page)
             page = jnp.where(placed.pages >= 0, placed.pages + offset, _NO_PAGE)
-            heads = k.shape[1]
-            q_fit, k, v = (fit(x, heads, slab) for x in (q, k, v))
-            slab = write_kv(slab, k, v, page, placed.offsets, writer=writer)
+            q, k, v = (fit(x, local.num_kv_heads, slab) for x in heads.rotated())
+            return q, write_kv(slab, k, v, page, placed.offsets, writer=writer)
+
+        def attend(layer: int, heads: Heads) -> jax.Array:
+            nonlocal slab
+            q, slab = write(layer, heads)
+            local = heads.config
             out = ragged_paged_attention(
-                q_fit,
+                q,
                 slab,
                 kv_lens,
                 placed.page_table,
@@ -98,22 +110,23 @@ def make_forward(
                 inputs.num_rows,
                 inputs.num_decode,
                 scale=config.head_dim**-0.5,
-                first_page=first_page,
+                first_page=layer * num_pages,
                 window=config.windows[layer],
                 decode_only=bucket.decode_only,
                 backend=attention,
             )
-            return unfit(out, heads, q)
+            return unfit(out, local.num_kv_heads, (q.shape[0], local.num_heads, local.head_dim))
 
         model = decoder.bind(params)
-        project = choose_projection(projection, bucket.tokens)
-        hidden = model(placed.tokens, placed.positions, attend, project)
+        products = choose_projection(projection, bucket.tokens)
+        stream = model(placed.tokens, placed.positions, attend, products)
         last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
         as_it_is = bucket.decode_only and logit_rows == bucket.rows
-        at_last = hidden if as_it_is else hidden[last]
-        pools = bucket.apart and not bucket.decode_only
+        at_last = stream if as_it_is else jax.tree.map(lambda x: x[last], stream)
         logits = model.logits(at_last, choose_projection(projection, logit_rows))
-        passed = Passed(hidden, logits, model.pooled(at_last) if pools else None)
+        pools = bucket.apart and not bucket.decode_only
+        pooled = model.pooled(at_last.settled()) if pools else None
+        passed = Passed(stream.settled(), logits, pooled)
         return {group.name: slab}, placed, passed
 
     return forward

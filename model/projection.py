@@ -2,19 +2,24 @@
 
     residual + f(norm(x) · Wᵀ + b)
 
-One statement, two ways to compute it: in parts, which XLA joins where it can, and, for one token
-or a few on a GPU, in one kernel (off: kernels/switches.py). Choosing is the step's business
-(model/forward.py); training takes the first.
+One statement, three ways to compute it: in parts, which XLA joins where it can; with sum and norm
+in one kernel between the products, for some dozens of tokens on a GPU; and, for one token or a few,
+all in one kernel (off: kernels/switches.py). Choosing is the step's business (model/forward.py);
+training takes the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from .kernels import gemv_gpu, switches
+from .kernels.add_norm_gpu import add_norm
 from .mesh import TENSOR
 from .weights import contract
 
@@ -114,13 +119,83 @@ def _in_one_kernel(interpret: bool) -> Project:
     return project
 
 
-_FEW_TOKENS: dict[str, Project] = {
-    "xla": in_parts,
-    "gemv": _in_one_kernel(interpret=False),
-    "gemv_interpret": _in_one_kernel(interpret=True),  # for tests, on any device
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream behind a product.
+
+    Attributes:
+      value: [T, E].
+      update: [T, E] what is still to be added to it; None where that is done.
+    """
+
+    value: jax.Array
+    update: jax.Array | None = None
+
+    def settled(self) -> jax.Array:
+        """[T, E] with all added up."""
+        return self.value if self.update is None else self.value + self.update
+
+
+AddNorm = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the products of a step are computed, sums and norms between them included.
+
+    Attributes:
+      project: one product.
+      add_norm: a sum and its norm in one kernel, which then stand between the products, or None:
+        they are part of what `project` is asked for.
+    """
+
+    project: Project
+    add_norm: AddNorm | None = None
+
+    def onto(self, residual: jax.Array, y: jax.Array, matrix: Matrix) -> Stream:
+        """The residual [T, out] plus the product of y [T, in]."""
+        if self.add_norm is None:
+            return Stream(self.project(y, matrix, residual=residual))
+        return Stream(residual, self.project(y, matrix))
+
+    def of_normed(
+        self, stream: Stream, norm: Norm, matrix: Matrix, **how: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The stream [T, E] with all added up, and the product of its norm.
+
+        Args:
+          stream: what is normed.
+          norm, matrix: by what.
+          how: `gated` and `out_dtype` of Project.
+        """
+        if self.add_norm is None:
+            x = stream.settled()
+            return x, self.project(x, matrix, norm=norm, **how)
+        x, normed = self.add_norm(stream.value, stream.update, norm.scale[...], eps=norm.eps)
+        return x, self.project(normed, matrix, **how)
+
+
+IN_PARTS = Products(in_parts)
+_NORMS_APART, _NORMS_APART_INTERPRETED = (
+    Products(in_parts, partial(add_norm, interpret=interpret)) for interpret in (False, True)
+)
+_ONE_KERNEL, _ONE_KERNEL_INTERPRETED = (
+    Products(_in_one_kernel(interpret)) for interpret in (False, True)
+)
+_BY_TOKENS: dict[str, tuple[tuple[int, Products], ...]] = {
+    "xla": (),
+    "norms": ((switches.NORM_TOKENS, _NORMS_APART),),
+    "gemv": ((gemv_gpu.MAX_TOKENS, _ONE_KERNEL), (switches.NORM_TOKENS, _NORMS_APART)),
+    # For tests, on any device.
+    "norms_interpret": ((switches.NORM_TOKENS, _NORMS_APART_INTERPRETED),),
+    "gemv_interpret": (
+        (gemv_gpu.MAX_TOKENS, _ONE_KERNEL_INTERPRETED),
+        (switches.NORM_TOKENS, _NORMS_APART_INTERPRETED),
+    ),
 }
-PROJECTIONS = frozenset(_FEW_TOKENS)
-"""Ways to multiply one token or a few by a matrix."""
+PROJECTIONS = frozenset(_BY_TOKENS)
+"""Ways to multiply few tokens by a matrix."""
 
 
 def default_projection(platform: str, dtype: str, shards: int) -> str:
@@ -132,6 +207,7 @@ def default_projection(platform: str, dtype: str, shards: int) -> str:
     return switches.PROJECTION if both else "xla"
 
 
-def projection(name: str, num_tokens: int) -> Project:
+def projection(name: str, num_tokens: int) -> Products:
     """The way for a step of so many tokens, given one of PROJECTIONS."""
-    return _FEW_TOKENS[name] if num_tokens <= gemv_gpu.MAX_TOKENS else in_parts
+    fitting = (products for limit, products in _BY_TOKENS[name] if num_tokens <= limit)
+    return next(fitting, IN_PARTS)

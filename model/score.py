@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .abstract import AbstractDecoder
 from .plan import LogprobArrays, StepPlan
+from .projection import Stream
 from .sampling.logprobs import LOGPROB_WORDS, logprobs_of, unpack_logprobs
 from .weights import Params
 
@@ -33,7 +34,7 @@ def make_score(decoder: AbstractDecoder) -> Score:
     def score(params: Params, hidden: jax.Array, buffer: jax.Array) -> jax.Array:
         at = jnp.minimum(buffer[0] + jnp.arange(SCORE_ROWS), hidden.shape[0] - 1)
         with jax.named_scope("score"):
-            logits = decoder.bind(params).logits(hidden[at])
+            logits = decoder.bind(params).logits(Stream(hidden[at]))
             return logprobs_of(logits, buffer[1:]).packed()
 
     return score

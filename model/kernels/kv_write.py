@@ -2,7 +2,8 @@
 
 The slab is [layers × pages, page, 2·KH, D] with K head h at index 2h and V head h at 2h + 1, so
 one token is one contiguous run of memory and one scatter writes both. Where XLA's scatter is slow,
-a kernel takes its place.
+a kernel takes its place; rotate_write_gpu.py is one that rotates, too, and so does more than what
+is declared here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from . import kv_write_tpu
+from . import kv_write_tpu, switches
 
 
 def _scatter(slab: jax.Array, kv: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
@@ -37,9 +38,14 @@ WRITERS: dict[str, Callable[..., jax.Array]] = {
 """Ways to write kv [T, 2·KH, D] at (pages, offsets); a token whose page is -1 is dropped."""
 
 
+ROTATING = {"gpu": False, "gpu_interpret": True}
+"""Ways to rotate and write in one kernel (rotate_write_gpu.py), and whether it is interpreted (for
+tests, on any device). Where it cannot serve, and for `write_kv`, they are "scatter"."""
+
+
 def default_writer(platform: str) -> str:
-    """A key of WRITERS for "cpu", "gpu" or "tpu"."""
-    return "tpu" if platform == "tpu" else "scatter"
+    """A key of WRITERS or ROTATING for "cpu", "gpu" or "tpu"."""
+    return {"gpu": switches.WRITER, "tpu": "tpu"}.get(platform, "scatter")
 
 
 # Traced and lowered once a program and not once a layer.
@@ -65,7 +71,7 @@ def write_kv(
       k, v: [T, KH, D], cast to the slab's type.
       pages: [T] int32, layer × pages already added.
       offsets: [T] int32, position within the page.
-      writer: a key of WRITERS.
+      writer: a key of WRITERS or ROTATING.
 
     Raises:
       ValueError: shapes or types that contradict the above.
@@ -85,6 +91,8 @@ def write_kv(
                 f"{name}: got {index.dtype}{index.shape}, must be int32 [{num_tokens}]"
             )
 
+    if writer in ROTATING:
+        writer = "scatter"
     if writer not in WRITERS:
         raise ValueError(f"writer: got {writer!r}, must be one of {', '.join(WRITERS)}")
 

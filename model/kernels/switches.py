@@ -1,7 +1,7 @@
 """Kernels for GPUs that stand beside others: which of them run. What no GPU has run yet is off, and
 this is where to turn it on.
 
-Read by kernels/attention (gpu.py, gpu_decode.py) and model/projection.py. Tests, `tune_kernels`,
+Read by kernels/attention (gpu.py, gpu_decode.py), kernels/kv_write.py and model/projection.py. Tests, `tune_kernels`,
 `tune_products` and `quire bench kernels` choose them whatever stands here. Programs that are stored
 for the next start are found by the text of this file too.
 """
@@ -26,6 +26,16 @@ MERGE_INSIDE = False
 """Whether the parts of a decode row are merged by the program that finishes last, or else by a
 second kernel."""
 
-# No GPU has run "gemv" yet (`tune_products`).
-PROJECTION: Literal["xla", "gemv"] = "xla"
-"""How a GPU multiplies one token or a few by a matrix where both can."""
+# No GPU has run "norms" and "gemv" yet (`tune_products`).
+PROJECTION: Literal["xla", "norms", "gemv"] = "xla"
+"""How a GPU multiplies few tokens by a matrix where it has the choice: "norms" has sum and norm
+between two products in one kernel, "gemv" all that surrounds a product of up to 4 tokens in the
+product's, and for more is "norms"."""
+
+NORM_TOKENS = 63
+"""The most tokens for "norms". From 64 on (model/compile.py) products are the vendor's, which add
+the residual themselves, and of the norm alone XLA makes one kernel."""
+
+# No GPU has run "gpu" yet.
+WRITER: Literal["scatter", "gpu"] = "scatter"
+"""How a GPU writes K and V: "gpu" rotates them, and the queries, in the same kernel."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...model.decoder import Attend, Decoder
+from ...model.decoder import Attend, Decoder, Heads
 from .attention import Mix
 from .packing import LEARNED, STARTS, Layout
 
@@ -61,7 +61,8 @@ def batch_logits(decoder: Decoder, batch: Batch, mix: Mix) -> jax.Array:
 def dense_attend(segments: tuple[jax.Array, ...], mix: Mix) -> Attend:
     """Causal attention within each conversation of each row, part by part."""
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, heads: Heads) -> jax.Array:
+        q, k, v = heads.rotated()
         mixed, start = [], 0
         for part in segments:
             rows = slice(start, start + part.size)

@@ -119,7 +119,7 @@ def test_padded_heads_change_nothing() -> None:
     want = ragged_paged_attention(q, kv, *rest, scale=0.1)
     q_fit = fit(q, 3, padded)
     assert q_fit.shape == (4, 8, 128)
-    got = unfit(ragged_paged_attention(q_fit, padded, *rest, scale=0.1), 3, q)
+    got = unfit(ragged_paged_attention(q_fit, padded, *rest, scale=0.1), 3, q.shape)
     np.testing.assert_allclose(got, want, atol=1e-6)
     k = kv[0, :, 0::2]  # what a page of keys looks like
     np.testing.assert_array_equal(fit(k, 3, padded), padded[0, :, 0::2])
