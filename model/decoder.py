@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import ModelConfig
+from .kernels.parts import whole
 from .mesh import TENSOR
 from .projection import IN_PARTS, Products, Stream
 from .rope import cos_sin, rotate
@@ -90,9 +91,9 @@ class Attention(nnx.Module):
         self, stream: Stream, norm: RMSNorm, products: Products
     ) -> tuple[jax.Array, jax.Array]:
         """The stream [T, E] with all added up, and of its norm queries, keys and values, side by
-        side [T, (H + 2·KH) · D], which lack bias, norms and rotation."""
+        side [T, (H + 2·KH) · D], which lack bias, norms and rotation; may be in parts."""
         with jax.named_scope("qkv"):
-            return products.of_normed(stream, norm, Unbiased(self.qkv))
+            return products.of_normed(stream, norm, Unbiased(self.qkv), maybe_in_parts=True)
 
     def heads(
         self, product: jax.Array, rotation: Rotation
@@ -100,7 +101,9 @@ class Attention(nnx.Module):
         """What `product` gave -> q [T, H, D], k and v [T, KH, D], q and k rotated."""
         c = self.config
         with jax.named_scope("qkv"):
-            qkv = product if self.qkv.bias is None else product + self.qkv.bias[...]
+            qkv = whole(product, self.qkv.weight.dtype)
+            if self.qkv.bias is not None:
+                qkv = qkv + self.qkv.bias[...]
             q, k, v = jnp.split(qkv, [c.q_size, c.q_size + c.kv_size], axis=-1)
             q = q.reshape(-1, c.num_heads, c.head_dim)
             k = k.reshape(-1, c.num_kv_heads, c.head_dim)
@@ -120,7 +123,8 @@ class Heads:
     """What a layer attends with, as far as it is computed: some do the rest in a kernel of theirs.
 
     Attributes:
-      product: [T, (H + 2·KH) · D] queries, keys and values, without bias, norms and rotation.
+      product: [T, (H + 2·KH) · D] queries, keys and values, without bias, norms and rotation; may
+        be in parts (kernels/parts.py).
       attention: whose they are.
       rotation: of each token.
     """
@@ -133,6 +137,10 @@ class Heads:
     def config(self) -> ModelConfig:
         """The numbers of this device's share."""
         return self.attention.config
+
+    @property
+    def dtype(self) -> Any:
+        return self.attention.qkv.weight.dtype
 
     @property
     def bias(self) -> jax.Array | None:

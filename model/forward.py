@@ -88,8 +88,8 @@ def make_forward(
             if writer in ROTATING and serves(slab, local.num_kv_heads, local.head_dim):
                 return rotate_write(
                     heads.product, slab, heads.rotation, first_page, placed.pages, placed.offsets,
-                    num_kv_heads=local.num_kv_heads, bias=heads.bias, norms=heads.norms,
-                    eps=local.norm_eps, interpret=ROTATING[writer],
+                    num_kv_heads=local.num_kv_heads, dtype=heads.dtype, bias=heads.bias,
+                    norms=heads.norms, eps=local.norm_eps, interpret=ROTATING[writer],
                 )  # fmt: skip
             # As a constant it would give each layer a kernel of its own that writes K and V.
             offset = jax.lax.optimization_barrier(first_page)

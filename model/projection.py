@@ -10,9 +10,7 @@ training takes the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 
 from .kernels import gemv_gpu, switches
 from .kernels.add_norm_gpu import add_norm
+from .kernels.parts import product_in_parts, whole
 from .mesh import TENSOR
 from .weights import contract
 
@@ -94,7 +93,9 @@ def in_parts(
     return y if residual is None else residual + y
 
 
-def _in_one_kernel(interpret: bool) -> Project:
+def in_one_kernel(interpret: bool, shape: gemv_gpu.GemvShape | None = None) -> Project:
+    """A `Project` for up to gemv_gpu.MAX_TOKENS tokens, on a GPU (or interpreted, for tests)."""
+
     def project(
         x: jax.Array,
         matrix: Matrix,
@@ -113,6 +114,7 @@ def _in_one_kernel(interpret: bool) -> Project:
             bias=None if matrix.bias is None else matrix.bias[...],
             residual=residual,
             out_dtype=out_dtype,
+            shape=shape,
             interpret=interpret,
         )
 
@@ -126,7 +128,8 @@ class Stream:
 
     Attributes:
       value: [T, E].
-      update: [T, E] what is still to be added to it; None where that is done.
+      update: [T, E] what is still to be added to it, or such in parts (kernels/parts.py); None
+        where that is done.
     """
 
     value: jax.Array
@@ -134,10 +137,9 @@ class Stream:
 
     def settled(self) -> jax.Array:
         """[T, E] with all added up."""
-        return self.value if self.update is None else self.value + self.update
-
-
-AddNorm = Callable[..., tuple[jax.Array, jax.Array]]
+        if self.update is None:
+            return self.value
+        return self.value + whole(self.update, self.value.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,54 +147,76 @@ class Products:
     """How the products of a step are computed, sums and norms between them included.
 
     Attributes:
-      project: one product.
-      add_norm: a sum and its norm in one kernel, which then stand between the products, or None:
-        they are part of what `project` is asked for.
+      norms: a sum and its norm are one kernel between products, which also sums those in parts;
+        else XLA has them with the products.
+      alone: products that have a shape for it are one kernel with all that surrounds them.
+      interpret: own kernels are evaluated as plain JAX, on any device; for tests.
     """
 
-    project: Project
-    add_norm: AddNorm | None = None
+    norms: bool = False
+    alone: bool = False
+    interpret: bool = False
 
     def onto(self, residual: jax.Array, y: jax.Array, matrix: Matrix) -> Stream:
         """The residual [T, out] plus the product of y [T, in]."""
-        if self.add_norm is None:
-            return Stream(self.project(y, matrix, residual=residual))
-        return Stream(residual, self.project(y, matrix))
+        project = self._project(matrix)
+        if project is not in_parts or not self.norms:
+            return Stream(project(y, matrix, residual=residual))
+        return Stream(residual, _maybe_in_parts(y, matrix))
 
     def of_normed(
-        self, stream: Stream, norm: Norm, matrix: Matrix, **how: Any
+        self,
+        stream: Stream,
+        norm: Norm,
+        matrix: Matrix,
+        *,
+        maybe_in_parts: bool = False,
+        **how: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """The stream [T, E] with all added up, and the product of its norm.
 
         Args:
           stream: what is normed.
           norm, matrix: by what.
+          maybe_in_parts: whether the product may be (kernels/parts.py).
           how: `gated` and `out_dtype` of Project.
         """
-        if self.add_norm is None:
+        project = self._project(matrix)
+        if not self.norms or (project is not in_parts and stream.update is None):
             x = stream.settled()
-            return x, self.project(x, matrix, norm=norm, **how)
-        x, normed = self.add_norm(stream.value, stream.update, norm.scale[...], eps=norm.eps)
-        return x, self.project(normed, matrix, **how)
+            return x, project(x, matrix, norm=norm, **how)
+        x, normed = add_norm(
+            stream.value, stream.update, norm.scale[...], eps=norm.eps, interpret=self.interpret
+        )
+        if project is in_parts and maybe_in_parts:
+            return x, _maybe_in_parts(normed, matrix)
+        return x, project(normed, matrix, **how)
+
+    def _project(self, matrix: Matrix) -> Project:
+        shape = gemv_gpu.MEASURED.get(matrix.weight.shape) if self.alone else None
+        return in_parts if shape is None else in_one_kernel(self.interpret, shape)
 
 
-IN_PARTS = Products(in_parts)
-_NORMS_APART, _NORMS_APART_INTERPRETED = (
-    Products(in_parts, partial(add_norm, interpret=interpret)) for interpret in (False, True)
-)
-_ONE_KERNEL, _ONE_KERNEL_INTERPRETED = (
-    Products(_in_one_kernel(interpret)) for interpret in (False, True)
-)
+def _maybe_in_parts(x: jax.Array, matrix: Matrix) -> jax.Array:
+    # Of one token XLA makes no matrix product when it is told the parts; it still makes its own.
+    if matrix.bias is not None or matrix.summed or len(x) == 1:
+        return in_parts(x, matrix)
+    return product_in_parts(x, matrix.weight[...])
+
+
+IN_PARTS = Products()
 _BY_TOKENS: dict[str, tuple[tuple[int, Products], ...]] = {
     "xla": (),
-    "norms": ((switches.NORM_TOKENS, _NORMS_APART),),
-    "gemv": ((gemv_gpu.MAX_TOKENS, _ONE_KERNEL), (switches.NORM_TOKENS, _NORMS_APART)),
-    # For tests, on any device.
-    "norms_interpret": ((switches.NORM_TOKENS, _NORMS_APART_INTERPRETED),),
-    "gemv_interpret": (
-        (gemv_gpu.MAX_TOKENS, _ONE_KERNEL_INTERPRETED),
-        (switches.NORM_TOKENS, _NORMS_APART_INTERPRETED),
+    "norms": ((switches.NORM_TOKENS, Products(norms=True)),),
+    "gemv": (
+        (gemv_gpu.MEASURED_TOKENS, Products(norms=True, alone=True)),
+        (switches.NORM_TOKENS, Products(norms=True)),
     ),
+}
+_BY_TOKENS |= {  # for tests, on any device
+    f"{name}_interpret": tuple((n, replace(products, interpret=True)) for n, products in steps)
+    for name, steps in _BY_TOKENS.items()
+    if steps
 }
 PROJECTIONS = frozenset(_BY_TOKENS)
 """Ways to multiply few tokens by a matrix."""

@@ -1,9 +1,10 @@
-"""A sum and its RMSNorm in one kernel, on GPUs. Called by model/projection.py where switches.py says
-so.
+"""A sum and its RMSNorm in one kernel, on GPUs. Called by model/projection.py where switches.py
+says so.
 
-Before each norm something is added to the residual stream. For a few tokens XLA makes up to three
-kernels of that (sum, mean square, product), each of which costs little but its launch. Lowered
-through Triton; a token is one program's.
+Before each norm a product is added to the residual stream. For a few tokens XLA cuts the product
+into parts that are still to be summed, and makes up to three kernels of all that (sums, mean
+square, product with the scale), each of which costs little but its launch. Lowered through Triton;
+a token is one program's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from .attention.gpu_pallas import Launch, call, load, power_of_2, program_id, store
+from .parts import load_sum
 
 _VALUES_PER_THREAD = 8  # 16 bytes of bfloat16: one load
 _MOST_WARPS = 16
@@ -30,12 +32,12 @@ def add_norm(
     eps: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(x, RMSNorm(x) · scale) of x = residual + update; x is rounded to its type, then the norm is
-    computed in float32 and rounded once.
+    """(x, RMSNorm(x) · scale) of x = residual + update. x is summed in float32 and rounded; then its
+    norm is computed in float32 and rounded.
 
     Args:
       residual: [T, E].
-      update: [T, E] of the same type; None: x is the residual.
+      update: [T, E], or [parts, T, E] that are summed first; None: x is the residual.
       scale: [E].
       eps: of the norm.
 
@@ -54,8 +56,7 @@ def add_norm(
         at, real = (program_id(0), e), e < size
         x = load(residual_ref, at, real, jnp.float32)
         if update_ref:
-            total = x + load(update_ref[0], at, real, jnp.float32)
-            total = total.astype(residual.dtype)
+            total = (x + load_sum(update_ref[0], at, real)).astype(residual.dtype)
             store(sum_ref[0], at, total, real)
             x = total.astype(jnp.float32)
         factor = jax.lax.rsqrt(jnp.sum(x * x) / size + eps)

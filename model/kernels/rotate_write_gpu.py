@@ -1,5 +1,5 @@
-"""From a layer's product to queries, and keys and values in the slab, in one kernel, on GPUs. Called
-by model/forward.py where switches.py says so.
+"""From a layer's product to queries, and keys and values in the slab, in one kernel, on GPUs.
+Called by model/forward.py where switches.py says so.
 
     bias, norms of q and k, rotation, K and V into the slab's pages, in place
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .attention.gpu_pallas import Launch, call, cdiv, load, power_of_2, program_id, store
+from .parts import load_sum
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def serves(slab: jax.Array, num_kv_heads: int, head_dim: int) -> bool:
 
 
 # Under a jit of its own: traced and lowered once a program, not once a layer.
-@functools.partial(jax.jit, static_argnames=("num_kv_heads", "eps", "shape", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_kv_heads", "dtype", "eps", "shape", "interpret"))
 def rotate_write(
     product: jax.Array,
     slab: jax.Array,
@@ -48,6 +49,7 @@ def rotate_write(
     offsets: jax.Array,
     *,
     num_kv_heads: int,
+    dtype: Any,
     bias: jax.Array | None = None,
     norms: tuple[jax.Array, jax.Array] | None = None,
     eps: float = 0.0,
@@ -61,7 +63,8 @@ def rotate_write(
     below 0, or whose place is outside of the slab, is dropped; no two others may share a place.
 
     Args:
-      product: [T, (H + 2·KH) · D], queries, then keys, then values.
+      product: [T, (H + 2·KH) · D], queries, then keys, then values; or [parts, ...] that are
+        summed first.
       slab: [layers × pages, page, 2·KH, D], a float type.
       rotation: cos and sin of each token, float32 [T, 1, D / 2].
       first_page: int32 [1], of the layer.
@@ -69,11 +72,12 @@ def rotate_write(
       bias: [(H + 2·KH) · D], added first.
       norms: scales [D] of RMSNorms over each query and key.
       eps: of these.
+      dtype: of the queries.
 
     Returns:
-      q [T, H, D] in the product's type, and the slab.
+      q [T, H, D] in `dtype`, and the slab.
     """
-    num_tokens, width = product.shape
+    num_tokens, width = product.shape[-2:]
     num_pages, page_size, _, head_dim = slab.shape
     all_heads, half = width // head_dim, head_dim // 2
     num_heads = all_heads - 2 * num_kv_heads
@@ -94,11 +98,10 @@ def rotate_write(
         d = jnp.arange(lanes)[None, :]
         real = (h < all_heads) & (d < half)
         columns = (h * head_dim + d, h * head_dim + half + d)
-        x = [load(product_ref, (t, c), real, jnp.float32) for c in columns]
+        x = [load_sum(product_ref, (t, c), real) for c in columns]
         if bias_ref is not None:
             x = [
-                a + load(bias_ref, (c,), real, jnp.float32)
-                for a, c in zip(x, columns, strict=True)
+                a + load(bias_ref, (c,), real, jnp.float32) for a, c in zip(x, columns, strict=True)
             ]
         if rest:
             power = jnp.sum(x[0] * x[0] + x[1] * x[1], axis=1) / head_dim
@@ -130,7 +133,7 @@ def rotate_write(
         name="rotate_write",
         grid=(num_tokens, cdiv(all_heads, block)),
         out=[
-            jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), product.dtype),
+            jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype),
             jax.ShapeDtypeStruct(slab.shape, slab.dtype),
         ],
         args=args,

@@ -1,9 +1,9 @@
 """Kernels for GPUs that stand beside others: which of them run. What no GPU has run yet is off, and
 this is where to turn it on.
 
-Read by kernels/attention (gpu.py, gpu_decode.py), kernels/kv_write.py and model/projection.py. Tests, `tune_kernels`,
-`tune_products` and `quire bench kernels` choose them whatever stands here. Programs that are stored
-for the next start are found by the text of this file too.
+Read by kernels/attention (gpu.py, gpu_decode.py), kernels/kv_write.py and model/projection.py.
+Tests, `tune_kernels`, `tune_products` and `quire bench kernels` choose them whatever stands here.
+Programs that are stored for the next start are found by the text of this file too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MERGE_INSIDE = False
 """Whether the parts of a decode row are merged by the program that finishes last, or else by a
 second kernel."""
 
-# No GPU has run "norms" and "gemv" yet (`tune_products`).
+# No GPU has run these in a step yet; of "gemv" the products (`tune_products`).
 PROJECTION: Literal["xla", "norms", "gemv"] = "xla"
-"""How a GPU multiplies few tokens by a matrix where it has the choice: "norms" has sum and norm
-between two products in one kernel, "gemv" all that surrounds a product of up to 4 tokens in the
-product's, and for more is "norms"."""
+"""How a GPU multiplies few tokens by a matrix where it has the choice: "norms" has the sum and the
+norm between two products in one kernel; "gemv" is that, and products of one token by matrices that
+were measured are one kernel with all that surrounds them."""
 
 NORM_TOKENS = 63
 """The most tokens for "norms". From 64 on (model/compile.py) products are the vendor's, which add

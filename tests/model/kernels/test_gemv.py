@@ -13,7 +13,7 @@ from products import ALL, EPS, operands, wide
 
 from quire.model.kernels import switches
 from quire.model.kernels.gemv_gpu import MAX_TOKENS, GemvShape, gemv
-from quire.model.projection import PROJECTIONS, IN_PARTS, default_projection, in_parts, projection
+from quire.model.projection import IN_PARTS, PROJECTIONS, default_projection, in_parts, projection
 
 
 @pytest.mark.parametrize("gated", [False, True])
