@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 from products import ALL, EPS, operands, wide
 
+from quire.model.compile import VENDOR_TOKENS
 from quire.model.kernels import switches
-from quire.model.kernels.gemv_gpu import MAX_TOKENS, GemvShape, gemv
-from quire.model.projection import IN_PARTS, PROJECTIONS, default_projection, in_parts, projection
+from quire.model.kernels.gemv_gpu import MAX_TOKENS, MEASURED_TOKENS, GemvShape, gemv
+from quire.model.projection import (
+    IN_PARTS,
+    PROJECTIONS,
+    Products,
+    default_projection,
+    in_one_kernel,
+    in_parts,
+    projection,
+)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -69,19 +78,19 @@ def test_both_ways_of_projecting_agree() -> None:
     for bias, residual in ((given["bias"], given["residual"]), (None, None)):
         matrix: Any = SimpleNamespace(weight=given["weight"], bias=bias, summed=False)
         some: dict[str, Any] = {"norm": bound, "gated": True, "residual": residual}
-        one = projection("gemv_interpret", 1).project(given["x"], matrix, **some)
+        one = in_one_kernel(interpret=True)(given["x"], matrix, **some)
         parts = in_parts(given["x"], matrix, **some)
         np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (one, parts)), atol=0.06)
 
 
 def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert projection("gemv", MAX_TOKENS + 1) is projection("norms", MAX_TOKENS)
-    assert projection("gemv", MAX_TOKENS).project is not in_parts
-    assert projection("norms", 1).project is in_parts
-    assert projection("norms", switches.NORM_TOKENS) is not IN_PARTS
+    assert MEASURED_TOKENS <= MAX_TOKENS and switches.NORM_TOKENS < VENDOR_TOKENS
+    assert projection("gemv", MEASURED_TOKENS) == Products(norms=True, alone=True)
+    assert projection("gemv", MEASURED_TOKENS + 1) == projection("norms", 1) == Products(norms=True)
+    assert projection("norms", switches.NORM_TOKENS) == Products(norms=True)
     for name in PROJECTIONS:
         assert projection(name, switches.NORM_TOKENS + 1) is IN_PARTS
-    assert projection("xla", 1) is IN_PARTS
+    assert projection("xla", 1) is IN_PARTS == Products()
     assert default_projection("gpu", "bfloat16", 1) == switches.PROJECTION
     monkeypatch.setattr(switches, "PROJECTION", "gemv")
     assert default_projection("gpu", "bfloat16", 1) == "gemv"

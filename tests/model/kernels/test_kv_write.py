@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quire.model.kernels.kv_write import WRITERS, default_writer, write_kv
+from quire.model.kernels import switches
+from quire.model.kernels.kv_write import ROTATING, WRITERS, default_writer, write_kv
 
 # Each says in its own words what runs where: "tpu" itself runs on a TPU alone.
 RUN_HERE = [name for name in WRITERS if name != "tpu"]
@@ -27,8 +28,10 @@ def ints(*values: int) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
 
-def test_every_platform_has_a_writer() -> None:
-    assert {default_writer(p) for p in ("cpu", "gpu", "tpu")} == {"scatter", "tpu"}
+def test_every_platform_has_a_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switches, "WRITER", "gpu")
+    assert [default_writer(p) for p in ("cpu", "gpu", "tpu")] == ["scatter", "gpu", "tpu"]
+    assert not WRITERS.keys() & ROTATING.keys()
 
 
 @pytest.mark.parametrize("writer", RUN_HERE)
