@@ -122,7 +122,7 @@ def make_forward(
         stream = model(placed.tokens, placed.positions, attend, products)
         last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
         as_it_is = bucket.decode_only and logit_rows == bucket.rows
-        at_last = stream if as_it_is else jax.tree.map(lambda x: x[last], stream)
+        at_last = stream if as_it_is else stream.rows(last)
         logits = model.logits(at_last, choose_projection(projection, logit_rows))
         pools = bucket.apart and not bucket.decode_only
         pooled = model.pooled(at_last.settled()) if pools else None

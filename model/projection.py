@@ -135,6 +135,11 @@ class Stream:
     value: jax.Array
     update: jax.Array | None = None
 
+    def rows(self, at: jax.Array) -> Stream:
+        """Those [R] of T."""
+        update = None if self.update is None else self.update[..., at, :]
+        return Stream(self.value[at], update)
+
     def settled(self) -> jax.Array:
         """[T, E] with all added up."""
         if self.update is None:
@@ -149,12 +154,13 @@ class Products:
     Attributes:
       norms: a sum and its norm are one kernel between products, which also sums those in parts;
         else XLA has them with the products.
-      alone: products that have a shape for it are one kernel with all that surrounds them.
+      alone: matrices [out, in] whose products are one kernel with all that surrounds them, and how
+        each is cut.
       interpret: own kernels are evaluated as plain JAX, on any device; for tests.
     """
 
     norms: bool = False
-    alone: bool = False
+    alone: tuple[tuple[tuple[int, int], gemv_gpu.GemvShape], ...] = ()
     interpret: bool = False
 
     def onto(self, residual: jax.Array, y: jax.Array, matrix: Matrix) -> Stream:
@@ -193,7 +199,7 @@ class Products:
         return x, project(normed, matrix, **how)
 
     def _project(self, matrix: Matrix) -> Project:
-        shape = gemv_gpu.MEASURED.get(matrix.weight.shape) if self.alone else None
+        shape = dict(self.alone).get(matrix.weight.shape)
         return in_parts if shape is None else in_one_kernel(self.interpret, shape)
 
 
@@ -205,11 +211,12 @@ def _maybe_in_parts(x: jax.Array, matrix: Matrix) -> jax.Array:
 
 
 IN_PARTS = Products()
+_MEASURED = Products(norms=True, alone=tuple(gemv_gpu.MEASURED.items()))
 _BY_TOKENS: dict[str, tuple[tuple[int, Products], ...]] = {
     "xla": (),
     "norms": ((switches.NORM_TOKENS, Products(norms=True)),),
     "gemv": (
-        (gemv_gpu.MEASURED_TOKENS, Products(norms=True, alone=True)),
+        (gemv_gpu.MEASURED_TOKENS, _MEASURED),
         (switches.NORM_TOKENS, Products(norms=True)),
     ),
 }

@@ -32,8 +32,8 @@ def add_norm(
     eps: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(x, RMSNorm(x) · scale) of x = residual + update, summed in float32 and rounded; then its norm is
-    computed in float32 and rounded.
+    """(x, RMSNorm(x) · scale) of x = residual + update, which is summed in float32 and rounded; the
+    norm of that is computed in float32 and rounded.
 
     Args:
       residual: [T, E].

@@ -13,7 +13,7 @@ from products import ALL, EPS, operands, wide
 
 from quire.model.compile import VENDOR_TOKENS
 from quire.model.kernels import switches
-from quire.model.kernels.gemv_gpu import MAX_TOKENS, MEASURED_TOKENS, GemvShape, gemv
+from quire.model.kernels.gemv_gpu import MAX_TOKENS, MEASURED, MEASURED_TOKENS, GemvShape, gemv
 from quire.model.projection import (
     IN_PARTS,
     PROJECTIONS,
@@ -85,7 +85,7 @@ def test_both_ways_of_projecting_agree() -> None:
 
 def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MEASURED_TOKENS <= MAX_TOKENS and switches.NORM_TOKENS < VENDOR_TOKENS
-    assert projection("gemv", MEASURED_TOKENS) == Products(norms=True, alone=True)
+    assert dict(projection("gemv", MEASURED_TOKENS).alone) == MEASURED
     assert projection("gemv", MEASURED_TOKENS + 1) == projection("norms", 1) == Products(norms=True)
     assert projection("norms", switches.NORM_TOKENS) == Products(norms=True)
     for name in PROJECTIONS:

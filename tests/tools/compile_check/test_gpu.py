@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -222,22 +223,46 @@ def test_parts_merged_inside_are_no_less_in_place_and_one_launch() -> None:
     assert got.kernels("attention_merge") == 0
 
 
-def test_the_products_of_one_token_may_be_own_kernels() -> None:
-    """Four in a layer and the logits; XLA has no product left to do."""
-    config = CONFIGS["llama-3.1-8b"]()
-    made, _ = engine(config, gpu_mesh(), **SIZES, projection="gemv")
-    one = compile_for(made.lower(ONE), "gpu", ONE.tokens)
-    assert one.kernels("gemv") == 4 * config.num_layers + 1
-    assert one.kernels("attention_decode") == config.num_layers
-    assert " dot(" not in one.hlo and "__cublas" not in one.hlo
-    assert one.thunks == ["CommandBuffer"]
-    assert made.lower(DECODE).as_text().count("gemv") == 0
+def launches_a_layer(bucket: Bucket, **kernels: str) -> Counter[str]:
+    """Of a model of which four layers are compiled, those of the middle ones."""
+
+    def launched(layers: int) -> Counter[str]:
+        config = replace(config_of("llama-3.1-8b"), num_layers=layers, windows=(None,) * layers)
+        made, _ = engine(config, gpu_mesh(), **SIZES, **kernels)
+        got = compile_for(made.lower(bucket), "gpu", bucket.tokens)
+        check_in_place_and_one_launch(made, config, bucket, got)
+        # Digits and underscores at the end tell apart fusions of one kind.
+        return Counter(name.rstrip("_0123456789") for name in got.launched)
+
+    few, more = launched(2), launched(3)
+    assert not few - more
+    return more - few
+
+
+def test_own_kernels_around_the_products_leave_few_launches() -> None:
+    """And are no less in place, nor another launch of the host's."""
+    own = {"writer": "gpu", "projection": "gemv", "attention": "gpu_merge_inside"}
+    assert launches_a_layer(ONE, **own) == {"gemv": 4, "rotate_write": 1, "attention_decode": 1}
+    few = launches_a_layer(Bucket(16, 16, Sampler.GREEDY), **own)
+    assert few["add_norm"] == 2 and few["rotate_write"] == few["attention_decode"] == 1
+    # Four products and the gate; what is left in parts is summed where it is read.
+    assert few.total() == 9 and not few["loop_reduce_fusion"]
+
+
+def test_many_tokens_rotate_and_write_in_one_kernel() -> None:
+    made, _ = engine(small(), gpu_mesh(), **SIZES, writer="gpu", projection="gemv")
+    got = compile_for(made.lower(MIXED), "gpu", MIXED.tokens)
+    check_in_place_and_one_launch(made, small(), MIXED, got)
+    assert got.kernels("rotate_write") == small().num_layers
+    assert got.kernels("gemv") == got.kernels("add_norm") == 0
 
 
 @pytest.mark.parametrize("bucket", [ONE, DECODE, MIXED], ids=["one", "decode", "mixed"])
 def test_kernels_that_are_switched_off_are_in_no_program(bucket: Bucket) -> None:
     got = report("llama-3.1-8b", bucket)  # which all of them can serve
     assert switches.PROJECTION == "gemv" or got.kernels("gemv") == 0
+    assert switches.PROJECTION != "xla" or got.kernels("add_norm") == 0
+    assert (got.kernels("rotate_write") > 0) == (switches.WRITER == "gpu")
     assert switches.PROMPTS_BY == "mosaic" or "mosaic_gpu" not in got.hlo
     assert (got.kernels("attention_merge") == 0) == switches.MERGE_INSIDE
 
