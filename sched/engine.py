@@ -5,7 +5,8 @@
     loop:  schedule() ──plan N──> runner.launch
            runner.collect(N-1) ──> update() ──> on_outputs
 
-While the device runs step N, the host takes in step N-1 and plans N+1. The thread owns the
+While the device runs step N, the host takes in step N-1 and plans N+1, not before it must
+(pacing.py). The thread owns the
 scheduler and the runner; other threads touch the inbox, under one lock, and nothing else.
 
 Every accepted request ends with exactly one output that says `ended`, also when the engine stops or
@@ -28,6 +29,7 @@ from enum import Enum
 from ..errors import Internal, QuireError, Unavailable, invalid
 from ..model.plan import Runner, StepHandle, StepOutputs, StepPlan
 from .limits import check_reason
+from .pacing import Pacing
 from .quota import Limits, Quotas
 from .request import Ended, FinishReason, Request, RequestOutput, Timing
 from .roster import our_fault
@@ -87,6 +89,7 @@ class Engine:
       on_outputs: gets what a step gave, once per step, from the engine's thread; must not block.
       quotas: of the tenants.
       idle_before_check: seconds without work before the engine checks itself.
+      pacing: says when to plan.
 
     Attributes:
       runner_call: when (time.monotonic() seconds) the runner was called that has not come back, and
@@ -103,12 +106,14 @@ class Engine:
         on_outputs: Callable[[list[RequestOutput]], None],
         quotas: Quotas | None = None,
         idle_before_check: float = IDLE_BEFORE_CHECK,
+        pacing: Pacing | None = None,
     ):
         self._runner = runner
         self._quotas = quotas or Quotas(time.monotonic)
         self._scheduler = scheduler
         self._on_outputs = on_outputs
         self._idle_before_check = idle_before_check
+        self._pacing = pacing or Pacing()
         self._ahead = 1 if overlap else 0  # steps left in flight after a launch
         self._flights: deque[tuple[StepPlan, StepHandle, float]] = deque()  # and when launched
         self._collected = 0.0  # when the last step was
@@ -214,6 +219,7 @@ class Engine:
         try:
             outputs: list[RequestOutput] = []
             try:
+                self._wait_for_arrivals()
                 self._take_inbox(outputs)
                 plan = self._schedule()
                 self._launch(plan)
@@ -226,6 +232,16 @@ class Engine:
             self._deliver(outputs)
         except Exception as fault:
             self._die(fault)
+
+    def _wait_for_arrivals(self) -> None:
+        """Plans no sooner than the step in flight asks for: who comes meanwhile is in the next."""
+        if not self._flights or self._scheduler.waiting:
+            return
+        plan, _, launched = self._flights[0]
+        begun = max(launched, self._collected)
+        if (seconds := self._pacing.wait(plan.bucket, begun, self._scheduler.now())) > 0:
+            with self._wake:
+                self._wake.wait_for(lambda: self._state is State.CLOSED, seconds)
 
     def _schedule(self) -> StepPlan | None:
         plan = self._scheduler.schedule()
@@ -246,11 +262,15 @@ class Engine:
         if len(self._flights) <= ahead:
             return None
         plan, handle, launched = self._flights.popleft()
+        asked = self._scheduler.now()
         self.runner_call = time.monotonic(), plan
         outputs = self._runner.collect(handle)
         self.runner_call = None
         now = self._scheduler.now()
-        self._step_times.count(plan, now - max(launched, self._collected))
+        took = now - max(launched, self._collected)
+        self._step_times.count(plan, took)
+        if ahead:
+            self._pacing.took(plan.bucket, took, now - asked)
         self._collected = now
         return plan, outputs
 
@@ -301,6 +321,7 @@ class Engine:
             for message in self._inbox:
                 match message:
                     case _Arrival(request, at):
+                        self._pacing.came(at)
                         try:
                             self._scheduler.add(request, at)
                         except Exception as fault:

@@ -80,6 +80,11 @@ class Scheduler:
         """Requests that have not ended."""
         return len(self._roster)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody is queued who does not run yet."""
+        return bool(self._roster.waiting)
+
     def validate(self, request: Request) -> None:
         """Raises InvalidRequest if this request can never be served. Safe from any thread."""
         check_request(request, self._spec)

@@ -167,6 +167,8 @@ def test_finish_ends_a_request_early_and_only_once() -> None:
     engine.start()
     engine.submit(long_request("a"))
     callers.wait_for_tokens("a")
+    while runner.gate.is_set():  # else it could be cleared when nobody sets it again
+        time.sleep(0.001)
     engine.finish("a", FinishReason.STOP)
     engine.finish("a")
     engine.finish("nobody")
