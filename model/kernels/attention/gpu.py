@@ -73,7 +73,7 @@ takes of one while others decode (BUSY_TOKENS). With fewer there are too few of 
 rows to give each multiprocessor one, each has a block or two of keys, and what it takes is latency,
 not products; or a few stand over a long cache, where it must be read once for all of them. There
 Triton's tiles of half the size, two at once on a multiprocessor, are no worse; and lowering a
-program takes about a second less, of which a start has one a rung."""
+program takes two thirds of a second less of a processor, and a start lowers one a rung."""
 
 
 def _prompts_by(num_tokens: int) -> Literal["triton", "mosaic"]:
