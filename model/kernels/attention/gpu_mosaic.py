@@ -347,19 +347,19 @@ def _call(
                         p = jnp.exp2(s * c - lax.broadcast_in_dim(top, s.shape, (0,)))
                         acc *= lax.broadcast_in_dim(decay, acc.shape, (0,))
                         l = l * decay + jnp.sum(p, axis=1)  # noqa: E741
-                        # What is above does not move below, into the other's time.
+                        # What is above does not move below, into the other's time. (Nor does ptxas
+                        # move it there: past one wait before the turn's it would, not past two.)
                         acc, l, top, p = lax.optimization_barrier((acc, l, top, p.astype(dtype)))  # noqa: E741
                         mosaic.barrier_arrive(turns)
                         if not masked:
                             mosaic.barrier_wait(v_there.at[slot])
-                        mosaic.barrier_wait(turns)
 
+                        @when(i + 1 < stop)
                         def next_k() -> None:
-                            @when(i + 1 < stop)
-                            def there() -> None:
-                                mosaic.barrier_wait(k_there.at[slot_of(step + 1)])
+                            mosaic.barrier_wait(k_there.at[slot_of(step + 1)])
 
-                        acc = add_product(acc, p, v_smem.at[slot], next_k)
+                        mosaic.barrier_wait(turns)
+                        acc = add_product(acc, p, v_smem.at[slot])
                         mosaic.barrier_arrive(v_used.at[slot])
                         return top, l, acc
 
@@ -447,17 +447,11 @@ def _call(
 
         return pl.run_scoped(into, mosaic.ACC((a.shape[0], b.shape[0]), f32))
 
-    def add_product(acc: jax.Array, a: jax.Array, b: Any, issued: Callable[[], None]) -> jax.Array:
+    def add_product(acc: jax.Array, a: jax.Array, b: Any) -> jax.Array:
         """acc + a · b, where a is in registers and b in shared memory."""
         if heads.interpret:  # knows neither such an a nor pl.run_state
-            issued()
             return acc + jnp.dot(a, b[...], preferred_element_type=f32)
-
-        def into(ref: Any) -> None:
-            mosaic.wgmma(ref, a, b)
-            issued()
-
-        result: jax.Array = pl.run_state(into)(mosaic.ACC.init(acc))
+        result: jax.Array = pl.run_state(lambda ref: mosaic.wgmma(ref, a, b))(mosaic.ACC.init(acc))
         return result
 
     tiled = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
