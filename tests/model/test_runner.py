@@ -4,6 +4,7 @@ arrive, nothing compiles after ready."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 from functools import partial
 from pathlib import Path
@@ -303,6 +304,32 @@ def test_programs_are_lowered_while_compiling_must_wait(threads):
             names, threads=threads, devices=devices,
             before_compiling=lambda: (_ for _ in ()).throw(OSError("no weights")),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_a_program_is_lowered_and_is_left_as_it_was(enabled):
+    seen = []
+
+    def lower(fails):
+        seen.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("cannot lower")
+        compiled = SimpleNamespace(memory_analysis=lambda: None)
+        return SimpleNamespace(compile=lambda compiler_options: compiled)
+
+    def compile_one(fails):
+        compile_all({"a": partial(lower, fails)}, threads=1, devices=default_mesh().devices)
+
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        compile_one(fails=False)
+        assert seen == [False] and gc.isenabled() == enabled
+        with pytest.raises(RuntimeError, match="cannot lower"):
+            compile_one(fails=True)
+        assert seen == [False, False] and gc.isenabled() == enabled
+    finally:
+        gc.enable() if before else gc.disable()
 
 
 def test_programs_are_kept_where_the_last_caller_said(tmp_path):
