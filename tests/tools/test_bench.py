@@ -200,6 +200,9 @@ def test_latency_by_its_method(bench: Bench, folder: Path) -> None:
     )  # fmt: skip
     assert list(said["decode_step_ms"]) == ["1", "2"] and list(said["ttft_ms"]) == ["8"]
     assert len(said["ttft_ms"]["8"]["all"]) == 5
+    for parts in (said["ttft_ms"]["8"]["parts"], said["prefix_ms"]["hit_parts"]):
+        assert list(parts) == ["before", "launch", "collect", "rest"]
+        assert min(parts.values()) > 0
     # Full pages of the prompt, but never its last token.
     assert said["prefix_ms"]["hit_tokens"] == 32 and len(said["prefix_ms"]["all_hits"]) == 5
     assert said["left_out"] == [

@@ -4,6 +4,9 @@
     first token   one request on an idle engine, one output token, median of 5
     prefix hit    one request of 10,000 tokens: the first time, then the median of 5 repeats
 
+With the last two goes where the host was meanwhile (`parts`, medians): before the first launch, in
+launches, collecting results (which is waiting, most of it), and the rest, after the last of them.
+
 The methods of data/peers_h200.json; token ids are random and drawn anew.
 """
 
@@ -25,6 +28,9 @@ SHORT = 16
 """Output tokens of the run that is taken off: prefill and start."""
 
 TIMES = 5
+
+PARTS = ("before", "launch", "collect", "rest")
+"""Where the host is while a request runs alone, in the order of its life."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +110,7 @@ class _Latency:
 
         self._engine, self._args = engine, args
         self._draw = np.random.default_rng(args.seed)
+        self._found: list[dict[str, float]] = []  # seconds by part, of each request by itself
         self.left_out: list[str] = []
         """What this engine cannot run, and why: said, not skipped in silence."""
 
@@ -133,13 +140,13 @@ class _Latency:
                 run = self._engine.run(self._prompts(batch), [length] * batch, bar)
                 seconds.append(run.seconds)
             steps.append(1e3 * (seconds[0] - seconds[1]) / (args.output_tokens - SHORT))
-        return {"median": median(steps), "best": min(steps), "all": steps}
+        return _spread(steps)
 
     def first_token(self, length: int) -> dict[str, Any] | None:
         if not self._fits(f"ttft {length}", length + 1):
             return None
         times = [self._one(self._prompts(1, length)[0]) for _ in range(TIMES)]
-        return {"median": median(times), "best": min(times), "all": times}
+        return {**_spread(times), "parts": self._parts()}
 
     def prefix(self, length: int) -> dict[str, Any] | None:
         if not length or not self._fits(f"prefix {length}", length + 1):
@@ -157,12 +164,27 @@ class _Latency:
             "cold": cold,
             "hit": median(hits),
             "all_hits": hits,
+            "hit_parts": self._parts(),
             "hit_tokens": found // TIMES,
         }
 
     def _one(self, prompt: tuple[int, ...]) -> float:
         """Milliseconds from submission to the only token."""
-        return 1e3 * self._engine.run([prompt], [1]).seconds
+        self._engine.calls.clear()
+        run = self._engine.run([prompt], [1])
+        found = dict.fromkeys(PARTS, 0.0)
+        for kind, begin, end in self._engine.calls:
+            if not found["launch"]:
+                found["before"] = begin - run.begin
+            found[kind] += end - begin
+        found["rest"] = run.seconds - sum(found.values())
+        self._found.append(found)
+        return 1e3 * run.seconds
+
+    def _parts(self) -> dict[str, float]:
+        """Milliseconds of each part of the last TIMES requests, medians."""
+        last = self._found[-TIMES:]
+        return {part: 1e3 * median(found[part] for found in last) for part in PARTS}
 
     def _prompts(self, count: int, length: int | None = None) -> list[tuple[int, ...]]:
         from .trace import draw_prompts
@@ -188,10 +210,19 @@ def _table(results: dict[str, Any]) -> Any:
         made.add_row(f"prefix of {prefix['tokens']}, cold", f"{prefix['cold']:.2f}")
         hit = f"prefix of {prefix['tokens']}, hit on {prefix['hit_tokens']}"
         made.add_row(hit, f"{prefix['hit']:.2f}", f"{min(prefix['all_hits']):.2f}")
+    parts = {f"first token, {n} tokens": f["parts"] for n, f in results["ttft_ms"].items()}
+    if prefix is not None:
+        parts["prefix hit"] = prefix["hit_parts"]
+    for name, found in parts.items():
+        made.add_row(f"{name}: {', '.join(found)}", *[" ".join(f"{v:.2f}" for v in found.values())])
     made.add_row("compiles after ready", str(results["compiles_after_ready"]))
     for text in results["left_out"]:
         made.add_row(f"left out: {text}")
     return made
+
+
+def _spread(times: list[float]) -> dict[str, Any]:
+    return {"median": median(times), "best": min(times), "all": times}
 
 
 def _two(found: dict[str, Any]) -> tuple[str, str]:
