@@ -146,12 +146,13 @@ def compile_threads(layers: int, host_bytes: int, tuned_at_once: int | None = No
     return max(1, min(bounds if tuned_at_once is None else [*bounds, tuned_at_once]))
 
 
-def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
+def compiler_options(platform: str, tokens: int = 0, *, graph: bool = True) -> dict[str, Any]:
     """What XLA is told for a program, on "cpu", "gpu" (JAX also says "cuda") or "tpu".
 
     Args:
       platform: for which it is compiled.
       tokens: rows of its matrix products; 0 where there are none, or not known.
+      graph: a GPU gets it as a CUDA graph; else kernel by kernel.
     """
     if platform not in ("gpu", "cuda"):
         return {}
@@ -160,6 +161,8 @@ def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
     options: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
     if tokens >= VENDOR_TOKENS:
         options["xla_gpu_enable_triton_gemm"] = False
+    if not graph:
+        options["xla_gpu_enable_command_buffer"] = ""
     return options
 
 

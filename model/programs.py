@@ -21,6 +21,7 @@ from .cache import abstract_slabs, cache_groups
 from .compile import VENDOR_TOKENS, compiler_options
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
+from .kernels import switches
 from .kernels.attention.api import default_backend
 from .kernels.attention.gpu_lowered import LoweredKernels
 from .kernels.kv_write import default_writer
@@ -86,6 +87,7 @@ class Programs:
       attention: a backend of kernels/attention; None is the platform's own.
       writer: one of kernels/kv_write, likewise.
       projection: one of model/projection.py, likewise.
+      prompt_graphs: as in kernels/switches.py; None is what stands there.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Programs:
         attention: str | None = None,
         writer: str | None = None,
         projection: str | None = None,
+        prompt_graphs: bool | None = None,
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
@@ -104,6 +107,7 @@ class Programs:
         self._projection = projection or default_projection(
             mesh.platform, decoder.dtype, mesh.shards
         )
+        self._prompt_graphs = switches.PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
         self._kernels = LoweredKernels(mesh.lowering_platforms[0], mesh.abstract)
@@ -171,7 +175,8 @@ class Programs:
         """What XLA is told for a program."""
         match key:
             case Bucket(tokens=tokens):
-                return compiler_options(self._mesh.platform, tokens)
+                graph = key.decode_only or self._prompt_graphs
+                return compiler_options(self._mesh.platform, tokens, graph=graph)
             case "score":
                 return compiler_options(self._mesh.platform, SCORE_ROWS)
         return compiler_options(self._mesh.platform)
@@ -191,6 +196,7 @@ class Programs:
                 "attention": self._attention,
                 "writer": self._writer,
                 "projection": self._projection,
+                "prompt graphs": str(self._prompt_graphs),
             }
         logits = {"logit rows": str(self.logit_rows(key))} if isinstance(key, Bucket) else {}
         return {**self._facts, **logits, "program": str(key)}

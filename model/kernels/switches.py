@@ -1,9 +1,9 @@
-"""Kernels for GPUs that stand beside others: which of them run. What no GPU has run yet is off, and
-this is where to turn it on.
+"""What was made for GPUs beside something else, is off, and waits for a GPU to run it. This is
+where to turn it on.
 
-Read by kernels/attention (gpu.py, gpu_decode.py), kernels/kv_write.py and model/projection.py.
-Tests, `tune_kernels`, `tune_products` and `quire bench kernels` choose them whatever stands here.
-Programs that are stored for the next start are found by the text of this file too.
+Read by kernels/attention (gpu.py, gpu_decode.py), model/projection.py and model/programs.py. Tests,
+`tune_kernels`, `tune_products` and `quire bench kernels` choose it whatever stands here. Programs
+that are stored for the next start are found by the text of this file too.
 """
 
 from __future__ import annotations
@@ -26,16 +26,12 @@ MERGE_INSIDE = False
 """Whether the parts of a decode row are merged by the program that finishes last, or else by a
 second kernel."""
 
-# No GPU has run these in a step yet; of "gemv" the products (`tune_products`).
-PROJECTION: Literal["xla", "norms", "gemv"] = "xla"
-"""How a GPU multiplies few tokens by a matrix where it has the choice: "norms" has the sum and the
-norm between two products in one kernel; "gemv" is that, and products of one token by matrices that
-were measured are one kernel with all that surrounds them."""
+# No GPU has run "gemv" yet (`tune_products`).
+PROJECTION: Literal["xla", "gemv"] = "xla"
+"""How a GPU multiplies one token or a few by a matrix where both can."""
 
-NORM_TOKENS = 63
-"""The most tokens for "norms". From 64 on (model/compile.py) products are the vendor's, which add
-the residual themselves, and of the norm alone XLA makes one kernel."""
-
-# No GPU has run "gpu" yet.
-WRITER: Literal["scatter", "gpu"] = "scatter"
-"""How a GPU writes K and V: "gpu" rotates them, and the queries, in the same kernel."""
+# No GPU has run prompts without graphs yet (`quire bench latency`: the parts of a first token).
+PROMPT_GRAPHS = True
+"""Whether a GPU gets steps with prompts as CUDA graphs, like those without, or kernel by kernel. A
+graph begins when the host has brought all of it up to date; of a lone prompt nothing runs
+meanwhile, and its kernels may be long enough to hide the launches of those after them."""

@@ -64,15 +64,17 @@ class ProgramReport:
         return len(re.findall(rf'custom-call\(.*op_name="[^"]*{re.escape(name)}', self.hlo))
 
 
-def compile_for(lowered: Lowered, platform: str, tokens: int = 0) -> ProgramReport:
+def compile_for(
+    lowered: Lowered, platform: str, tokens: int = 0, *, graph: bool = True
+) -> ProgramReport:
     """Compiles a lowered program (model/programs.py) and reads the result.
 
     Args:
       lowered: for devices of this platform.
       platform: "gpu" or "tpu".
-      tokens: rows of its matrix products, as in `compiler_options`.
+      tokens, graph: as in `compiler_options`.
     """
-    thunks, launched, options = None, [], compiler_options(platform, tokens)
+    thunks, launched, options = None, [], compiler_options(platform, tokens, graph=graph)
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             compiled = compile_uncached(lowered, options | _NO_DEVICE | {"xla_dump_to": folder})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from quire.checkpoints.hf_config import read_config
 from quire.model.abstract import AbstractDecoder
@@ -29,7 +30,7 @@ def engine(
     num_pages: int,
     rows: int,
     tokens: int,
-    **kernels: str,
+    **kernels: Any,
 ) -> tuple[Programs, RunnerSpec]:
     """The programs of an engine in bfloat16, with the default ladder, and kernels by name."""
     spec = RunnerSpec(

@@ -145,6 +145,18 @@ def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
     assert report(model, bucket).thunks == ["CommandBuffer"]
 
 
+def test_prompts_may_go_kernel_by_kernel() -> None:
+    """And steps without prompts are graphs all the same."""
+    made, _ = engine(small(), gpu_mesh(), **SIZES, prompt_graphs=False)
+    usual = programs("small")[0].compiler_options
+    assert (usual(MIXED) == made.compiler_options(MIXED)) != switches.PROMPT_GRAPHS
+    assert usual(DECODE) == made.compiler_options(DECODE)
+    lowered = made.lower(MIXED)
+    got = compile_for(lowered, "gpu", MIXED.tokens, graph=False)
+    assert got.thunks is not None and "CommandBuffer" not in got.thunks and len(got.thunks) > 30
+    assert got.launched == report("small", MIXED).launched
+
+
 def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
     """Each bisection for a threshold is a loop that the host runs (XLA captures no `while`)."""
     assert report("small", replace(DECODE, sampler=Sampler.FULL)).thunks == ["CommandBuffer"]
