@@ -30,12 +30,13 @@ from ..model.kernels.attention.gpu import attend
 from ..model.kernels.attention.gpu_decode import DecodeShape
 from ..model.kernels.attention.gpu_mosaic import MosaicShape
 from ..model.kernels.attention.gpu_prefill import PrefillShape
+from ..model.kernels.attention.gpu_stream import StreamShape
 from .bench.kernel_cases import Case, Inputs, float64_error, make_inputs
 from .compile_check import compile_for, gpu_mesh
 
 LAYERS = 8  # calls in one program, each over its own copy of K and V
 MAX_PAGES = 4096  # of a row: 131,072 tokens
-SHAPES = DecodeShape | PrefillShape | MosaicShape
+SHAPES = DecodeShape | StreamShape | PrefillShape | MosaicShape
 
 _QWEN: dict[str, Any] = {"heads": 12, "kv_heads": 2}
 CASES = {
@@ -59,6 +60,7 @@ CASES = {
 _TILE = PrefillShape(queries=128, block=64, num_warps=8, num_stages=3)
 _SMALL = PrefillShape(queries=64, block=64, num_warps=4, num_stages=3, programs=264)
 _DECODE = DecodeShape()
+_STREAM = StreamShape()
 CANDIDATES: dict[str, list[SHAPES]] = {
     "prefill": [
         _TILE,
@@ -81,6 +83,10 @@ CANDIDATES: dict[str, list[SHAPES]] = {
         replace(_DECODE, block=64, num_warps=4, num_stages=3), replace(_DECODE, block=16),
         replace(_DECODE, programs=264), replace(_DECODE, programs=1056),
         replace(_DECODE, least_blocks=2), replace(_DECODE, least_blocks=8),
+        _STREAM,
+        replace(_STREAM, num_stages=3, programs=528), replace(_STREAM, num_stages=5, programs=264),
+        replace(_STREAM, block=64, num_warps=4, num_stages=3, programs=264),
+        replace(_STREAM, least_blocks=1), replace(_STREAM, least_blocks=2),
     ],
 }  # fmt: skip
 

@@ -99,7 +99,7 @@ def _backends(wanted: tuple[str, ...] | None, platform: str) -> tuple[str, ...]:
             raise InvalidConfig(f"backends: got {name!r}, must be among {', '.join(BACKENDS)}")
     others = {"cpu", "gpu", "tpu"} - {platform}
     mine = (n for n in BACKENDS if n.split("_")[0] not in others)
-    special = ("_interpret", "_triton", "_mosaic", "_inside")  # for tests, or parts of "gpu"
+    special = ("_interpret", "_triton", "_mosaic", "_inside", "_stream")  # tests, parts of "gpu"
     return wanted or tuple(n for n in mine if not n.endswith(special))
 
 

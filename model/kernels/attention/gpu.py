@@ -137,7 +137,12 @@ def _why_not_mosaic(
 @partial(
     jax.jit,
     static_argnames=(
-        "options", "interpret", "decode_by", "merge_inside", "decode_shape", "prefill_shape"
+        "options",
+        "interpret",
+        "decode_by",
+        "merge_inside",
+        "decode_shape",
+        "prefill_shape",
     ),
 )
 def _traced_once(

@@ -97,7 +97,9 @@ class PrefillPlan(NamedTuple):
     """What runs where; the same for all layers of one window, so XLA computes it once a step."""
 
     items: jax.Array  # [N, 8] as `tiles` gives them, and which part each is
-    splits: jax.Array  # [S, 5] of each tile that is cut: first part, parts, first and end query; how
+    splits: (
+        jax.Array
+    )  # [S, 5] of each tile that is cut: first part, parts, first and end query; how
     # many are cut
 
 
@@ -387,8 +389,8 @@ def merge(
                 part_m = jnp.where(there, load(m_ref, at, there), LOWEST)
                 part_l = load(l_ref, at, there)
                 wide = there[:, :, None] & (d < head_dim)[None, None, :]
-                at = (first + part)[:, None, None], head, lane[None, :, None], d[None, None, :]
-                part_acc = load(acc_ref, at, wide)
+                values = (first + part)[:, None, None], head, lane[None, :, None], d[None, None, :]
+                part_acc = load(acc_ref, values, wide)
                 top = jnp.maximum(m, jnp.max(part_m, axis=0))
                 decay, weight = jnp.exp2(m - top), jnp.exp2(part_m - top[None, :])
                 acc = acc * decay[:, None] + jnp.sum(part_acc * weight[:, :, None], axis=0)

@@ -1,10 +1,10 @@
-"""GPU attention of decode rows: one query a row, all rows' KV as one stream of blocks in equal shares.
+"""GPU attention of decode rows: one query a row, the KV of all as one stream, in equal shares.
 
 As many programs as the device runs at once each take a share of the stream, as long as any other's,
-wherever rows begin and end in it: what a program loads ahead it loads across rows, none waits at the
-end for longer ones, and where there are no decode rows the launch costs next to nothing. A row that
-lies within one share is written by its program; the parts of others are merged by the program that
-finishes last. Each KV byte is read once.
+wherever rows begin and end in it: what a program loads ahead it loads across rows, none waits at
+the end for longer ones, and where there are no decode rows the launch costs next to nothing. A row
+that lies within one share is written by its program; the parts of others are merged by the program
+that finishes last. Each KV byte is read once.
 
 It stands beside gpu_decode.py (see kernels/switches.py), whose signature it has.
 """
@@ -173,7 +173,8 @@ def decode(
 
         def write_result(row: jax.Array, g: jax.Array, state: Any) -> None:
             sink = None if sinks is None else load(sinks, (head * group + g,), g < group)
-            o, lse = finish(*state, sink, scale_v)
+            m, l, acc = state  # noqa: E741
+            o, lse = finish(m, l, acc, sink, scale_v)
             real = (g < group)[:, None] & (d < head_dim)[None, :]
             store(o_ref, (row, head, g[:, None], d[None, :]), o, real)
             store(lse_ref, (row, head, g), lse, g < group)

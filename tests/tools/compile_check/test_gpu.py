@@ -227,8 +227,9 @@ def check_in_place_and_one_launch(
     assert got.temp_bytes <= temp_bound(config, bucket)
 
 
-def test_parts_merged_inside_are_no_less_in_place_and_one_launch() -> None:
-    made, _ = engine(small(), gpu_mesh(), **SIZES, attention="gpu_merge_inside")
+@pytest.mark.parametrize("attention", ["gpu_merge_inside", "gpu_stream"])
+def test_parts_merged_inside_are_no_less_in_place_and_one_launch(attention: str) -> None:
+    made, _ = engine(small(), gpu_mesh(), **SIZES, attention=attention)
     got = compile_for(made.lower(DECODE), "gpu", DECODE.tokens)
     check_in_place_and_one_launch(made, small(), DECODE, got)
     assert got.kernels("attention_decode") == small().num_layers
@@ -276,19 +277,5 @@ def test_kernels_that_are_switched_off_are_in_no_program(bucket: Bucket) -> None
     assert switches.PROJECTION != "xla" or got.kernels("add_norm") == 0
     assert (got.kernels("rotate_write") > 0) == (switches.WRITER == "gpu")
     assert switches.PROMPTS_BY == "mosaic" or "mosaic_gpu" not in got.hlo
-    assert (got.kernels("attention_merge") == 0) == switches.MERGE_INSIDE
-
-
-def test_compilations_at_once_fit_their_products_beside_the_weights() -> None:
-    def at_once(**settings: Any) -> int | None:
-        settings = {"model": "x", "memory": 6 << 30, **settings}
-        starting = Startup(
-            EngineConfig(**settings), config_of("qwen2.5-1.5b"), gpu_mesh(),
-            DeviceMemory(150055419904, None), None,
-        )  # fmt: skip
-        return starting.tuned_at_once
-
-    # 6 GiB less 2.875 of weights and 0.875 in reserve; 0.435 for the embedding, 0.145 for logits.
-    assert at_once() == 3
-    assert at_once(memory=12 << 30) == 14
-    assert at_once(max_num_seqs=128) == 4
+    inside = switches.MERGE_INSIDE or switches.DECODE_BY == "stream"
+    assert (got.kernels("attention_merge") == 0) == inside

@@ -32,8 +32,11 @@ PLATFORM = jax.default_backend()
 
 def is_here(name: str) -> bool:
     platform = name.split("_")[0]
-    if name == "gpu_triton" or (name == "gpu_merge_inside" and switches.MERGE_INSIDE):
-        return False  # that is "gpu", in steps of as few tokens as here
+    by_items = switches.DECODE_BY == "items"
+    if name in (f"gpu_{switches.PROMPTS_BY}", f"gpu_{switches.DECODE_BY}") or (
+        name == "gpu_merge_inside" and switches.MERGE_INSIDE and by_items
+    ):
+        return False  # that is "gpu"
     if name.endswith("_interpret"):
         # Before 0.11 Mosaic's cannot serve, and Triton's would be tested twice.
         return PLATFORM == "cpu" and ("mosaic" not in name or jax.__version_info__ >= (0, 11))
@@ -134,6 +137,7 @@ CASES_OF = {
     "gpu_mosaic": pairwise_cover(MOSAIC_FACTORS),
     "gpu_merge_inside": pairwise_cover(MERGE_FACTORS),
     "gpu_merge_inside_interpret": pairwise_cover(MERGE_FACTORS)[:4],
+    "gpu_stream_interpret": pairwise_cover(FACTORS | {"mode": ("decode", "mixed")})[:10],
     "gpu_mosaic_interpret": [
         {**dict.fromkeys(("kv_scales", "soft_cap")), "sinks": False, "return_lse": False}
         | dict(zip(list(FACTORS)[:7], values[:7], strict=True)) | {"cached": values[7]}
@@ -289,7 +293,7 @@ def numpy_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def compiler_options(backend: str) -> dict[str, Any] | None:
     """An interpreted kernel takes long to compile and no time to run."""
-    triton = backend in ("gpu_interpret", "gpu_merge_inside_interpret")
+    triton = backend in ("gpu_interpret", "gpu_merge_inside_interpret", "gpu_stream_interpret")
     return {"xla_backend_optimization_level": 0} if triton else None
 
 

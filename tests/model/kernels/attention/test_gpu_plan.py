@@ -1,4 +1,5 @@
-"""How the GPU kernels cut prompts into items: all of it, once, and few of them."""
+"""How the GPU kernels cut prompts into items, and decode rows into shares: all of it, once, and few
+of them."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from quire.model.kernels.attention import gpu_stream
 from quire.model.kernels.attention.contract import RaggedBatch
 from quire.model.kernels.attention.gpu_mosaic import ALIGN, MosaicShape
 from quire.model.kernels.attention.gpu_pallas import Heads, page_ids
@@ -158,3 +160,46 @@ def test_only_few_pages_of_a_block_have_an_id_each(page: int, scalars: int) -> N
     shape = jax.ShapeDtypeStruct((8,), jnp.int32)
     jax.eval_shape(pl.pallas_call(kernel, out_shape=shape), jnp.zeros((1, 64), jnp.int32))
     assert (len(found[0]) if isinstance(found[0], tuple) else 0) == scalars
+
+
+STREAMS: dict[str, Any] = {  # lengths of the decode rows, window
+    "one": ([192], None),
+    "long": ([100_000], None),
+    "short": ([5, 0, 33, 1], None),
+    "alike": ([272] * 60, None),
+    "ragged": ([1, 40_000, 0, 300, 32, 64, 7000] * 9, None),
+    "a window": ([40_000, 10, 0, 700, 512, 513], 500),
+    "none": ([], None),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS.values(), ids=STREAMS)
+def test_shares_are_alike_and_cover_each_row_once(case: Any) -> None:
+    lens, window = case
+    rows, h, shape = len(lens) + 2, heads(window), gpu_stream.StreamShape()
+    batch = RaggedBatch(
+        kv_lens=jnp.asarray([*lens, 99, -5], jnp.int32), page_table=jnp.zeros((rows, 1), jnp.int32),
+        cu_q_lens=jnp.arange(rows + 1), num_seqs=jnp.int32(rows - 1),
+        num_decode=jnp.int32(len(lens)),
+    )  # fmt: skip
+    plan_of = jax.jit(lambda batch: gpu_stream.plan(batch, h, shape, rows))
+    shares, of_row = (np.asarray(x) for x in plan_of(batch))
+    block = shape.block
+    oldest = [0 if window is None else max(0, n - window) // block for n in lens]
+    want = [(r, b) for r, n in enumerate(lens) for b in range(oldest[r], max(1, -(-n // block)))]
+    got, found = [], {r: [] for r in range(len(lens))}
+    for at, (row, first, turns, continued, length, following, *counters) in enumerate(shares):
+        assert not any(counters) and (not turns or continued == (first > oldest[row]))
+        if turns:
+            assert [length, following] == [*lens, 0][row : row + 2]
+        for pair in want[len(got) : len(got) + turns]:
+            found[pair[0]].append(at)
+        assert turns == 0 or want[len(got)] == (row, first)
+        got += want[len(got) : len(got) + turns]
+    assert got == want
+    turns = [n for n in shares[:, 2] if n]
+    assert all(n == max(turns) for n in turns[:-1])
+    assert len(want) <= shape.least_blocks or min(turns[:-1]) >= min(2, shape.least_blocks)
+    for r, mine in found.items():
+        assert list(of_row[r]) == [min(mine), max(mine) - min(mine) + 1, lens[r]]
+    assert not of_row[len(lens) :, 2].any()
