@@ -163,8 +163,8 @@ def measure(kinds: list[str], seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def described(shape: SHAPES) -> dict[str, Any]:
-    kernel = "mosaic" if isinstance(shape, MosaicShape) else "triton"
-    return {"kernel": kernel, "shape": asdict(shape)}
+    kernel = {MosaicShape: "mosaic", StreamShape: "stream"}
+    return {"kernel": kernel.get(type(shape), "triton"), "shape": asdict(shape)}
 
 
 def begin_compiling(

@@ -227,6 +227,14 @@ _SCALAR_PAGES = 8
 ids a block took three times as long to compile."""
 
 
+def scalar_pages(size: int, heads: Heads) -> int:
+    """Of a block of so many positions, the pages that have an id each; 0: it has too many."""
+    if heads.page_size % size == 0:
+        return 1
+    few = size % heads.page_size == 0 and size <= _SCALAR_PAGES * heads.page_size
+    return size // heads.page_size if few else 0
+
+
 def page_ids(
     table: Any,
     first_page: jax.Array,
@@ -243,9 +251,7 @@ def page_ids(
     cost the pipeline half its depth. Few pages are so many scalars, which cost no registers.
     """
     start = block * size
-    if heads.page_size % size == 0 or (
-        size % heads.page_size == 0 and size <= _SCALAR_PAGES * heads.page_size
-    ):
+    if scalar_pages(size, heads):
         starts = range(0, size, heads.page_size)
         return tuple(
             load(table, (row, div(start + at, heads.page_size)), start + at < end) + first_page

@@ -36,6 +36,7 @@ from .gpu_pallas import (
     page_ids,
     power_of_2,
     program_id,
+    scalar_pages,
     softmax_step,
     store,
     when,
@@ -66,15 +67,13 @@ class StreamShape:
         return max(1, self.programs // heads.num_kv_heads)
 
 
-_COUNTERS = 6  # column of StreamPlan.shares where they begin
-
-
 class StreamPlan(NamedTuple):
     """What runs where; the same for all layers of one window, so XLA computes it once a step. (Two
     arrays, since each would be a kernel of its own.)"""
 
-    shares: jax.Array  # [P, _COUNTERS + KH] first row, its block, blocks in all, is it continued?,
-    # cached tokens of this row and the next; counters
+    # [P, 6 + scalar_pages + KH] of each share: first row, its block, blocks in all, does the row
+    # begin earlier?, cached tokens of this row and the next; page ids of the first block; counters
+    shares: jax.Array
     rows: jax.Array  # [R, 3] first share it lies in, how many, cached tokens (0: no decode row)
 
 
@@ -102,10 +101,15 @@ def plan(batch: RaggedBatch, heads: Heads, shape: StreamShape, rows: int) -> Str
     turns = jnp.clip(total - begin, 0, share)
     following = jnp.append(lens, 0)[row + 1]
     starts = [row, first[row] + lead, turns, (lead > 0).astype(jnp.int32), lens[row], following]
+    pages = [
+        batch.page_table[row, div(starts[1] * shape.block, heads.page_size) + at]
+        for at in range(scalar_pages(shape.block, heads))
+    ]
     counters = [jnp.zeros_like(row)] * heads.num_kv_heads
     low, high = div(begins, share), div(jnp.maximum(ends - 1, 0), share)
     return StreamPlan(
-        jnp.stack([*starts, *counters], axis=1), jnp.stack([low, high - low + 1, lens], axis=1)
+        jnp.stack([*starts, *pages, *counters], axis=1),
+        jnp.stack([low, high - low + 1, lens], axis=1),
     )
 
 
@@ -146,6 +150,7 @@ def decode(
     tokens, kv_heads, group, head_dim = q.shape
     rows = min(tokens, batch.page_table.shape[0])
     shares, block = shape.shares(heads), shape.block
+    known = scalar_pages(block, heads)  # page ids that come with a share
     extra = [x for x in extras if x is not None]
     out = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -228,9 +233,10 @@ def decode(
                 )  # fmt: skip
 
             kv_len, next_len = share_ref[share, 4], share_ref[share, 5]
+            ids: Pages = tuple(share_ref[share, 6 + at] + first for at in range(known))
             start = (
                 first_row, begin, kv_len, next_len, 1 - continued,
-                pages(first_row, begin, kv_len),
+                ids if known else pages(first_row, begin, kv_len),
                 jnp.full(g.shape, LOWEST, jnp.float32), jnp.zeros(g.shape, jnp.float32),
                 jnp.zeros((*g.shape, heads.dims), jnp.float32),
             )  # fmt: skip
@@ -247,7 +253,7 @@ def decode(
                 @when(mine)
                 def count() -> None:
                     begun, of_it = row_ref[merged, 0], row_ref[merged, 1]
-                    counter = begun, _COUNTERS + head
+                    counter = begun, 6 + known + head
 
                     @when(add_one(share_ref, counter, interpret=heads.interpret) == of_it - 1)
                     def merge() -> None:

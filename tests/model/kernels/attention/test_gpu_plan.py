@@ -177,8 +177,9 @@ STREAMS: dict[str, Any] = {  # lengths of the decode rows, window
 def test_shares_are_alike_and_cover_each_row_once(case: Any) -> None:
     lens, window = case
     rows, h, shape = len(lens) + 2, heads(window), gpu_stream.StreamShape()
+    table = jnp.arange(rows)[:, None] * 4096 + jnp.arange(4096)
     batch = RaggedBatch(
-        kv_lens=jnp.asarray([*lens, 99, -5], jnp.int32), page_table=jnp.zeros((rows, 1), jnp.int32),
+        kv_lens=jnp.asarray([*lens, 99, -5], jnp.int32), page_table=table,
         cu_q_lens=jnp.arange(rows + 1), num_seqs=jnp.int32(rows - 1),
         num_decode=jnp.int32(len(lens)),
     )  # fmt: skip
@@ -188,10 +189,11 @@ def test_shares_are_alike_and_cover_each_row_once(case: Any) -> None:
     oldest = [0 if window is None else max(0, n - window) // block for n in lens]
     want = [(r, b) for r, n in enumerate(lens) for b in range(oldest[r], max(1, -(-n // block)))]
     got, found = [], {r: [] for r in range(len(lens))}
-    for at, (row, first, turns, continued, length, following, *counters) in enumerate(shares):
+    for at, (row, first, turns, continued, length, following, page, *counters) in enumerate(shares):
         assert not any(counters) and (not turns or continued == (first > oldest[row]))
         if turns:
             assert [length, following] == [*lens, 0][row : row + 2]
+            assert page == row * 4096 + first * block // h.page_size
         for pair in want[len(got) : len(got) + turns]:
             found[pair[0]].append(at)
         assert turns == 0 or want[len(got)] == (row, first)
