@@ -132,12 +132,16 @@ MOSAIC_FACTORS = FACTORS | {
 }
 # Where decode rows are cut.
 MERGE_FACTORS = FACTORS | {"mode": ("decode", "mixed"), "lengths": ("long",)}
+# Where rows lie in several shares of a stream, or several in one.
+STREAM_FACTORS = FACTORS | {
+    "mode": ("decode", "mixed"), "lengths": ("long", "short", "edge"), "window": (None, 512)
+}  # fmt: skip
 CASES_OF = {
     "tpu_interpret": pairwise_cover(TPU_FACTORS),
     "gpu_mosaic": pairwise_cover(MOSAIC_FACTORS),
     "gpu_merge_inside": pairwise_cover(MERGE_FACTORS),
     "gpu_merge_inside_interpret": pairwise_cover(MERGE_FACTORS)[:4],
-    "gpu_stream_interpret": pairwise_cover(FACTORS | {"mode": ("decode", "mixed")})[:10],
+    "gpu_stream_interpret": pairwise_cover(STREAM_FACTORS)[:10],
     "gpu_mosaic_interpret": [
         {**dict.fromkeys(("kv_scales", "soft_cap")), "sinks": False, "return_lse": False}
         | dict(zip(list(FACTORS)[:7], values[:7], strict=True)) | {"cached": values[7]}
