@@ -30,8 +30,14 @@ second kernel."""
 PROJECTION: Literal["xla", "gemv"] = "xla"
 """How a GPU multiplies one token or a few by a matrix where both can."""
 
-# No GPU has run prompts without graphs yet (`quire bench latency`: the parts of a first token).
-PROMPT_GRAPHS = True
-"""Whether a GPU gets steps with prompts as CUDA graphs, like those without, or kernel by kernel. A
-graph begins when the host has brought all of it up to date; of a lone prompt nothing runs
-meanwhile, and its kernels may be long enough to hide the launches of those after them."""
+NORM_TOKENS = 63
+"""The most tokens for "norms". From 64 on (model/compile.py) products are the vendor's, which add
+the residual themselves, and of the norm alone XLA makes one kernel."""
+
+# No GPU has run "gpu" yet.
+WRITER: Literal["scatter", "gpu"] = "scatter"
+"""How a GPU writes K and V: "gpu" rotates them, and the queries, in the same kernel."""
+
+# No GPU has run it yet.
+EARLY_LAUNCH = False
+"""Whether kernels of ours let the next start while they run (early_launch.py)."""

@@ -13,13 +13,14 @@ import jax
 import pytest
 from described_engines import config_of, engine
 
-from quire.config import EngineConfig
+from quire.model import projection
 from quire.model.compile import compiler_options
 from quire.model.config import ModelConfig
 from quire.model.devices import DeviceMemory
 from quire.model.inputs import ADMIT_ROOM
 from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
+from quire.model.kernels.gemv_gpu import GemvShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
 from quire.model.startup import Startup
@@ -260,6 +261,21 @@ def test_own_kernels_around_the_products_leave_few_launches() -> None:
     assert few["add_norm"] == 2 and few["rotate_write"] == few["attention_decode"] == 1
     # Four products and the gate; what is left in parts is summed where it is read.
     assert few.total() == 9 and not few["loop_reduce_fusion"]
+
+
+def test_kernels_that_let_the_next_start_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are traced once for their sizes, which no other test has."""
+    monkeypatch.setattr(switches, "EARLY_LAUNCH", True)
+    config = replace(small(), hidden_size=320, num_layers=1, windows=(None,), head_dim=40)
+    monkeypatch.setitem(
+        projection._BY_TOKENS,
+        "down",
+        ((1, projection.Products(norms=True, alone=(((320, 1024), GemvShape()),))),),
+    )
+    made, _ = engine(config, gpu_mesh(), **SIZES, writer="gpu", projection="down")
+    got = compile_for(made.lower(ONE), "gpu", ONE.tokens)
+    check_in_place_and_one_launch(made, config, ONE, got)
+    assert got.kernels("rotate_write") == got.kernels("gemv") == 1
 
 
 def test_many_tokens_rotate_and_write_in_one_kernel() -> None:
