@@ -1,5 +1,5 @@
-"""Letting the next kernel of a CUDA graph start while this one runs. Called by the GPU kernels beside
-this module where switches.py says so.
+"""Letting the next kernel of a CUDA graph start while this one runs. Called by the GPU kernels
+beside this module where switches.py says so.
 
 From JAX 0.11 on XLA launches kernels that follow each other with "programmatic dependent launch"
 (Hopper and newer): each waits in its first instruction until those before it are done. That wait is
