@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-# An H200 has run "mosaic" (attention backend "gpu_mosaic"): as exact as "triton", and 591 TFLOP/s
-# where that makes 404 to 415 (a prompt of 8,192 tokens, Llama-3.1-8B's heads).
+# An H200 has run "mosaic" (attention backend "gpu_mosaic"): as exact as "triton", and 603 TFLOP/s
+# where that makes 392 (2,048 tokens over 6,144 cached, Llama-3.1-8B's heads).
 PROMPTS_BY: Literal["triton", "mosaic"] = "mosaic"
 """The kernel for the prompt rows of large steps (attention/gpu.py says which) where both can
 serve."""
