@@ -21,6 +21,7 @@ BENCHES = {
     "kernels": "attention and KV write alone, beside the device's own limits",
     "profile": "where the milliseconds of a step go, by kind of kernel",
     "scheduler": "host time of a step, without a device",
+    "replay": "a trace through the scheduler in virtual time, by a model of an H200's steps",
     "compare": "figures of these beside another engine's, and what is aimed at",
     "frontend": "what frontend processes cost and add, without a device",
 }

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON list of [prompt tokens, output tokens], or the shipped sharegpt-like (default)",
     )
     load.add_argument(
-        "--rate", type=_rate, default=math.inf, metavar="R", help="requests a second (default: inf)"
+        "--rate", type=rate, default=math.inf, metavar="R", help="requests a second (default: inf)"
     )
     load.add_argument(
         "--concurrency",
@@ -323,7 +323,7 @@ def _milliseconds(text: str) -> float:
     return _positive_number(text, "milliseconds, a number above 0")
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
     return math.inf if text == "inf" else _positive_number(text, "inf, or a number above 0")
 
 
