@@ -1,4 +1,4 @@
-"""`quire bench replay`: the model of steps is near what was measured, and time passes as it must."""
+"""`quire bench replay`: steps take about what was measured, and time passes as it must."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ from ...errors import InvalidConfig
 from ..flags import positives
 from .models import add_engine, engine_config
 from .report import add_output, check_output, finish, table
-from .step_clock import by_bucket
 from .throughput import bucket_name
 
 if TYPE_CHECKING:
@@ -186,6 +185,8 @@ def _traced(
 ) -> dict[str, Any]:
     """The figures of one run."""
     import jax
+
+    from .step_clock import by_bucket
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
