@@ -30,7 +30,7 @@ RECENT = 1.0
 """Seconds after an arrival within which another is expected."""
 
 _SLOWER, _FASTER = 1.05, 1.5
-_FORGET = 0.995
+_FORGET = 0.99
 
 
 class Pacing:
