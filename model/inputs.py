@@ -163,19 +163,6 @@ def _blank(layout: InputLayout) -> Buffer:
     return buffer
 
 
-def pack_sample(plan: StepPlan, num_slots: int, rows: int) -> Buffer:
-    """What programs that sample need of a plan: [2 * rows] slots, then emits; padding as above."""
-    buffer = np.zeros((2, rows), np.int32)
-    buffer[0, : plan.num_rows], buffer[0, plan.num_rows :] = plan.slots, num_slots
-    buffer[1, : plan.num_rows] = plan.emits
-    return buffer.reshape(-1)
-
-
-def unpack_sample(buffer: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `pack_sample`, while tracing: slots and emits, each int32 [num_rows]."""
-    return buffer[:num_rows], buffer[num_rows:]
-
-
 def pack_updates(
     room: UpdateRoom,
     num_slots: int,

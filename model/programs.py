@@ -167,8 +167,8 @@ class Programs:
         match key:
             case Bucket():
                 return 4 * self.layout(key).size
-            case SampleKey(rows=rows):
-                return 4 * 2 * rows
+            case SampleKey():
+                return 0
         return 4 * {SCORE: SCORE_WORDS, CONTROLS: BUFFER_WORDS, ADMIT: ADMIT_ROOM.words}[key]
 
     def compiler_options(self, key: Key) -> dict[str, Any]:
@@ -234,16 +234,16 @@ class Programs:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
         forward = make_pass(self._forward(layout), layout, self._hidden_rows)
-        return self._lowered(bucket, forward, args, donated=(1, 2), fresh=3)
+        return self._lowered(forward, args, donated=(1, 2), fresh=4)
 
     def _lower_sample(self, key: SampleKey) -> Lowered:
         _, slots = self.abstract_state()
         logits = self._array((key.rows, self._spec.vocab_size), "float32")
-        args = (slots, logits, self._buffer(2 * key.rows))
+        args = (slots, logits, self._array((2, key.rows), "int32"))
         if key.sampler != Sampler.FULL:
-            return self._lowered(key, make_sample(key.rows), args, donated=(0,), fresh=1)
+            return self._lowered(make_sample(), args, donated=(0,), fresh=1)
         controlled = (self.abstract_controls(), *args)
-        return self._lowered(key, make_full_sample(key.rows), controlled, donated=(0, 1), fresh=1)
+        return self._lowered(make_full_sample(), controlled, donated=(0, 1), fresh=1)
 
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size

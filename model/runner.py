@@ -27,7 +27,6 @@ from .inputs import (
     blank_updates,
     fits,
     pack,
-    pack_sample,
 )
 from .memory import STEPS_IN_FLIGHT
 from .mesh import Mesh
@@ -170,20 +169,20 @@ class ModelRunner:
     def _launch_apart(self, plan: StepPlan, inputs: np.ndarray) -> _Launched:
         """Forward and sampling as two programs, and scores of what the forward left."""
         forward = self._program(forward_key(plan.bucket))
-        self._slabs, self._slots, logits, hidden, pooled = forward(
+        self._slabs, self._slots, logits, which, hidden, pooled = forward(
             self._params, self._slabs, self._slots, inputs
         )
         scores = [
             self._program(SCORE)(self._params, hidden, buffer) for buffer in score_buffers(plan)
         ]
         rows, sampler = self._spec.ladder.logit_rows(plan.bucket), plan.bucket.sampler
-        sample, buffer = SampleKey(rows, sampler), pack_sample(plan, self._spec.num_slots, rows)
+        sample = SampleKey(rows, sampler)
         if sampler == Sampler.FULL:
             self._controls, self._slots, outputs = self._program(sample)(
-                self._controls, self._slots, logits, buffer
+                self._controls, self._slots, logits, which
             )
         else:
-            self._slots, outputs = self._program(sample)(self._slots, logits, buffer)
+            self._slots, outputs = self._program(sample)(self._slots, logits, which)
         wanted = pooled if np.any(plan.emits == Emit.POOLED) else None
         return _Launched(plan, outputs, tuple(scores), wanted)
 

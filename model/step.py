@@ -6,13 +6,14 @@ One program a GREEDY bucket, slabs and slots donated. Read `make_step` for the l
 update slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but the
 first k times over in a bucket of k tokens a dispatch.
 
-    forward(params, slabs, slots, buffer)            -> (slabs, slots, logits, hidden, pooled)
-    sample(slots, logits, buffer)                    -> (slots, outputs)
-    sample_fully(controls, slots, logits, buffer)    -> (controls, slots, outputs)
+    forward(params, slabs, slots, buffer)           -> (slabs, slots, logits, which, hidden, pooled)
+    sample(slots, logits, which)                    -> (slots, outputs)
+    sample_fully(controls, slots, logits, which)    -> (controls, slots, outputs)
 
 SAMPLE and FULL buckets of one token a dispatch are two of these: they share the forward, which is
 what takes long to compile, and a host can come between the two. To sample, nothing of the plan is
-needed but the rows' slots. Together they give what one program would.
+needed but the rows' slots and whether they emit (`which`), and that is on the device already.
+Together they give what one program would.
 
     admit(slabs, slots, buffer) -> (slabs, slots)
 
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 
 from .cache import CacheGroup, Slabs
 from .forward import Forward
-from .inputs import ADMIT_ROOM, InputLayout, apply_updates, unpack, unpack_sample, unpack_updates
+from .inputs import ADMIT_ROOM, InputLayout, apply_updates, unpack, unpack_updates
 from .outputs import pack_outputs
 from .plan import Emit, Sampler
 from .sampling.choose import Sampled, sample
@@ -38,7 +39,7 @@ from .slots import SlotRows, Slots
 from .weights import Params
 
 Step = Callable[[Params, Slabs, Slots, jax.Array], tuple[Slabs, Slots, jax.Array]]
-Passed = tuple[Slabs, Slots, jax.Array, jax.Array | None, jax.Array | None]
+Passed = tuple[Slabs, Slots, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 Pass = Callable[[Params, Slabs, Slots, jax.Array], Passed]
 Sample = Callable[[Slots, jax.Array, jax.Array], tuple[Slots, jax.Array]]
 SampleFully = Callable[[Controls, Slots, jax.Array, jax.Array], tuple[Controls, Slots, jax.Array]]
@@ -84,9 +85,10 @@ def make_step(forward: Forward, layout: InputLayout) -> Step:
 def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
     """The forward of a bucket whose sampling is apart, to be jitted with slabs and slots donated.
 
-    It moves slots on by what they read; what they emit is `sample`'s to add. Hidden states of
-    prompts are handed on for `score`, padded to `hidden_rows` so that it is one program for all,
-    and pooled ones of each row for those who want them; a decode-only bucket has neither.
+    It moves slots on by what they read; what they emit is `sample`'s to add, which finds the slot
+    and the emit of each row of logits in `which`, int32 [2, L]. Hidden states of prompts are handed
+    on for `score`, padded to `hidden_rows` so that it is one program for all, and pooled ones of
+    each row for those who want them; a decode-only bucket has neither.
     """
 
     def run(params: Params, slabs: Slabs, slots: Slots, buffer: jax.Array) -> Passed:
@@ -97,16 +99,19 @@ def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
         hidden = None
         if not layout.bucket.decode_only:
             hidden = jnp.pad(passed.hidden, ((0, hidden_rows - layout.bucket.tokens), (0, 0)))
-        return slabs, slots, passed.logits, hidden, passed.pooled
+        padding = len(passed.logits) - layout.bucket.rows
+        slot = jnp.pad(inputs.slots, (0, padding), constant_values=slots.num_slots)
+        which = jnp.stack([slot, jnp.pad(inputs.emits, (0, padding))])
+        return slabs, slots, passed.logits, which, hidden, passed.pooled
 
     return run
 
 
-def make_sample(num_rows: int) -> Sample:
+def make_sample() -> Sample:
     """What follows the forward of a SAMPLE bucket, to be jitted with slots donated."""
 
-    def run(slots: Slots, logits: jax.Array, buffer: jax.Array) -> tuple[Slots, jax.Array]:
-        left = _Left.of(slots, buffer, num_rows)
+    def run(slots: Slots, logits: jax.Array, which: jax.Array) -> tuple[Slots, jax.Array]:
+        left = _Left.of(slots, which)
         with jax.named_scope("sample"):
             sampled = sample(logits, left.rows, Sampler.SAMPLE)
         return left.emit(slots, sampled)
@@ -114,13 +119,13 @@ def make_sample(num_rows: int) -> Sample:
     return run
 
 
-def make_full_sample(num_rows: int) -> SampleFully:
+def make_full_sample() -> SampleFully:
     """What follows the forward of a FULL bucket, to be jitted with controls and slots donated."""
 
     def run(
-        controls: Controls, slots: Slots, logits: jax.Array, buffer: jax.Array
+        controls: Controls, slots: Slots, logits: jax.Array, which: jax.Array
     ) -> tuple[Controls, Slots, jax.Array]:
-        left = _Left.of(slots, buffer, num_rows)
+        left = _Left.of(slots, which)
         with jax.named_scope("sample"):
             shaping = controls.rows(left.slot, left.rows.controlled)
             sampled = sample(logits, left.rows, Sampler.FULL, shaping)
@@ -141,8 +146,8 @@ class _Left(NamedTuple):
     emitted: jax.Array  # bool [R]
 
     @staticmethod
-    def of(slots: Slots, buffer: jax.Array, num_rows: int) -> _Left:
-        slot, emits = unpack_sample(buffer, num_rows)
+    def of(slots: Slots, which: jax.Array) -> _Left:
+        slot, emits = which
         rows = slots.rows(slot)
         live = (slot < slots.num_slots) & (rows.remaining > 0)
         return _Left(slot, rows, live, live & (emits == Emit.TOKEN))

@@ -159,6 +159,26 @@ def test_a_long_prefix_hit_rides_along_with_the_step(fresh, monkeypatch):
     np.testing.assert_array_equal(state(fresh)[1].page_table, expected_table)
 
 
+@pytest.mark.parametrize("sampler", Sampler)
+def test_a_step_is_one_transfer_whoever_samples(fresh, monkeypatch, sampler):
+    sent = []
+    program = fresh._program
+
+    def watched(key):
+        def call(*args):
+            sent.extend(arg for arg in jax.tree.leaves(args) if isinstance(arg, np.ndarray))
+            return program(key)(*args)
+
+        return call
+
+    monkeypatch.setattr(fresh, "_program", watched)
+    bucket = LADDER.choose(5, 1, sampler, decode_only=False)
+    init = SlotInit(slot=0, position=0, remaining=9)
+    adds = pages(0, 1, SPEC.max_pages_per_seq)
+    run(fresh, prompt_plan((3, 1, 4, 1, 5), bucket=bucket, inits=(init,), page_adds=adds))
+    assert bucket.sampler == sampler and len(sent) == 1
+
+
 def test_pages_are_copied_in_every_layer_before_the_step(fresh):
     start(fresh)
     before = state(fresh)[0]["kv"]
