@@ -141,15 +141,22 @@ class Programs:
         return self._spec.ladder.logit_rows(key)
 
     def keys(self) -> list[Key]:
-        """Every program. First whole steps: of several programs with the same matrix products one
-        comes well before the others, so that XLA need not try kernels for them several times. Among
-        those the smallest, for whose products there is most to try, then the costliest first."""
+        """Every program. First whole steps, one of each number of tokens before the others: XLA
+        tries kernels for the products of so many tokens once and not for several programs at a
+        time. Among those the smallest, for whose products there is most to try, then the costliest
+        first."""
         ladder = self._spec.ladder
         buckets = {forward_key(b) for b in ladder.buckets}
 
+        def cost(bucket: Bucket) -> tuple[Any, ...]:
+            return not bucket.decode_only, bucket.k
+
         def order(bucket: Bucket) -> tuple[Any, ...]:
-            tries = bucket.tokens < VENDOR_TOKENS and bucket.decode_only  # XLA's own kernels
-            return bucket.sampler != Sampler.GREEDY, not tries, -bucket.tokens, -bucket.k
+            apart = bucket.sampler != Sampler.GREEDY
+            own_kernels = bucket.tokens < VENDOR_TOKENS
+            alike = [b for b in buckets if (b.tokens, b.sampler) == (bucket.tokens, bucket.sampler)]
+            again = cost(bucket) < max(map(cost, alike))
+            return apart, again, not own_kernels, -bucket.tokens, -bucket.k
 
         samples = [SampleKey(*sample) for sample in reversed(ladder.samples)]
         return [*sorted(buckets, key=order), SCORE, *samples, CONTROLS, ADMIT, STATE]

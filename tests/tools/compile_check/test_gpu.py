@@ -82,8 +82,8 @@ def test_programs_are_checked_as_an_engine_compiles_them(monkeypatch: pytest.Mon
 
 
 def test_products_of_many_tokens_are_the_vendors() -> None:
-    """And of few XLA's own compete, for which the engine compiles one step well before the others
-    with the same products."""
+    """And of few XLA's own compete. The engine compiles one step of each number of tokens well
+    before the others with the same products, and those of few first."""
     assert 'custom_call_target="__cublas' in report("small", DECODE).hlo
     made, spec, _ = programs("small")
     buckets = [key for key in made.lowerings() if isinstance(key, Bucket)]
@@ -94,6 +94,8 @@ def test_products_of_many_tokens_are_the_vendors() -> None:
     greedy = [b for b in buckets if b.sampler == Sampler.GREEDY]
     assert buckets[: len(greedy)] == greedy
     assert {b.tokens for b in greedy[:4]} == {b.tokens for b in own}
+    sizes = {b.tokens for b in greedy}
+    assert {b.tokens for b in greedy[: len(sizes)]} == sizes and len(greedy) > len(sizes)
 
 
 def nbytes(tree: Any) -> int:

@@ -14,6 +14,7 @@ from described_engines import config_of, engine
 from jax._src.pallas.triton.lowering import _new_ir_context
 from jaxlib.mlir import ir, passmanager
 
+from quire.model.abstract import AbstractDecoder
 from quire.model.kernels.attention import gpu
 from quire.model.kernels.attention.gpu_lowered import LoweredKernels, Unknown, identity
 from quire.model.kernels.attention.gpu_pallas import Launch, call
@@ -38,14 +39,16 @@ def compiler(needs_compiler: Callable[[str], None]) -> Iterator[None]:
 
 
 @cache
-def programs() -> Programs:
-    """Of two layers, one with a window; a head dim that is no power of two, group 4."""
+def programs(devices: int = 1) -> Programs:
+    """Of two layers, one with a window; a head dim that is no power of two, group 4; a slab of more
+    than 4 GiB, where one device has it."""
     config = replace(
         config_of("llama-3.1-8b"), vocab_size=4000, hidden_size=640, intermediate_size=1024,
         num_layers=2, num_heads=8, num_kv_heads=2, head_dim=80, windows=(None, 100),
     )  # fmt: skip
-    sizes = {"page_size": 32, "num_pages": 4096, "rows": 256, "tokens": 2048}
-    return engine(config, gpu_mesh(), **sizes)[0]
+    sizes = {"page_size": 32, "num_pages": 1 << 17, "rows": 256, "tokens": 2048}
+    _, spec = engine(config, gpu_mesh(), **sizes)
+    return Programs(AbstractDecoder(config, "bfloat16", devices), spec, gpu_mesh(devices=devices))
 
 
 def kernels_of(lowered: Any) -> list[dict[str, str]]:
@@ -78,15 +81,18 @@ def kernels_of(lowered: Any) -> list[dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("bucket", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("bucket", "devices"), [*((bucket, 1) for bucket in SIZES), (SIZES[-1], 2)], ids=str
+)
 def test_shared_kernels_are_those_that_pallas_makes(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket, devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu._traced_once.clear_cache()
-    shared = kernels_of(programs().lower(bucket))
+    shared = kernels_of(programs(devices).lower(bucket))
+    assert programs(devices)._kernels._known
     gpu._traced_once.clear_cache()
     monkeypatch.setattr(LoweredKernels, "run", _refuse)
-    alone = kernels_of(programs().lower(bucket))
+    alone = kernels_of(programs(devices).lower(bucket))
     assert [k["name"] for k in shared] == [k["name"] for k in alone] and len(shared) >= 2
     assert shared == alone
 
@@ -139,7 +145,7 @@ def code_of(kernels: LoweredKernels, kernel: Callable[..., None], **other: Any) 
 
 
 def test_kernels_are_told_apart_by_all_that_they_see() -> None:
-    """A constant, also in a dataclass or a function that the closure holds, launch, grid, shapes."""
+    """A constant, also in a dataclass or function that the closure holds; launch, grid, shapes."""
     known = LoweredKernels("cuda", gpu_mesh().abstract)
     first = code_of(known, scaling(2))
     assert first[1] == 1 and code_of(known, scaling(2)) == first
