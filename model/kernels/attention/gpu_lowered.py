@@ -108,17 +108,10 @@ class LoweredKernels:
         with jax.sharding.use_abstract_mesh(self._mesh):
             traced = jax.jit(call).trace(*args)
             module = traced.lower(lowering_platforms=(self._platform,)).compiler_ir("stablehlo")
-        found: list[Any] = []
-        module.operation.walk(lambda op: _collect(op, found))
-        if len(found) != 1:
+        try:
+            return _repeatable(module, grid)
+        except (AttributeError, ImportError, KeyError, TypeError):  # another JAX says it otherwise
             return None
-        (attributes,) = (op.attributes for op in found)
-        if _CONFIG not in attributes or attributes["has_side_effect"].value:
-            return None
-        config = {a.name: _plain(a.attr) for a in attributes[_CONFIG]}
-        if None in config.values() or _on_grid(grid) != {a: config.pop(a, 0) for a in _GRID}:
-            return None
-        return _Lowered(attributes["call_target_name"].value, config)
 
 
 _IN_USE: ContextVar[LoweredKernels | None] = ContextVar("lowered kernels", default=None)
@@ -165,22 +158,33 @@ def _on_grid(grid: tuple[int, ...]) -> dict[str, Any]:
     return {axis: np.int32(size) for axis, size in zip(_GRID, sizes, strict=True)}
 
 
-def _collect(op: Any, found: list[Any]) -> Any:
+def _repeatable(module: Any, grid: tuple[int, ...]) -> _Lowered | None:
+    """The one call in a program, if that is all there is to it."""
+    # Here, since who has no GPU has no use for it.
     from jaxlib.mlir import ir
 
-    if op.name == "stablehlo.custom_call":
-        found.append(op)
-    return ir.WalkResult.ADVANCE
+    found: list[Any] = []
 
+    def look(op: Any) -> Any:
+        if op.name == "stablehlo.custom_call":
+            found.append(op.attributes)
+        return ir.WalkResult.ADVANCE
 
-def _plain(attribute: Any) -> Any:
-    """What `ffi_call` makes the same attribute of; None: it cannot."""
-    from jaxlib.mlir import ir
+    def plain(attribute: Any) -> Any:
+        """What `ffi_call` makes the same attribute of; None: it cannot."""
+        if isinstance(attribute, ir.StringAttr):
+            return attribute.value_bytes
+        if isinstance(attribute, ir.BoolAttr):
+            return bool(attribute.value)
+        if isinstance(attribute, ir.IntegerAttr) and str(attribute.type) == "i32":
+            return np.int32(attribute.value)
+        return None
 
-    if isinstance(attribute, ir.StringAttr):
-        return attribute.value_bytes
-    if isinstance(attribute, ir.BoolAttr):
-        return bool(attribute.value)
-    if isinstance(attribute, ir.IntegerAttr) and str(attribute.type) == "i32":
-        return np.int32(attribute.value)
-    return None
+    module.operation.walk(look)
+    if len(found) != 1 or found[0]["has_side_effect"].value:
+        return None
+    (said,) = found
+    config = {a.name: plain(a.attr) for a in said[_CONFIG]}
+    if None in config.values() or _on_grid(grid) != {a: config.pop(a, None) for a in _GRID}:
+        return None
+    return _Lowered(said["call_target_name"].value, config)
