@@ -72,8 +72,8 @@ MOSAIC_TOKENS = 768
 takes of one while others decode (BUSY_TOKENS). On an H200 it takes 0.65 of Triton's time for 2,048
 tokens over 6,144 cached, 0.7 for a first 2,048 and for eight prompts of 250, and as much where 100
 of 768 tokens are a prompt's. Fewer tokens are few of its tiles of 128 rows, each with a block or
-two of keys: at 512 it would save 2 to 5 us a layer, a hundredth of the step; at 256 nothing, nor for
-16 to 64 tokens over 10,000. And lowering a program with it takes two thirds of a second more of a
+two of keys: at 512 it would save 2 to 5 us a layer, a hundredth of the step; at 256 nothing, nor
+for 16 to 64 tokens over 10,000. Lowering a program with it takes two thirds of a second more of a
 processor, of which a start has one a rung."""
 
 
