@@ -153,10 +153,10 @@ class Programs:
 
         def order(bucket: Bucket) -> tuple[Any, ...]:
             apart = bucket.sampler != Sampler.GREEDY
-            own_kernels = bucket.tokens < VENDOR_TOKENS
+            tries = bucket.tokens < VENDOR_TOKENS  # XLA's own kernels
             alike = [b for b in buckets if (b.tokens, b.sampler) == (bucket.tokens, bucket.sampler)]
-            again = cost(bucket) < max(map(cost, alike))
-            return apart, again, not own_kernels, -bucket.tokens, -bucket.k
+            first = min(alike, key=cost) if tries else max(alike, key=cost)
+            return apart, bucket != first, not tries, -bucket.tokens, -bucket.k
 
         samples = [SampleKey(*sample) for sample in reversed(ladder.samples)]
         return [*sorted(buckets, key=order), SCORE, *samples, CONTROLS, ADMIT, STATE]

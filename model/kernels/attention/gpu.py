@@ -1,9 +1,10 @@
 """Ragged paged attention on GPUs, by Quire's own Pallas kernels.
 
-Decode rows go through gpu_decode.py, prompt rows through gpu_prefill.py, which fills its tokens
-into the array that the first has begun; gpu_pallas.py holds what they share. Both are lowered
-through Triton. On Hopper, gpu_mosaic.py stands in for gpu_prefill.py in steps of many tokens. Page
-counts and lengths are data: one program serves any of them.
+Decode rows go through gpu_decode.py, or gpu_stream.py where they are few, prompt rows through
+gpu_prefill.py, which fills its tokens into the array that the first has begun; gpu_pallas.py holds
+what they share. All are lowered through Triton. On Hopper, gpu_mosaic.py stands in for
+gpu_prefill.py in steps of many tokens. Page counts and lengths are data: one program serves any of
+them.
 
 `attend` needs a GPU; `attend_interpreted` is the same evaluated as plain JAX, for tests.
 """
