@@ -239,7 +239,8 @@ class Engine:
             return
         plan, _, launched = self._flights[0]
         begun = max(launched, self._collected)
-        if (seconds := self._pacing.wait(plan.bucket, begun, self._scheduler.now())) > 0:
+        now = self._scheduler.now()
+        if (seconds := self._pacing.wait(plan.bucket, plan.num_rows, begun, now)) > 0:
             with self._wake:
                 self._wake.wait_for(lambda: self._state is State.CLOSED, seconds)
 

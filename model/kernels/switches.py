@@ -26,9 +26,10 @@ MERGE_INSIDE = False
 """Whether the parts of a decode row are merged by the program that finishes last, or else by a
 second kernel."""
 
-# No GPU has run "gemv" yet (`tune_products`).
-PROJECTION: Literal["xla", "gemv"] = "xla"
-"""How a GPU multiplies one token or a few by a matrix where both can."""
+PROJECTION: Literal["xla", "norms", "gemv"] = "gemv"
+"""How a GPU multiplies few tokens by a matrix where it has the choice: "norms" has the sum and the
+norm between two products in one kernel; "gemv" is that, and products of one token by matrices that
+were measured are one kernel with all that surrounds them."""
 
 NORM_TOKENS = 63
 """The most tokens for "norms". From 64 on (model/compile.py) products are the vendor's, which add

@@ -9,7 +9,17 @@ from fake_runner import FakeRunner, make_request, make_spec
 
 from quire.model.plan import Bucket, Sampler, StepPlan
 from quire.sched.engine import Engine
-from quire.sched.pacing import LATE, LEAST_LEAD, LONGEST, MOST_LEAD, RECENT, RESERVE, Pacing
+from quire.sched.pacing import (
+    FEW,
+    LATE,
+    LEAST_LEAD,
+    LONGEST,
+    MOST_LEAD,
+    RECENT,
+    RESERVE,
+    SHORTEST,
+    Pacing,
+)
 from quire.sched.scheduler import Scheduler
 
 BUCKET, OTHER = Bucket(64, 64, Sampler.GREEDY), Bucket(8, 8, Sampler.GREEDY)
@@ -26,39 +36,44 @@ def paced(*seconds: float, left: float = LEFT) -> Pacing:
 
 def test_a_part_of_the_usual_time_is_kept_in_reserve() -> None:
     pacing = paced(0.02)
-    assert pacing.wait(BUCKET, 0.5, 0.5) == pytest.approx(0.02 * (1 - RESERVE))
-    assert pacing.wait(BUCKET, 0.5, 0.51) == pytest.approx(0.02 * (1 - RESERVE) - 0.01)
-    assert pacing.wait(OTHER, 0.5, 0.5) <= 0  # which nobody knows
-    assert paced(0.002).wait(BUCKET, 0.5, 0.5) == pytest.approx(0.002 - LEAST_LEAD)
+    assert pacing.wait(BUCKET, FEW, 0.5, 0.5) == pytest.approx(0.02 * (1 - RESERVE))
+    assert pacing.wait(BUCKET, FEW, 0.5, 0.51) == pytest.approx(0.02 * (1 - RESERVE) - 0.01)
+    assert pacing.wait(OTHER, FEW, 0.5, 0.5) <= 0  # which nobody knows
+
+
+def test_short_steps_and_those_of_few_rows_are_not_waited_in() -> None:
+    assert paced(SHORTEST).wait(BUCKET, FEW, 0.5, 0.5) > 0
+    assert paced(SHORTEST * 0.99).wait(BUCKET, FEW, 0.5, 0.5) <= 0
+    assert paced(0.02).wait(BUCKET, FEW - 1, 0.5, 0.5) <= 0
 
 
 def test_what_is_usual_falls_at_once_and_rises_slowly() -> None:
-    assert paced(0.02, 0.01).wait(BUCKET, 0, 0) == pytest.approx(0.0075)
-    assert paced(0.01, 0.02).wait(BUCKET, 0, 0) == pytest.approx(0.0075 * 1.05)
-    assert paced(0.01, *[0.02] * 99).wait(BUCKET, 0, 0) == pytest.approx(0.015)
-    assert paced(9.0).wait(BUCKET, 0, 0) < LONGEST  # it hung
+    assert paced(0.02, 0.01).wait(BUCKET, FEW, 0, 0) == pytest.approx(0.0075)
+    assert paced(0.01, 0.02).wait(BUCKET, FEW, 0, 0) == pytest.approx(0.0075 * 1.05)
+    assert paced(0.01, *[0.02] * 99).wait(BUCKET, FEW, 0, 0) == pytest.approx(0.015)
+    assert paced(9.0).wait(BUCKET, FEW, 0, 0) < LONGEST  # it hung
 
 
 def test_being_late_teaches_to_plan_earlier() -> None:
     usual = 0.008
     begun = paced(usual, usual, left=LATE / 2)
-    assert begun.wait(BUCKET, 0, 0) == pytest.approx(usual - LEAST_LEAD * 1.5**2)
+    assert begun.wait(BUCKET, FEW, 0, 0) == pytest.approx(usual - LEAST_LEAD * 1.5**2)
     worst = paced(*[usual] * 99, left=0.0)
-    assert worst.wait(BUCKET, 0, 0) == pytest.approx(usual - MOST_LEAD)
+    assert worst.wait(BUCKET, FEW, 0, 0) == pytest.approx(usual - MOST_LEAD)
     for _ in range(2000):
         worst.took(BUCKET, usual, LEFT)
-    assert worst.wait(BUCKET, 0, 0) == pytest.approx(usual * (1 - RESERVE))
+    assert worst.wait(BUCKET, FEW, 0, 0) == pytest.approx(usual * (1 - RESERVE))
 
 
 def test_where_nobody_comes_nobody_is_waited_for() -> None:
     pacing = paced(0.02)
-    assert pacing.wait(BUCKET, RECENT, RECENT) > 0
-    assert pacing.wait(BUCKET, RECENT, RECENT + 1e-6) <= 0
+    assert pacing.wait(BUCKET, FEW, RECENT, RECENT) > 0
+    assert pacing.wait(BUCKET, FEW, RECENT, RECENT + 1e-6) <= 0
     pacing.came(RECENT)
-    assert pacing.wait(BUCKET, RECENT, RECENT + 1e-6) > 0
+    assert pacing.wait(BUCKET, FEW, RECENT, RECENT + 1e-6) > 0
     fresh = Pacing()
     fresh.took(BUCKET, 0.02, LEFT)
-    assert fresh.wait(BUCKET, 0.0, 0.0) <= 0
+    assert fresh.wait(BUCKET, FEW, 0.0, 0.0) <= 0
 
 
 class Told(Pacing):
@@ -69,7 +84,7 @@ class Told(Pacing):
         self.come = deque(come)
         self.asked = 0
 
-    def wait(self, bucket: Bucket, begun: float, now: float) -> float:
+    def wait(self, bucket: Bucket, rows: int, begun: float, now: float) -> float:
         self.asked += 1
         if self.come:
             self.engine.submit(make_request(self.come.popleft(), max_tokens=30))
