@@ -210,7 +210,8 @@ def play(
     while ended < count:
         at = now  # when the next step is planned: the one in flight begins now
         if flights and late and not scheduler.waiting:
-            at += max(0.0, pacing.wait(flights[0][0].bucket, now, now))
+            running = flights[0][0]
+            at += max(0.0, pacing.wait(running.bucket, running.num_rows, now, now))
         while sent < count and due[sent] <= at and sent - ended < (most or count):
             if most is not None:
                 played.due[sent] = now
