@@ -8,13 +8,14 @@ start compiled is loaded from the program store (model/program_store.py) without
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import pickle
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -146,13 +147,12 @@ def compile_threads(layers: int, host_bytes: int, tuned_at_once: int | None = No
     return max(1, min(bounds if tuned_at_once is None else [*bounds, tuned_at_once]))
 
 
-def compiler_options(platform: str, tokens: int = 0, *, graph: bool = True) -> dict[str, Any]:
+def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
     """What XLA is told for a program, on "cpu", "gpu" (JAX also says "cuda") or "tpu".
 
     Args:
       platform: for which it is compiled.
       tokens: rows of its matrix products; 0 where there are none, or not known.
-      graph: a GPU gets it as a CUDA graph; else kernel by kernel.
     """
     if platform not in ("gpu", "cuda"):
         return {}
@@ -161,8 +161,6 @@ def compiler_options(platform: str, tokens: int = 0, *, graph: bool = True) -> d
     options: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
     if tokens >= VENDOR_TOKENS:
         options["xla_gpu_enable_triton_gemm"] = False
-    if not graph:
-        options["xla_gpu_enable_command_buffer"] = ""
     return options
 
 
@@ -253,6 +251,8 @@ def compile_all(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
     try:
         if store is not None and facts is not None:
+            if platform == "gpu":
+                _ready_for_mosaic()
             finish({pool.submit(_load, store, facts(key), devices): key for key in programs})
         loaded = len(done)
         missing = [key for key in programs if key not in done]
@@ -306,6 +306,13 @@ def _keep(store: ProgramStore, facts: Facts, program: Compiled, figures: dict[st
     # Tree definitions do not pickle; trees of Quire's own classes do.
     trees = [jax.tree.unflatten(t, range(t.num_leaves)) for t in (in_tree, out_tree)]
     store.put(facts, pickle.dumps((code, *trees)), figures)
+
+
+def _ready_for_mosaic() -> None:
+    """What kernels by Mosaic call is found where this import says; a program that is stored with
+    one cannot be loaded before."""
+    with suppress(ImportError):  # a JAX without it has stored none
+        importlib.import_module("jax.experimental.mosaic.gpu")
 
 
 def _load(

@@ -21,7 +21,6 @@ from .cache import abstract_slabs, cache_groups
 from .compile import VENDOR_TOKENS, compiler_options
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
-from .kernels import switches
 from .kernels.attention.api import default_backend
 from .kernels.attention.gpu_lowered import LoweredKernels
 from .kernels.kv_write import default_writer
@@ -87,7 +86,6 @@ class Programs:
       attention: a backend of kernels/attention; None is the platform's own.
       writer: one of kernels/kv_write, likewise.
       projection: one of model/projection.py, likewise.
-      prompt_graphs: as in kernels/switches.py; None is what stands there.
     """
 
     def __init__(
@@ -99,15 +97,13 @@ class Programs:
         attention: str | None = None,
         writer: str | None = None,
         projection: str | None = None,
-        prompt_graphs: bool | None = None,
     ) -> None:
         self._decoder, self._spec, self._mesh = decoder, spec, mesh
         self._attention = attention or default_backend(mesh.platform)
-        self._writer = writer or default_writer(mesh.platform)
+        self._writer = writer or default_writer(mesh.platform, mesh.shards)
         self._projection = projection or default_projection(
             mesh.platform, decoder.dtype, mesh.shards
         )
-        self._prompt_graphs = switches.PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
         self._kernels = LoweredKernels(mesh.lowering_platforms[0], mesh.abstract)
@@ -182,8 +178,7 @@ class Programs:
         """What XLA is told for a program."""
         match key:
             case Bucket(tokens=tokens):
-                graph = key.decode_only or self._prompt_graphs
-                return compiler_options(self._mesh.platform, tokens, graph=graph)
+                return compiler_options(self._mesh.platform, tokens)
             case "score":
                 return compiler_options(self._mesh.platform, SCORE_ROWS)
         return compiler_options(self._mesh.platform)
@@ -203,7 +198,6 @@ class Programs:
                 "attention": self._attention,
                 "writer": self._writer,
                 "projection": self._projection,
-                "prompt graphs": str(self._prompt_graphs),
             }
         logits = {"logit rows": str(self.logit_rows(key))} if isinstance(key, Bucket) else {}
         return {**self._facts, **logits, "program": str(key)}
@@ -241,16 +235,16 @@ class Programs:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
         forward = make_pass(self._forward(layout), layout, self._hidden_rows)
-        return self._lowered(forward, args, donated=(1, 2), fresh=4)
+        return self._lowered(bucket, forward, args, donated=(1, 2), fresh=4)
 
     def _lower_sample(self, key: SampleKey) -> Lowered:
         _, slots = self.abstract_state()
         logits = self._array((key.rows, self._spec.vocab_size), "float32")
         args = (slots, logits, self._array((2, key.rows), "int32"))
         if key.sampler != Sampler.FULL:
-            return self._lowered(make_sample(), args, donated=(0,), fresh=1)
+            return self._lowered(key, make_sample(), args, donated=(0,), fresh=1)
         controlled = (self.abstract_controls(), *args)
-        return self._lowered(make_full_sample(), controlled, donated=(0, 1), fresh=1)
+        return self._lowered(key, make_full_sample(), controlled, donated=(0, 1), fresh=1)
 
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size

@@ -169,6 +169,7 @@ def settle(
         temp=temp_bytes,
         staging=staging_bytes,
         reserve=PLATFORMS[platform].outside + PLATFORMS[platform].inside,
+        rounding=PLATFORMS[platform].rounding,
         pages=0,
         page_size=config.page_size,
         host_mapped=weight_bytes(model, model.dtype),

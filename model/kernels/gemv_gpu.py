@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from .attention.gpu_pallas import Launch, call, cdiv, load, program_id, store
-from .early_launch import let_next_start
 
 MAX_TOKENS = 4
 """More are better off with the tensor cores."""
@@ -98,7 +97,7 @@ def gemv(
         bias_ref = None if bias is None else rest.pop(0)
         residual_ref = None if residual is None else rest.pop(0)
         out = refs[-1]
-        at = let_next_start(program_id(0), interpret=interpret)
+        at = program_id(0)
         n = at * shape.rows + jnp.arange(shape.rows)
         real = n < num_out
         halves = (0, num_out) if gated else (0,)

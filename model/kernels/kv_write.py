@@ -43,9 +43,11 @@ ROTATING = {"gpu": False, "gpu_interpret": True}
 tests, on any device). Where it cannot serve, and for `write_kv`, they are "scatter"."""
 
 
-def default_writer(platform: str) -> str:
-    """A key of WRITERS or ROTATING for "cpu", "gpu" or "tpu"."""
-    return {"gpu": switches.WRITER, "tpu": "tpu"}.get(platform, "scatter")
+def default_writer(platform: str, shards: int) -> str:
+    """A key of WRITERS or ROTATING for so many devices of "cpu", "gpu" or "tpu"."""
+    if platform == "gpu":
+        return switches.WRITER if shards == 1 else "scatter"  # several have not run it yet
+    return "tpu" if platform == "tpu" else "scatter"
 
 
 # Traced and lowered once a program and not once a layer.

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from .attention.gpu_pallas import Launch, call, cdiv, load, power_of_2, program_id, store
-from .early_launch import let_next_start
 from .parts import load_sum
 
 
@@ -94,7 +93,7 @@ def rotate_write(
         inputs, (q_ref, slab_ref) = list(refs[: len(args)]), refs[len(args) :]
         product_ref, cos_ref, sin_ref, first_ref, pages_ref, offsets_ref, *rest = inputs[:-1]
         bias_ref = None if bias is None else rest.pop(0)
-        t = let_next_start(program_id(0), interpret=interpret)
+        t = program_id(0)
         h = (program_id(1) * block + jnp.arange(block))[:, None]
         d = jnp.arange(lanes)[None, :]
         real = (h < all_heads) & (d < half)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,6 @@ import jax
 
 from ...config import EngineConfig
 from ...errors import Internal
-from ...model.plan import Bucket, StepOutputs, StepPlan
 from ...sched.engine import Engine
 from ...sched.request import Request, RequestOutput, SamplingParams
 from ...sched.scheduler import Scheduler
@@ -28,9 +27,6 @@ from ...serving.collector import quiet_collector
 from ...serving.progress import Reporter
 from ..inspect_command import memory
 from .step_clock import Step, StepClock
-
-CALLS_KEPT = 4096
-"""Calls of the runner whose times are kept."""
 
 LOOK_EVERY = 0.2
 """Seconds between updates of the progress bar."""
@@ -77,12 +73,7 @@ class TokenEngine:
         self._hear: Callable[[list[RequestOutput]], None] | None = None
         self.config = config
         self.parts: Assembled = assemble(config, self._deliver, reporter)
-        self.buckets: Counter[Bucket] = Counter()
-        """Steps launched of each step program."""
-        self.calls: deque[tuple[str, float, float]] = deque(maxlen=CALLS_KEPT)
-        """The last calls of the runner: "launch" or "collect", and when each began and ended, by
-        time.perf_counter()."""
-        self._watch_runner()
+        self._clock = StepClock(self.parts.runner)
         quiet_collector()
 
     def __enter__(self) -> TokenEngine:
@@ -96,6 +87,11 @@ class TokenEngine:
 
     def stats(self) -> EngineStats:
         return self.parts.engine.stats()
+
+    @property
+    def calls(self) -> deque[tuple[str, float, float]]:
+        """The last calls of the runner; see StepClock."""
+        return self._clock.calls
 
     @property
     def longest(self) -> int:
@@ -180,27 +176,6 @@ class TokenEngine:
         self.parts = replace(old, engine=engine)
         engine.start()
         return scheduler
-
-    def _watch_runner(self) -> None:
-        runner, buckets, calls = self.parts.runner, self.buckets, self.calls
-        launch, collect = runner.launch, runner.collect
-
-        def watched_launch(plan: StepPlan) -> Any:
-            buckets[plan.bucket] += 1
-            begin = time.perf_counter()
-            handle = launch(plan)
-            calls.append(("launch", begin, time.perf_counter()))
-            return handle
-
-        def watched_collect(handle: Any) -> StepOutputs:
-            begin = time.perf_counter()
-            outputs = collect(handle)
-            calls.append(("collect", begin, time.perf_counter()))
-            return outputs
-
-        # In the way of nobody else, where a wrapper class would have to follow the runner's faces.
-        setattr(runner, "launch", watched_launch)  # noqa: B010
-        setattr(runner, "collect", watched_collect)  # noqa: B010
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """On the engine's thread."""

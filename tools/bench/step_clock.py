@@ -3,7 +3,7 @@ says what the same work takes on an H200.
 
 A step takes from when the device could begin with it (it was launched, and the one before
 collected) until its own results were collected, so that the steps of a busy engine add up to the
-wall clock. The engine's thread reads the clock once a step.
+wall clock.
 """
 
 from __future__ import annotations
@@ -59,11 +59,16 @@ class Step(NamedTuple):
     seconds: float
 
 
+CALLS_KEPT = 4096
+"""Calls of the runner whose times are kept."""
+
+
 class StepClock:
     """Stands around a runner's calls: in the way of nobody else, where a wrapper class would have
     to follow the runner's faces.
 
     Attributes:
+      calls: the last of them: "launch" or "collect", and when each began and ended, by `now`.
       steps: gets each step that is collected from now on; None: nobody wants to know. Set and read
         it while the engine is idle.
     """
@@ -71,6 +76,7 @@ class StepClock:
     def __init__(self, runner: Runner, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self.steps: list[Step] | None = None
+        self.calls: deque[tuple[str, float, float]] = deque(maxlen=CALLS_KEPT)
         self._flights: deque[tuple[StepHandle, Work, float]] = deque()
         self._collected = 0.0
         self._launch, self._collect = runner.launch, runner.collect
@@ -78,14 +84,19 @@ class StepClock:
         setattr(runner, "collect", self._read)  # noqa: B010
 
     def _launched(self, plan: StepPlan) -> StepHandle:
+        begin = self._now()
         handle = self._launch(plan)
+        launched = self._now()
+        self.calls.append(("launch", begin, launched))
         if self.steps is not None:
-            self._flights.append((handle, Work.of(plan), self._now()))
+            self._flights.append((handle, Work.of(plan), launched))
         return handle
 
     def _read(self, handle: StepHandle) -> StepOutputs:
+        begin = self._now()
         outputs = self._collect(handle)
         now = self._now()
+        self.calls.append(("collect", begin, now))
         while self._flights:  # those that a fault took with it are never collected
             flight, work, launched = self._flights.popleft()
             if flight is handle:

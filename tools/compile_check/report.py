@@ -64,17 +64,15 @@ class ProgramReport:
         return len(re.findall(rf'custom-call\(.*op_name="[^"]*{re.escape(name)}', self.hlo))
 
 
-def compile_for(
-    lowered: Lowered, platform: str, tokens: int = 0, *, graph: bool = True
-) -> ProgramReport:
+def compile_for(lowered: Lowered, platform: str, tokens: int = 0) -> ProgramReport:
     """Compiles a lowered program (model/programs.py) and reads the result.
 
     Args:
       lowered: for devices of this platform.
       platform: "gpu" or "tpu".
-      tokens, graph: as in `compiler_options`.
+      tokens: as in `compiler_options`.
     """
-    thunks, launched, options = None, [], compiler_options(platform, tokens, graph=graph)
+    thunks, launched, options = None, [], compiler_options(platform, tokens)
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             compiled = compile_uncached(lowered, options | _NO_DEVICE | {"xla_dump_to": folder})

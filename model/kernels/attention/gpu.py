@@ -27,14 +27,28 @@ from .gpu_pallas import Heads
 from .gpu_prefill import PrefillShape, prefill
 from .gpu_stream import StreamShape
 
+FEW_ROWS = 8
+"""Rows of a decode step up to which its kernel is gpu_stream.py. On an H200 that takes 6.1 us for
+one row of 192 tokens where gpu_decode.py takes 9.0, and 19 against 25 for one of 8,192; for 64 rows
+of 272 25.8 against 23.9, and for 256 of Qwen's 32 against 26."""
+
+FEW_PROMPT_ROWS = 64
+"""The same of a step with prompts, most of whose rows are prompts': where none decodes it takes
+4.6 us, and the other 7.1."""
+
 
 def _stream_shape(heads: Heads) -> StreamShape:
-    """As _decode_shape says; no GPU has compared any yet."""
+    """What was fastest on an H200 with few rows; other types need more registers."""
     if heads.compute == jnp.float32:
         return StreamShape(num_warps=4, num_stages=3 if heads.dims <= 128 else 2)
     if heads.dims > 128:
         return StreamShape(num_warps=4, num_stages=3)
-    return StreamShape()
+    return StreamShape(block=64, num_warps=4, num_stages=3, programs=2 * 132)
+
+
+def _decode_by(rows: int, alone: bool) -> Literal["items", "stream"]:
+    """The kernel for decode rows of a step with room for so many rows."""
+    return "stream" if rows <= (FEW_ROWS if alone else FEW_PROMPT_ROWS) else "items"
 
 
 def _decode_shape(heads: Heads) -> DecodeShape:
@@ -98,7 +112,8 @@ def _attend(
     decode_shape: DecodeShape | StreamShape | None = None,
     prefill_shape: PrefillShape | MosaicShape | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See api.py. What is None is as kernels/switches.py says; the shapes are for tuning.
+    """See api.py. What is None follows from the step, and kernels/switches.py; the shapes are for
+    tuning.
 
     Raises:
       NotImplementedError: a MosaicShape was given, and that kernel cannot serve.
@@ -116,7 +131,9 @@ def _attend(
     first_page = jnp.full((1,), options.first_page, jnp.int32)
     return _traced_once(
         q, slab, batch, extras, first_page, options=replace(options, first_page=0),
-        interpret=interpret, decode_by=decode_by or switches.DECODE_BY, merge_inside=merge_inside,
+        interpret=interpret,
+        decode_by=decode_by or _decode_by(batch.kv_lens.shape[0], options.decode_only),
+        merge_inside=merge_inside,
         decode_shape=decode_shape,
         prefill_shape=prefill_shape,
     )  # fmt: skip

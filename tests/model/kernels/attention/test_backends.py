@@ -22,7 +22,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quire.model.kernels import switches
 from quire.model.kernels.attention import gpu, gpu_mosaic
 from quire.model.kernels.attention.api import BACKENDS, ragged_paged_attention
 from quire.model.kernels.attention.contract import Extras, Options
@@ -32,11 +31,8 @@ PLATFORM = jax.default_backend()
 
 def is_here(name: str) -> bool:
     platform = name.split("_")[0]
-    by_items = switches.DECODE_BY == "items"
-    if name in (f"gpu_{switches.PROMPTS_BY}", f"gpu_{switches.DECODE_BY}") or (
-        name == "gpu_merge_inside" and switches.MERGE_INSIDE and by_items
-    ):
-        return False  # that is "gpu"
+    if name == "gpu_triton":
+        return False  # that is "gpu", in steps of as few tokens as here
     if name.endswith("_interpret"):
         # Before 0.11 Mosaic's cannot serve, and Triton's would be tested twice.
         return PLATFORM == "cpu" and ("mosaic" not in name or jax.__version_info__ >= (0, 11))
