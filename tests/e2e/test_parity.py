@@ -68,7 +68,8 @@ def _dense_choices(config, params, sequences):
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def choices(params, tokens):
-        def attend(layer, q, k, v):
+        def attend(layer, heads):
+            q, k, v = heads.rotated()
             k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
             scores = einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
             back = places[:, None] - places[None, :]
