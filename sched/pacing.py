@@ -38,6 +38,7 @@ LONGEST = 0.1
 RECENT = 1.0
 """Seconds after an arrival within which another is expected."""
 
+_LATE_SHARE = 1 / 8
 _SLOWER, _FASTER = 1.05, 1.5
 _FORGET = 0.99
 
@@ -62,8 +63,11 @@ class Pacing:
           left: of these, once the next had been launched.
         """
         usual = self._usual.get(bucket, LONGEST)
-        self._usual[bucket] = min(seconds, usual * _SLOWER)
-        if left < LATE:
+        self._usual[bucket] = min(seconds, usual * _SLOWER, LONGEST)
+        if seconds < SHORTEST:
+            return  # planned at once, and late by nature
+        # Reading results that were there long ago takes a moment, too, which is not left of a step.
+        if left < max(LATE, seconds * _LATE_SHARE):
             self._lead = min(self._lead * _FASTER, MOST_LEAD)
         else:
             self._lead = max(self._lead * _FORGET, LEAST_LEAD)

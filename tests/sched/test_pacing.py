@@ -65,6 +65,23 @@ def test_being_late_teaches_to_plan_earlier() -> None:
     assert worst.wait(BUCKET, FEW, 0, 0) == pytest.approx(usual * (1 - RESERVE))
 
 
+def test_reading_results_that_waited_is_no_time_left() -> None:
+    usual = 0.008
+    late = paced(usual, usual, left=usual / 10)
+    assert late.wait(BUCKET, FEW, 0, 0) < paced(usual, usual).wait(BUCKET, FEW, 0, 0) - 1e-4
+
+
+def test_short_steps_teach_nothing_about_being_late() -> None:
+    pacing = paced(0.02)
+    for _ in range(99):
+        pacing.took(OTHER, SHORTEST * 0.9, 0.0)
+    assert pacing.wait(BUCKET, FEW, 0, 0) == pytest.approx(0.02 * (1 - RESERVE))
+
+
+def test_no_step_is_taken_to_last_longer_than_the_longest() -> None:
+    assert paced(*[9.0] * 99).wait(BUCKET, FEW, 0, 0) <= LONGEST
+
+
 def test_where_nobody_comes_nobody_is_waited_for() -> None:
     pacing = paced(0.02)
     assert pacing.wait(BUCKET, FEW, RECENT, RECENT) > 0
