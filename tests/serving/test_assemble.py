@@ -95,7 +95,7 @@ def test_what_goes_wrong_with_the_weights_is_raised(folder: Path, tmp_path: Path
 class Starts:
     """A Startup whose stored programs do not run."""
 
-    decoder, layers = None, 1
+    decoder, layers, tuned_at_once = None, 1, None
 
     def __init__(self, loaded: list[int]) -> None:
         self.loaded, self.forgotten = loaded, 0

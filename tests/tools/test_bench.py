@@ -172,7 +172,7 @@ def test_throughput_with_so_many_at_once(bench: Bench, folder: Path, tmp_path: P
 
 def test_steps_are_timed_from_when_the_device_could_begin() -> None:
     spec = null_spec(4, page_size=4, max_model_len=64, pages=33)
-    times = iter((1.0, 2.0, 5.0, 6.0, 9.0, 12.0))
+    times = iter((0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 5.5, 6.0, 7.0, 9.0, 10.0, 10.5, 11.0, 12.0))
     runner: Any = NullRunner(spec)
     clock = StepClock(runner, lambda: next(times))
     scheduler = Scheduler(spec, max_batched_tokens=32, prefill_chunk=32)
@@ -191,6 +191,8 @@ def test_steps_are_timed_from_when_the_device_could_begin() -> None:
     assert [step.seconds for step in seen] == [3.0, 3.0]
     (figures,) = by_bucket(seen).values()
     assert figures == {"count": 2, "median_ms": 3e3, "sum_ms": 6e3}
+    assert [*clock.calls][1:3] == [("launch", 1.5, 2.0), ("collect", 3.0, 5.0)]
+    assert len(clock.calls) == 7
 
 
 def test_latency_by_its_method(bench: Bench, folder: Path) -> None:

@@ -57,11 +57,12 @@ SPEC = null_spec(8, page_size=32, max_model_len=4096, pages=999)
 
 def test_who_comes_during_a_step_is_in_the_next() -> None:
     """Planned at once it would be in the one after."""
-    trace = Trace("t", (40, 40, 40), (200, 9, 9))
-    late, soon = (play(trace, [0.0, 0.5, 0.501], SPEC, late=late) for late in (True, False))
-    assert [*late.tokens] == [*soon.tokens] == [200, 9, 9]
+    trace = Trace("t", (40,) * 6, (200, 200, 200, 200, 9, 9))
+    due = [0.0] * 4 + [0.5, 0.501]
+    late, soon = (play(trace, due, SPEC, late=late) for late in (True, False))
+    assert [*late.tokens] == [*soon.tokens] == [*trace.outputs]
     waits = [[first - due for first, due in zip(p.first, p.due, strict=True)] for p in (late, soon)]
-    assert waits[0][0] == waits[1][0] and waits[0][2] < waits[1][2]
+    assert waits[0][0] == waits[1][0] and waits[0][5] < waits[1][5]
     assert late.seconds == pytest.approx(soon.seconds, rel=0.01)
     assert late.seconds == pytest.approx(sum(step.seconds for step in late.steps))
 
