@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -75,16 +75,17 @@ ADMIT_ROOM = UpdateRoom(inits=32, adds=1024, copies=32)
 """Room of one call of the `admit` program."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InputLayout:
-    """Where things lie in the buffer of one step program."""
+    """Where things lie in the buffer of one step program. Made once: each step asks for its room
+    and its blank."""
 
     bucket: Bucket
     page_size: int
     num_slots: int
     pages_per_seq: int
 
-    @property
+    @cached_property
     def room(self) -> UpdateRoom:
         b = self.bucket
         # Every row may enter a new page; a prompt chunk fills one each page_size tokens.
@@ -93,10 +94,19 @@ class InputLayout:
             return UpdateRoom(inits=min(b.rows, 8), adds=adds)
         return UpdateRoom(inits=min(b.rows, 32), adds=adds, row=self.pages_per_seq)
 
-    @property
+    @cached_property
     def size(self) -> int:
         tokens = 0 if self.bucket.decode_only else self.bucket.tokens
         return _HEADER_WORDS + _ROW_WORDS * self.bucket.rows + tokens + self.room.words
+
+    @cached_property
+    def blank(self) -> Buffer:
+        """The buffer of a step without rows, to be copied: what is unused the device drops."""
+        buffer = np.zeros(self.size, np.int32)
+        buffer[_HEADER_WORDS : _HEADER_WORDS + self.bucket.rows] = self.num_slots
+        buffer[self.size - self.room.words :] = blank_updates(self.room, self.num_slots)
+        buffer.flags.writeable = False
+        return buffer
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +148,7 @@ def pack(plan: StepPlan, layout: InputLayout) -> Buffer:
     The buffer is fresh: a device may still read the last one.
     """
     bucket, rows = layout.bucket, plan.num_rows
-    buffer = _blank(layout).copy()
+    buffer = layout.blank.copy()
     buffer[0], buffer[1] = rows, plan.num_decode
     table = buffer[_HEADER_WORDS : _HEADER_WORDS + _ROW_WORDS * bucket.rows]
     table = table.reshape(_ROW_WORDS, bucket.rows)
@@ -150,16 +160,8 @@ def pack(plan: StepPlan, layout: InputLayout) -> Buffer:
         first = at + plan.num_decode
         buffer[first : first + len(plan.prompt_tokens)] = plan.prompt_tokens
         at += bucket.tokens
-    _fill_updates(buffer[at:], layout.room, plan.inits, plan.page_adds)
-    return buffer
-
-
-@cache
-def _blank(layout: InputLayout) -> Buffer:
-    """The buffer of a step without rows, to be copied: what is unused is dropped by the device."""
-    buffer = np.zeros(layout.size, np.int32)
-    buffer[_HEADER_WORDS : _HEADER_WORDS + layout.bucket.rows] = layout.num_slots
-    buffer[layout.size - layout.room.words :] = blank_updates(layout.room, layout.num_slots)
+    if plan.inits or len(plan.page_adds):
+        _fill_updates(buffer[at:], layout.room, plan.inits, plan.page_adds)
     return buffer
 
 

@@ -107,18 +107,23 @@ class Programs:
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
         self._kernels = LoweredKernels(mesh.lowering_platforms[0], mesh.abstract)
+        self._layouts: dict[Bucket, InputLayout] = {}
 
     def layout(self, bucket: Bucket) -> InputLayout:
         """Where a plan's parts lie in the buffer of this step program."""
-        s = self._spec
-        return InputLayout(bucket, s.page_size, s.num_slots, s.max_pages_per_seq)
+        if bucket not in self._layouts:
+            s = self._spec
+            sizes = s.page_size, s.num_slots, s.max_pages_per_seq
+            self._layouts[bucket] = InputLayout(bucket, *sizes)
+        return self._layouts[bucket]
 
-    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and placement of all parameters."""
-        return {
-            name: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype), sharding=self._mesh.of(s.axes))
-            for name, s in self._decoder.specs.items()
-        }
+    def abstract_params(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and placement of all parameters, in the order of `decoder.specs`, as the
+        programs take them: JAX would sort the names of a dict of them at each call."""
+        return tuple(
+            jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype), sharding=self._mesh.of(s.axes))
+            for s in self._decoder.specs.values()
+        )
 
     def abstract_state(self) -> tuple[Any, Any]:
         """Shapes, dtypes and placement of (slabs, slots)."""
@@ -228,13 +233,13 @@ class Programs:
     def _lower_step(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
-        step = make_step(self._forward(layout), layout)
+        step = self._unnamed(make_step(self._forward(layout), layout))
         return self._lowered(bucket, step, args, donated=(1, 2), fresh=1)
 
     def _lower_pass(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
-        forward = make_pass(self._forward(layout), layout, self._hidden_rows)
+        forward = self._unnamed(make_pass(self._forward(layout), layout, self._hidden_rows))
         return self._lowered(bucket, forward, args, donated=(1, 2), fresh=4)
 
     def _lower_sample(self, key: SampleKey) -> Lowered:
@@ -250,7 +255,7 @@ class Programs:
         width = self._decoder.config.hidden_size
         hidden = self._array((self._hidden_rows, width), self._decoder.dtype)
         args = (self.abstract_params(), hidden, self._buffer(SCORE_WORDS))
-        return self._lowered(SCORE, make_score(self._decoder), args, fresh=1)
+        return self._lowered(SCORE, self._unnamed(make_score(self._decoder)), args, fresh=1)
 
     def _lower_controls(self) -> Lowered:
         args = (self.abstract_controls(), self._buffer(BUFFER_WORDS))
@@ -268,6 +273,16 @@ class Programs:
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         return self._for_platform(make)
+
+    def _unnamed(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        """`program`, whose first argument are parameters by name, taking them as `abstract_params`
+        has them."""
+        names = tuple(self._decoder.specs)
+
+        def run(params: tuple[jax.Array, ...], *rest: Any) -> Any:
+            return program(dict(zip(names, params, strict=True)), *rest)
+
+        return run
 
     def _forward(self, layout: InputLayout) -> Forward:
         return make_forward(

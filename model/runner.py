@@ -72,7 +72,8 @@ class ModelRunner:
         *,
         compiled: Mapping[Any, Compiled] = MappingProxyType({}),
     ) -> None:
-        self._params, self._mesh = params, mesh
+        # In the order that the programs take them.
+        self._params, self._mesh = {name: params[name] for name in decoder.specs}, mesh
         self._spec = spec
         self._programs = Programs(decoder, spec, mesh)
         self._compiled: dict[Key, Compiled] = dict(compiled)
@@ -158,7 +159,7 @@ class ModelRunner:
             launched = self._launch_apart(plan, inputs)
         else:
             self._slabs, self._slots, outputs = self._program(plan.bucket)(
-                self._params, self._slabs, self._slots, inputs
+                (*self._params.values(),), self._slabs, self._slots, inputs
             )
             launched = _Launched(plan, outputs)
         for array in (launched.outputs, *launched.scores, launched.pooled):
@@ -168,13 +169,11 @@ class ModelRunner:
 
     def _launch_apart(self, plan: StepPlan, inputs: np.ndarray) -> _Launched:
         """Forward and sampling as two programs, and scores of what the forward left."""
-        forward = self._program(forward_key(plan.bucket))
+        forward, params = self._program(forward_key(plan.bucket)), (*self._params.values(),)
         self._slabs, self._slots, logits, which, hidden, pooled = forward(
-            self._params, self._slabs, self._slots, inputs
+            params, self._slabs, self._slots, inputs
         )
-        scores = [
-            self._program(SCORE)(self._params, hidden, buffer) for buffer in score_buffers(plan)
-        ]
+        scores = [self._program(SCORE)(params, hidden, buffer) for buffer in score_buffers(plan)]
         rows, sampler = self._spec.ladder.logit_rows(plan.bucket), plan.bucket.sampler
         sample = SampleKey(rows, sampler)
         if sampler == Sampler.FULL:

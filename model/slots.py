@@ -10,6 +10,7 @@ arrays would take a dozen kernels a step. `SlotRows` gives the words their names
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -48,6 +49,8 @@ class Word(IntEnum):
 
 _MOVING = ("last_token", "position", "remaining", "min_remaining", "sample_index")
 SLOT_WORDS = Word.STOP_IDS + MAX_STOP_IDS
+_WORDS = struct.Struct(f"=6i2I3i3f{MAX_STOP_IDS}i")
+"""A slot's row on the host, as `Word` names it."""
 
 
 @jax.tree_util.register_dataclass
@@ -177,23 +180,27 @@ class SlotRows:
 def init_words(init: SlotInit, out: NDArray[np.int32]) -> None:
     """Writes the words of a freshly admitted slot to `out` [SLOT_WORDS], on the host."""
     seed = init.seed & (2**64 - 1)
-    out[: Word.SEED_HIGH] = (
+    unused = MAX_STOP_IDS - len(init.stop_ids)
+    _WORDS.pack_into(
+        out,
+        0,
         NO_TOKEN,  # the first decode row's token comes from the prompt's last row
         init.position,
         init.remaining,
         init.min_remaining,
         init.sample_index,
         init.choice,
-    )
-    out[Word.SEED_HIGH : Word.TOP_K].view(np.uint32)[:] = (seed >> 32, seed & 0xFFFFFFFF)
-    out[Word.TOP_K : Word.TEMPERATURE] = (init.top_k, init.adapter, init.controlled)
-    out[Word.TEMPERATURE : Word.STOP_IDS].view(np.float32)[:] = (
+        seed >> 32,
+        seed & 0xFFFFFFFF,
+        init.top_k,
+        init.adapter,
+        init.controlled,
         init.temperature,
         init.top_p,
         init.min_p,
+        *init.stop_ids,
+        *[NO_TOKEN] * unused,
     )
-    out[Word.STOP_IDS :] = NO_TOKEN
-    out[Word.STOP_IDS : Word.STOP_IDS + len(init.stop_ids)] = init.stop_ids
 
 
 def abstract_slots(num_slots: int, pages_per_seq: int, mesh: Mesh) -> Slots:
