@@ -134,14 +134,13 @@ class KVCache:
             found += run
             if len(run) < len(digests):
                 break
-        idle = sum(not self._pages.references(entry.page) for entry in found)
+        idle = self._pages.unheld(entry.page for entry in found)
         return PrefixHit(tuple(found), len(found) * self.page_size, idle)
 
     def open(self, chain: Chain, hit: PrefixHit) -> Holding:
         """A holding that starts with the pages of a hit, which nothing may have come between."""
         pages = [entry.page for entry in hit.entries]
-        for page in pages:
-            self._pages.share(page)
+        self._pages.share(pages)
         return Holding(
             chain=chain,
             pages=pages,
@@ -207,8 +206,7 @@ class KVCache:
         holding.released = True
         # Last page first: the end of a chain becomes the least recently used part of it, so that
         # eviction shortens prefixes instead of cutting off their roots.
-        for page in reversed(holding.pages):
-            self._pages.release(page)
+        self._pages.release(reversed(holding.pages))
 
     def check_integrity(self, holders: Iterable[Holding]) -> None:
         """Proves that each page is owned once or counted right, and that none is lost.

@@ -12,7 +12,7 @@ Page 0 is never handed out: it fills the unused entries of page tables.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 
@@ -56,8 +56,9 @@ class PageAllocator:
     def owned(self) -> int:
         return self.total - len(self._free) - len(self._cached)
 
-    def references(self, page: int) -> int:
-        return self._refs[page]
+    def unheld(self, pages: Iterable[int]) -> int:
+        """How many of these nobody holds."""
+        return list(map(self._refs.__getitem__, pages)).count(0)
 
     def state(self, page: int) -> PageState:
         if self._refs[page]:
@@ -76,23 +77,29 @@ class PageAllocator:
             self._refs[page] = 1
         return pages
 
-    def share(self, page: int) -> None:
-        """One more holder of a page that is owned or cached."""
-        if not self._refs[page]:
-            del self._cached[page]  # KeyError: the page is free, its content is gone
-        self._refs[page] += 1
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder of pages that are owned or cached."""
+        refs, cached = self._refs, self._cached
+        for page in pages:  # hundreds, where a long prompt is found
+            if not refs[page]:
+                del cached[page]  # KeyError: the page is free, its content is gone
+            refs[page] += 1
 
-    def release(self, page: int) -> None:
-        """One holder fewer; the last one leaves the page cached if it can be found, else free."""
-        if self._refs[page] <= 0:
-            raise RuntimeError(f"page {page} was released more often than it was held")
-        self._refs[page] -= 1
-        if self._refs[page]:
-            return
-        if page in self._findable:
-            self._cached[page] = None
-        else:
-            self._free.append(page)
+    def release(self, pages: Iterable[int]) -> None:
+        """One holder fewer of each; the last one leaves a page cached if it can be found, else
+        free."""
+        refs, cached, free, findable = self._refs, self._cached, self._free, self._findable
+        for page in pages:
+            left = refs[page] - 1
+            if left < 0:
+                raise RuntimeError(f"page {page} was released more often than it was held")
+            refs[page] = left
+            if left:
+                continue
+            if page in findable:
+                cached[page] = None
+            else:
+                free.append(page)
 
     def keep(self, page: int) -> None:
         """The index can find this owned page from now on."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 
 RUN = 64
 """Pages hashed at once where a sequence has so many: one by one, a long prompt takes twice as long,
@@ -72,10 +73,7 @@ class Chain:
             # The tokens' bytes have a fixed length, so salt + tokens reads in one way only.
             blocks[0] = self._salt + blocks[0]
         self.blocks += blocks
-        hash_page, digests = self._hash, self.digests
-        for block in blocks:
-            parent = hash_page(parent, block)
-            digests.append(parent)
+        self.digests += islice(accumulate(blocks, self._hash, initial=parent), 1, None)
 
 
 @dataclass(slots=True, eq=False)

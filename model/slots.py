@@ -182,7 +182,7 @@ def init_words(init: SlotInit, out: NDArray[np.int32]) -> None:
     seed = init.seed & (2**64 - 1)
     unused = MAX_STOP_IDS - len(init.stop_ids)
     _WORDS.pack_into(
-        out,
+        out.data,
         0,
         NO_TOKEN,  # the first decode row's token comes from the prompt's last row
         init.position,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from ..errors import InvalidRequest, invalid
 from ..model.plan import MAX_STOP_IDS, RunnerSpec
 from .request import POOLED_SAMPLING, FinishReason, Request
@@ -103,11 +101,10 @@ def _check_ids(sampling: SamplingParams, spec: RunnerSpec) -> None:
 
 
 def _check_prompt(request: Request, spec: RunnerSpec) -> None:
-    prompt, ids = request.prompt, request.ids
+    prompt = request.prompt
     if not prompt:
         raise InvalidRequest("prompt: got 0 tokens, must be at least 1")
-    # At the speed of C: an event loop waits.
-    if ids is None or int(np.frombuffer(ids, np.uintc).max()) >= spec.vocab_size:
+    if request.ids is None or request.highest >= spec.vocab_size:
         limit = f"whole numbers from 0 to {spec.vocab_size - 1} (the vocabulary)"
         for at, token in enumerate(prompt):
             if not isinstance(token, int) or not 0 <= token < spec.vocab_size:

@@ -10,6 +10,8 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+
 from ..errors import QuireError
 from ..model.plan import FloatArray
 from .sampling_params import SamplingParams as SamplingParams  # Request's, for whoever makes one
@@ -38,6 +40,7 @@ class Request:
       tracestate: what tracing systems add to that, or empty.
       ids: the prompt as unsigned ints, because it is read several times before the first token;
         None where something in it is none.
+      highest: the largest of `ids`; -1 where there are none.
     """
 
     id: str
@@ -53,6 +56,7 @@ class Request:
     traceparent: str = ""
     tracestate: str = ""
     ids: array[int] | None = field(init=False, repr=False, compare=False)
+    highest: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -60,6 +64,9 @@ class Request:
         except (TypeError, OverflowError):
             ids = None  # limits.py says what is wrong
         object.__setattr__(self, "ids", ids)
+        # At the speed of C: an event loop waits.
+        highest = int(np.frombuffer(ids, np.uintc).max()) if ids else -1
+        object.__setattr__(self, "highest", highest)
 
 
 POOLED_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)

@@ -6,8 +6,8 @@ Made by callers and by serving/intake.py; names follow vLLM's where both have a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 
 from ..errors import invalid
 from ..model.plan import (
@@ -138,45 +138,14 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        self._set_number("temperature")
-        self._set("top_k", _top_k(self.top_k))
-        for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty"):
-            self._set_number(name)
-        self._set_number("frequency_penalty")
-        self._set("logit_bias", _logit_bias(self.logit_bias))
-        self._set("allowed_token_ids", _allowed(self.allowed_token_ids))
-        self._set("bad_words", _bad_words(self.bad_words))
-        self._set_whole("seed", or_none=True)
-        self._set_whole("max_tokens", or_none=True)
-        self._set_whole("min_tokens")
+        for name, default, made_plain in _CHECKS:
+            value = getattr(self, name)
+            if value is not default:  # most are, and a lone request's first token waits for this
+                object.__setattr__(self, name, made_plain(name, value))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
-        self._set_whole("logprobs", or_none=True)
-        self._set_whole("prompt_logprobs", or_none=True)
-        self._set_whole("n")
-        self._set_whole("best_of", or_none=True)
         if self.best_of is not None and self.best_of < self.n:
             raise invalid("best_of", self.best_of, f"at least n ({self.n})")
-        for name in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise invalid(name, getattr(self, name), "true or false")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _set_number(self, name: str) -> None:
-        limit = LIMITS[name]
-        assert limit.low is not None and limit.high is not None
-        value = number(name, getattr(self, name), limit.low, limit.high, above_low=limit.above_low)
-        self._set(name, value)
-
-    def _set_whole(self, name: str, *, or_none: bool = False) -> None:
-        value, limit = getattr(self, name), LIMITS[name]
-        assert limit.low is not None and limit.high is not None
-        if value is not None or not or_none:
-            self._set(name, whole(name, value, int(limit.low), int(limit.high)))
 
     @property
     def choices(self) -> int:
@@ -213,8 +182,34 @@ class SamplingParams:
         return Sampler.GREEDY
 
 
-def _top_k(value: object) -> int:
-    return 0 if index(value) == UNLIMITED_TOP_K else whole("top_k", value, 0, MAX_ID)
+def _number(name: str, value: object) -> float:
+    limit = LIMITS[name]
+    assert limit.low is not None and limit.high is not None
+    return number(name, value, limit.low, limit.high, above_low=limit.above_low)
+
+
+def _whole(name: str, value: object) -> int:
+    limit = LIMITS[name]
+    assert limit.low is not None and limit.high is not None
+    return whole(name, value, int(limit.low), int(limit.high))
+
+
+def _whole_or_none(name: str, value: object) -> int | None:
+    return None if value is None else _whole(name, value)
+
+
+def _is_true(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise invalid(name, value, "true or false")
+    return value
+
+
+def _top_k(name: str, value: object) -> int:
+    return 0 if index(value) == UNLIMITED_TOP_K else _whole(name, value)
+
+
+def _stop_ids(name: str, value: object) -> tuple[int, ...]:
+    return _ids(name, value, MAX_STOP_IDS)
 
 
 def _ids(name: str, value: object, most: int) -> tuple[int, ...]:
@@ -225,46 +220,44 @@ def _ids(name: str, value: object, most: int) -> tuple[int, ...]:
     return tuple(whole(name, token, 0, MAX_ID) for token in ids)
 
 
-def _stop_strings(value: object) -> tuple[str, ...]:
+def _stop_strings(name: str, value: object) -> tuple[str, ...]:
     """The stop strings; callers may also give one."""
-    stop = (value,) if isinstance(value, str) else items("stop", value, "strings")
+    stop = (value,) if isinstance(value, str) else items(name, value, "strings")
     if len(stop) > MAX_STOP_STRINGS:
-        raise invalid("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS}")
+        raise invalid(name, f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS}")
     for text in stop:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_LENGTH:
-            raise invalid("stop", text, f"strings of 1 to {MAX_STOP_STRING_LENGTH} characters")
+            raise invalid(name, text, f"strings of 1 to {MAX_STOP_STRING_LENGTH} characters")
     return stop
 
 
-def _logit_bias(value: object) -> dict[int, float]:
+def _logit_bias(name: str, value: object) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise invalid("logit_bias", value, "a mapping from token ids to numbers")
+        raise invalid(name, value, "a mapping from token ids to numbers")
     if len(value) > MAX_BIASED_TOKENS:
-        raise invalid("logit_bias", f"{len(value)} tokens", f"at most {MAX_BIASED_TOKENS}")
+        raise invalid(name, f"{len(value)} tokens", f"at most {MAX_BIASED_TOKENS}")
     return {
-        whole("logit_bias", token, 0, MAX_ID): number(
-            f"logit_bias[{token}]", bias, -MAX_BIAS, MAX_BIAS
-        )
+        whole(name, token, 0, MAX_ID): number(f"{name}[{token}]", bias, -MAX_BIAS, MAX_BIAS)
         for token, bias in value.items()
     }
 
 
-def _allowed(value: object) -> tuple[int, ...] | None:
+def _allowed(name: str, value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
-    ids = tuple(dict.fromkeys(_ids("allowed_token_ids", value, MAX_ALLOWED)))
+    ids = tuple(dict.fromkeys(_ids(name, value, MAX_ALLOWED)))
     if not ids:
-        raise invalid("allowed_token_ids", [], "at least one token id, or None to allow all")
+        raise invalid(name, [], "at least one token id, or None to allow all")
     return ids
 
 
-def _bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
+def _bad_words(name: str, value: object) -> tuple[str | tuple[int, ...], ...]:
     """Texts, which serving/intake.py will turn into tokens, and token sequences."""
-    given = (value,) if isinstance(value, str) else items("bad_words", value, "texts")
+    given = (value,) if isinstance(value, str) else items(name, value, "texts")
     if len(given) > MAX_BAD_WORDS:
-        raise invalid("bad_words", f"{len(given)} entries", f"at most {MAX_BAD_WORDS}")
+        raise invalid(name, f"{len(given)} entries", f"at most {MAX_BAD_WORDS}")
     return tuple(dict.fromkeys(map(_bad_word, given)))
 
 
@@ -278,3 +271,32 @@ def _bad_word(word: object) -> str | tuple[int, ...]:
     if not ids:
         raise invalid("bad_words", ids, f"sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids")
     return ids
+
+
+_MADE_PLAIN: Mapping[str, Callable[[str, object], object]] = {
+    "temperature": _number,
+    "top_k": _top_k,
+    "top_p": _number,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "logit_bias": _logit_bias,
+    "allowed_token_ids": _allowed,
+    "bad_words": _bad_words,
+    "seed": _whole_or_none,
+    "max_tokens": _whole_or_none,
+    "min_tokens": _whole,
+    "stop": _stop_strings,
+    "stop_token_ids": _stop_ids,
+    "ignore_eos": _is_true,
+    "logprobs": _whole_or_none,
+    "prompt_logprobs": _whole_or_none,
+    "n": _whole,
+    "best_of": _whole_or_none,
+    "skip_special_tokens": _is_true,
+}
+"""What checks each parameter and makes it plain; there is one for each."""
+
+_CHECKS = [(each.name, each.default, _MADE_PLAIN[each.name]) for each in fields(SamplingParams)]
+"""Name, default and check of each parameter. A default is plain; only `logit_bias` has none."""

@@ -27,30 +27,30 @@ def test_allocation_is_all_or_nothing() -> None:
 def test_a_shared_page_is_free_after_its_last_holder() -> None:
     pages = PageAllocator(2)
     [page] = take(pages, 1)
-    pages.share(page)
-    pages.release(page)
+    pages.share([page])
+    pages.release([page])
     assert pages.state(page) is PageState.OWNED
-    pages.release(page)
+    pages.release([page])
     assert pages.state(page) is PageState.FREE
     with pytest.raises(RuntimeError, match="more often"):
-        pages.release(page)
+        pages.release([page])
 
 
 def test_a_findable_page_is_cached_and_can_be_owned_again() -> None:
     pages = PageAllocator(3)
     [page] = take(pages, 1)
     pages.keep(page)
-    pages.release(page)
+    pages.release([page])
     assert pages.state(page) is PageState.CACHED
     assert (pages.owned, pages.cached, pages.available) == (0, 1, 2)
-    pages.share(page)
+    pages.share([page])
     assert pages.state(page) is PageState.OWNED and pages.available == 1
 
 
 def test_a_free_page_cannot_be_shared() -> None:
     pages = PageAllocator(2)
     with pytest.raises(KeyError):
-        pages.share(1)
+        pages.share([1])
 
 
 def test_eviction_takes_the_least_recently_used() -> None:
@@ -64,10 +64,9 @@ def test_eviction_takes_the_least_recently_used() -> None:
     a, b, c = take(pages, 3)
     for page in (a, b, c):
         pages.keep(page)
-    for page in (b, a, c):
-        pages.release(page)
-    pages.share(b)  # used again: now the most recent
-    pages.release(b)
+    pages.release([b, a, c])
+    pages.share([b])  # used again: now the most recent
+    pages.release([b])
     assert take(pages, 1) == [a]
     assert take(pages, 2) == [b, c]
     assert evicted == [a, c, b]
@@ -77,8 +76,8 @@ def test_free_pages_go_before_cached_ones() -> None:
     pages = PageAllocator(3)
     a, b = take(pages, 2)
     pages.keep(a)
-    pages.release(a)
-    pages.release(b)
+    pages.release([a])
+    pages.release([b])
     assert take(pages, 1) == [b]
     assert pages.state(a) is PageState.CACHED
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,16 @@ import pytest
 
 from quire.errors import InvalidRequest
 from quire.model.plan import Sampler
+from quire.sched import sampling_params
 from quire.sched.sampling_params import SamplingParams
+
+
+def test_defaults_need_no_check() -> None:
+    """They are passed over (`_CHECKS`), so each must be what its check would make of it."""
+    for name, default, made_plain in sampling_params._CHECKS:
+        if default is not MISSING:
+            made = made_plain(name, default)
+            assert (made, type(made)) == (default, type(default)), name
 
 
 @pytest.mark.parametrize(
