@@ -22,6 +22,7 @@ from quire.model.inputs import ADMIT_ROOM, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
 from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, RunnerSpec, ScoredRow, SlotControls, SlotInit, StepPlan
+from quire.model.runner import ModelRunner
 from quire.model.slots import Word
 
 pytestmark = pytest.mark.xdist_group("runner")
@@ -75,6 +76,18 @@ def test_a_step_without_rows_changes_nothing(fresh, bucket):
     )
     assert out.tokens.shape == (0, bucket.k)
     jax.tree.map(np.testing.assert_array_equal, before, state(fresh))
+
+
+def test_parameters_may_come_in_any_order(fresh):
+    """Programs take them by their place, and many are alike in shape."""
+    expected = start(fresh)
+    params = dict(reversed(fresh.params.items()))
+    decoder, mesh = fresh._programs._decoder, fresh._mesh
+    other = ModelRunner(decoder, params, SPEC, mesh, compiled=fresh._compiled)
+    assert start(other) == expected
+    jax.tree.map(np.testing.assert_array_equal, state(other), state(fresh))
+    with pytest.raises(KeyError, match="final_norm"):
+        ModelRunner(decoder, {n: a for n, a in params.items() if "final" not in n}, SPEC, mesh)
 
 
 def test_only_live_rows_write_and_only_their_own_pages(fresh):
