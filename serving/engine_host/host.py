@@ -6,7 +6,8 @@
 
 A frontend that is gone, or says nothing for too long, is detached: its requests end, and their
 pages are free with the next step. One that is behind, as it says itself, gets several Steps
-in one message; their size is bounded by the lengths of its answers.
+in one message; their size is bounded by the lengths of its answers. The first token of an answer
+does not wait until it has caught up.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ from .names import Names
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
+
+MOST_AHEAD = 4
+"""Messages sent to a frontend that has not dealt with the last one, for what is urgent."""
 
 
 class EngineHost(pb_grpc.EngineServiceServicer):
@@ -143,7 +147,7 @@ class EngineHost(pb_grpc.EngineServiceServicer):
                 self._names.release(output.request_id)
                 route.frontend.live.pop(route.handle, None)
         for frontend, step in steps.items():
-            frontend.send(step.message())
+            frontend.send(step.message(), urgent=step.urgent)
 
     async def Attach(
         self, requests: AsyncIterator[pb.ToEngine], context: grpc.aio.ServicerContext
@@ -266,7 +270,8 @@ class _Frontend:
         self.behind = False
         self.lost = asyncio.Event()
         self._next = pb.FromEngine()
-        self._awaited = False  # the last message has not been dealt with
+        self._awaited = False  # the last message that asked for it has not been dealt with
+        self._ahead = 0  # messages since that one
         self._go = asyncio.Event()  # there is something to send, and it may be sent
 
     def log(self, level: int, what: str) -> None:
@@ -274,23 +279,23 @@ class _Frontend:
         said = fields(process=self._name, pid=self._pid)
         log.log(level, "%s %s; %d requests of it end", self._name, what, len(self.live), extra=said)
 
-    def send(self, step: pb.Step) -> None:
+    def send(self, step: pb.Step, *, urgent: bool = False) -> None:
+        """Sends a step once the last message has been dealt with; at once, with all that waits,
+        what is urgent."""
         self._next.steps.append(step)
-        self._news()
+        self.behind = True
+        if not self._awaited or (urgent and self._ahead < MOST_AHEAD):
+            self._go.set()
 
     def taken(self) -> None:
-        """It has dealt with the last message."""
+        """It has dealt with the last message that asked for it."""
         self._awaited = False
         if self.behind:
             self._go.set()
 
-    def _news(self) -> None:
-        self.behind = True
-        if not self._awaited:
-            self._go.set()
-
     async def write(self, welcome: pb.Welcome, context: grpc.aio.ServicerContext) -> None:
-        """Sends what there is as soon as the frontend has dealt with what it was sent before."""
+        """Sends what there is as soon as the frontend has dealt with what it was sent before, or
+        it may not wait."""
         await context.write(pb.FromEngine(welcome=welcome))
         while True:
             try:
@@ -301,27 +306,35 @@ class _Frontend:
                 continue
             self._go.clear()
             message, self._next = self._next, pb.FromEngine()
-            message.awaited = self._awaited = True
-            self.behind = False
+            # What goes ahead asks for nothing: the answer to the one before is still to come.
+            message.awaited = not self._awaited
+            self._ahead = self._ahead + 1 if self._awaited else 0
+            self._awaited, self.behind = True, False
             await context.write(message)
 
 
 class _Route:
     """Where the outputs of one request go."""
 
-    __slots__ = ("cached", "frontend", "handle")
+    __slots__ = ("begun", "cached", "frontend", "handle")
 
     def __init__(self, frontend: _Frontend, handle: int):
         self.frontend, self.handle = frontend, handle
         self.cached = 0  # as the frontend knows it
+        self.begun = False  # something of it went out
 
 
 class _Step:
-    """A `Step` in the making."""
+    """A `Step` in the making.
 
-    __slots__ = ("_counts", "_handles", "_outputs", "_several", "_tokens")
+    Attributes:
+      urgent: it has the first of an answer, for which somebody waits.
+    """
+
+    __slots__ = ("_counts", "_handles", "_outputs", "_several", "_tokens", "urgent")
 
     def __init__(self) -> None:
+        self.urgent = False
         self._handles: list[int] = []
         self._tokens: list[int] = []
         self._counts: list[int] = []
@@ -329,6 +342,8 @@ class _Step:
         self._outputs: list[pb.Output] = []
 
     def add(self, route: _Route, output: RequestOutput) -> None:
+        if not route.begun:
+            route.begun = self.urgent = True
         if (
             output.finish_reason is None
             and output.logprobs is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,11 @@ LOOK_EVERY = 0.2
 
 LAST_WORDS = 0.5
 """Seconds for frontends to hear of the end."""
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds for which one thread may keep another from running Python. By default it is 5 ms, longer
+than a step: what a step gave would be sent when the next one has been planned and launched, and the
+engine's thread would wait for whoever reads metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ async def serve(news: int, build: Build | None = None) -> int:
         if not building.done():
             os._exit(0)  # XLA cannot be interrupted in the middle of a compilation
         built = building.result()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         if tenants is not None:
             tenants.limit(built.engine)
         host.open(built.engine, built.spec, built.folder, config.ignore_config_fields, built.served)

@@ -51,9 +51,10 @@ class Pace:
     TICK = 1e-3
     """Between two looks, unless some are overdue; the timers of event loops are no finer."""
 
-    AT_ONCE = 32
-    """Readers woken by one look. A busy event loop so takes in an engine's step between them, whose
-    tokens then go with the next messages."""
+    AT_ONCE = 8
+    """Readers woken by one look, which keep an event loop busy for 0.3 ms or so. Between looks it
+    takes in a new call (which needs three turns of the loop until it is read), and an engine's
+    step, whose first tokens wait for nobody and whose others go with the next messages."""
 
     def __init__(
         self,

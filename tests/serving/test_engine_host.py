@@ -14,7 +14,7 @@ import pytest
 from quire.protos.v1 import engine_pb2 as pb
 from quire.sched.engine import Engine
 from quire.sched.quota import Limits
-from quire.sched.request import Request, SamplingParams
+from quire.sched.request import Request, RequestOutput, SamplingParams
 from quire.sched.scheduler import Scheduler
 from quire.serving.auth.key_file import KeyTable, write_keys
 from quire.serving.engine_host import host, main, watchdog
@@ -74,6 +74,56 @@ def test_a_frontend_that_is_behind_gets_what_it_missed_in_one_message() -> None:
         await let_run()
         assert tokens(context.sent[2]) == [4]
         writing.cancel()
+
+    asyncio.run(work())
+
+
+def test_what_is_urgent_waits_for_nobody_a_few_times() -> None:
+    async def work() -> None:
+        frontend, context = host._Frontend(), Context()
+        writing = write(frontend, context)
+        frontend.send(step(1))
+        await let_run()
+        frontend.send(step(2))
+        frontend.send(step(3), urgent=True)
+        await let_run()
+        assert [tokens(message) for message in context.sent[1:]] == [[1], [2, 3]]
+        # The answer to the first says nothing of the second, which so asks for none.
+        assert [message.awaited for message in context.sent[1:]] == [True, False]
+        assert not frontend.behind
+        frontend.send(step(4))
+        for token in range(5, 5 + host.MOST_AHEAD):
+            frontend.send(step(token), urgent=True)
+            await let_run()
+        assert len(context.sent) == 2 + host.MOST_AHEAD and frontend.behind
+        frontend.taken()
+        await let_run()
+        assert context.sent[-1].awaited and not frontend.behind
+        all_sent = [token for message in context.sent for token in tokens(message)]
+        assert all_sent == [*range(1, 5 + host.MOST_AHEAD)]
+        frontend.send(step(99), urgent=True)
+        await let_run()
+        assert tokens(context.sent[-1]) == [99]  # as often again
+        writing.cancel()
+
+    asyncio.run(work())
+
+
+def test_only_the_first_of_an_answer_is_urgent() -> None:
+    async def work() -> None:
+        sent = list[tuple[list[int], bool]]()
+
+        class Frontend(host._Frontend):
+            def send(self, step: pb.Step, *, urgent: bool = False) -> None:
+                sent.append(([*step.tokens], urgent))
+
+        served, frontend = host.EngineHost(asyncio.get_running_loop()), Frontend()
+        for handle, name in enumerate("ab"):
+            served._routes[name] = host._Route(frontend, handle)
+        for outputs in ([("a", 1)], [("a", 2)], [("a", 3), ("b", 4)], [("a", 5), ("b", 6)]):
+            served.deliver([RequestOutput(name, (token,)) for name, token in outputs])
+            await let_run()
+        assert sent == [([1], True), ([2], False), ([3, 4], True), ([5, 6], False)]
 
     asyncio.run(work())
 

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import grpc
 import numpy as np
 import pytest
+import uvloop
 
 from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
-from quire.tools.bench.load import Served, poisson, run_closed, scattered
+from quire.tools.bench.load import Served, poisson, run_closed, run_load, scattered
 from quire.tools.bench.openai_target import OpenAITarget, tokens_so_far
 from quire.tools.bench.serve import figures_of
 from quire.tools.cli import main
@@ -48,7 +49,9 @@ class Grpc(pb_grpc.GenerationServiceServicer):
             left -= count
             yield pb.GenerateChunk(token_ids=[1] * count)
         usage = pb.Usage(cached_tokens=len(request.token_ids.ids) // 2)
-        yield pb.GenerateChunk(finish_reason=pb.FINISH_REASON_LENGTH, usage=usage)
+        spent = pb.Timing(queue_seconds=1.0, prefill_seconds=0.5, decode_seconds=9.0)
+        end = pb.FINISH_REASON_LENGTH
+        yield pb.GenerateChunk(finish_reason=end, usage=usage, timing=spent)
 
 
 @pytest.fixture
@@ -93,6 +96,7 @@ def test_over_grpc(run: Any, tmp_path: Path) -> None:
     assert said["settings"] == settings
     assert said["tokens_per_message"] == 13 / 7
     # Of two tokens or fewer, one message: no time per further token, which breaks no bound.
+    assert set(said["ttft_engine_ms"].values()) == {1500.0}
     assert said["good"] == 2 and set(said["tpot_ms"]) == {"p50", "p90", "p99", "mean"}
     asked = service.requests[1:]  # the first one opened the connection
     assert sorted(len(r.token_ids.ids) for r in asked) == [3, 5, 7, 40]
@@ -111,6 +115,7 @@ def test_a_closed_loop(run: Any, clients: int) -> None:
     status, said, _ = run(address, "--concurrency=2", f"--clients={clients}")
     server.stop(None)
     assert status == 0 and (said["errors"], said["requests"]) == (0, 4)
+    assert said["ttft_engine_ms"]["p99"] == 1500.0
     assert (said["concurrency"], said["clients"], said["rate_req_s"]) == (2, clients, None)
     assert said["prefix_hit_tokens"] == 5 // 2 + 3 // 2 + 40 // 2 + 7 // 2
     lengths = [len(request.token_ids.ids) for request in service.requests]
@@ -134,7 +139,7 @@ def test_so_many_are_under_way_and_no_more() -> None:
     now, most, sent = 0, 0, []
 
     class Server:
-        async def stream(self, prompt: Any, output: int, found: Any) -> AsyncIterator[int]:
+        async def stream(self, prompt: Any, output: int, told: Any) -> AsyncIterator[int]:
             nonlocal now, most
             now += 1
             most = max(most, now)
@@ -150,6 +155,19 @@ def test_so_many_are_under_way_and_no_more() -> None:
     served = asyncio.run(run_closed(target, prompts, outputs, 3, lambda done, total: None))
     assert most == 3 and sent == prompts
     assert [r.output for r in served] == outputs and all(r.whole for r in served)
+
+
+def test_nothing_is_sent_before_it_is_due() -> None:
+    """Timers of uvloop end up to half a millisecond early."""
+
+    class Server:
+        async def stream(self, *_: Any) -> AsyncIterator[int]:
+            yield 1
+
+    due = [0.0, *(0.0007 * at for at in range(1, 30))]
+    target: Any = Server()
+    loading = run_load(target, [(1,)] * 30, [1] * 30, due, lambda done, total: None)
+    assert all(request.sent >= request.due for request in uvloop.run(loading))
 
 
 def test_failures_are_counted_and_named(run: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,6 +18,9 @@ import numpy as np
 
 from ...errors import QuireError
 from .targets import Target
+
+_TURNS = 2e-3
+"""Seconds before something is due in which an event loop is turned instead of waiting."""
 
 
 @dataclass(slots=True)
@@ -30,6 +34,7 @@ class Served:
       ended: when the stream did.
       error: why it failed.
       hit: prompt tokens that the server found in its prefix index; None if it does not say.
+      engine: seconds of the time to first token that passed in the server's engine, likewise.
     """
 
     due: float
@@ -39,6 +44,7 @@ class Served:
     ended: float = math.nan
     error: str = ""
     hit: int | None = None
+    engine: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -93,9 +99,9 @@ async def run_load(
 
     Args:
       due: seconds after the begin, in order.
-      begin: by the loop's clock, which is time.monotonic; None is now.
+      begin: by time.monotonic(); None is now.
     """
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     served = [Served(at, output) for at, output in zip(due, outputs, strict=True)]
     begin, done = clock() if begin is None else begin, 0
 
@@ -107,9 +113,16 @@ async def run_load(
 
     async with asyncio.TaskGroup() as group:
         for request, prompt in zip(served, prompts, strict=True):
-            await asyncio.sleep(begin + request.due - clock())
+            await _until(begin + request.due, clock)
             group.create_task(ask(request, prompt))
     return served
+
+
+async def _until(when: float, clock: Callable[[], float]) -> None:
+    """Returns then, and not before; event loops' timers are a millisecond early or late."""
+    await asyncio.sleep(max(0.0, when - clock() - _TURNS))
+    while clock() < when:
+        await asyncio.sleep(0)
 
 
 async def run_closed(
@@ -125,10 +138,10 @@ async def run_closed(
     which is due when it is sent. Returns when the last has ended.
 
     Args:
-      begin: by the loop's clock, which is time.monotonic; None is now.
+      begin: by time.monotonic(); None is now.
       take: which to send next, by its place, as often as it is asked; None sends them all.
     """
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     begin = clock() if begin is None else begin
     left = iter(range(len(prompts)) if take is None else take)
     served: list[Served] = []
@@ -149,14 +162,14 @@ async def run_closed(
 
 async def _ask(target: Target, request: Served, prompt: Sequence[int], begin: float) -> None:
     """Sends one, and writes down what comes."""
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
 
-    def found(tokens: int) -> None:
-        request.hit = tokens
+    def told(hit: int, first: float | None) -> None:
+        request.hit, request.engine = hit, first
 
     request.sent = clock() - begin
     try:
-        async for count in target.stream(prompt, request.output, found):
+        async for count in target.stream(prompt, request.output, told):
             request.messages.append((clock() - begin, count))
     except QuireError as error:
         request.error = f"{type(error).__name__}: {error}"

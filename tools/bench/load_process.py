@@ -28,6 +28,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import uvloop
+
 from ...errors import Internal
 from .load import Served, run_closed, run_load
 from .targets import GrpcTarget
@@ -197,4 +199,4 @@ if __name__ == "__main__":
 
     quiet_collector()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it, without a traceback
-    asyncio.run(_main())
+    uvloop.run(_main())  # whose turns cost a caller far less

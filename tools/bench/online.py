@@ -26,7 +26,7 @@ from ...errors import Internal, InvalidConfig, Unavailable
 from ..flags import from_zero, names, positive
 from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, over_sizes, table
-from .serve import LATE_MS, figures_of
+from .serve import IN_ENGINE, LATE_MS, figures_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,6 +244,7 @@ def _table(results: dict[str, Any]) -> Any:
     made = table(f"online: {model}", "requests/s", *(f"{r['rate_req_s']:g}" for r in rates))
     for name, title in (
         ("ttft_ms", "time to first token"),
+        (IN_ENGINE, "of that in the engine"),
         ("tpot_ms", "time per output token"),
         ("itl_ms", "time between messages"),
         ("e2e_ms", "end to end"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ import httpx
 
 from ...config import is_loopback
 from ...errors import QuireError, Unavailable
+from .targets import Told
 
 
 class OpenAITarget:
@@ -64,7 +65,7 @@ class OpenAITarget:
         return {"model": self._model}
 
     async def stream(
-        self, prompt: Sequence[int], output: int, found: Callable[[int], None] = lambda hit: None
+        self, prompt: Sequence[int], output: int, told: Told = lambda hit, first: None
     ) -> AsyncIterator[int]:
         asked = {
             "model": self._model,
@@ -88,7 +89,7 @@ class OpenAITarget:
                     message = json.loads(line.removeprefix("data:"))
                     now = tokens_so_far(message, count, output)
                     if (hit := _cached_tokens(message)) is not None:
-                        found(hit)
+                        told(hit, None)
                     if now != count:
                         count = now
                         yield count

@@ -32,6 +32,9 @@ LATE_MS = 10.0
 
 _PERCENTILES = (50, 90, 99)
 
+IN_ENGINE = "ttft_engine_ms"
+"""The part of the time to first token that passed in the server's engine."""
+
 _TITLES = {
     "ttft_ms": "time to first token",
     "tpot_ms": "time per output token",
@@ -204,6 +207,7 @@ def samples_of(served: list[Served]) -> dict[str, list[float]]:
     whole = [request for request in served if request.whole]
     return {
         "ttft_ms": [1e3 * r.first for r in whole],
+        IN_ENGINE: [1e3 * r.engine for r in whole if r.engine is not None],
         "tpot_ms": [1e3 * r.each for r in whole if not math.isnan(r.each)],
         "itl_ms": [1e3 * gap for r in whole for gap in r.gaps],
         "e2e_ms": [1e3 * (r.ended - r.due) for r in whole],
@@ -350,6 +354,9 @@ def _table(results: dict[str, Any]) -> Any:
     for name, words in _TITLES.items():
         if name in results:
             made.add_row(f"{words}, ms", *(f"{value:,.1f}" for value in results[name].values()))
+        if name == "ttft_ms" and IN_ENGINE in results:
+            values = results[IN_ENGINE].values()
+            made.add_row("of that in the engine, ms", *(f"{value:,.1f}" for value in values))
     made.add_row("output tok/s", f"{results['output_tok_s']:,.0f}")
     made.add_row("requests/s", f"{results['req_s']:,.2f}")
     made.add_row("tokens per message", f"{results['tokens_per_message']:.2f}")

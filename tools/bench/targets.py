@@ -14,6 +14,11 @@ from ...client import TLS, AsyncClient, Retry
 from ...errors import QuireError
 
 
+Told = Callable[[int, float | None], None]
+"""Hears what a server says of a request at its end: how many prompt tokens it found in its prefix
+index, and the seconds from the request's arrival in its engine to the first token there."""
+
+
 class Target(Protocol):
     """One server. Entered before use, left after."""
 
@@ -27,12 +32,12 @@ class Target(Protocol):
     ) -> None: ...
 
     def stream(
-        self, prompt: Sequence[int], output: int, found: Callable[[int], None] = lambda hit: None
+        self, prompt: Sequence[int], output: int, told: Told = lambda hit, first: None
     ) -> AsyncIterator[int]:
         """Yields, as messages come, how many tokens have come in all.
 
         Args:
-          found: hears how many prompt tokens the server found in its prefix index, if it says so.
+          told: is called if the server says any of that.
 
         Raises:
           QuireError: the request failed.
@@ -76,7 +81,7 @@ class GrpcTarget:
         }
 
     async def stream(
-        self, prompt: Sequence[int], output: int, found: Callable[[int], None] = lambda hit: None
+        self, prompt: Sequence[int], output: int, told: Told = lambda hit, first: None
     ) -> AsyncIterator[int]:
         count = 0
         call = self._client.stream(prompt, temperature=0.0, max_tokens=output, ignore_eos=True)
@@ -86,4 +91,6 @@ class GrpcTarget:
                     count += len(chunk.token_ids)
                     yield count
                 if chunk.HasField("usage"):
-                    found(chunk.usage.cached_tokens)
+                    spent = chunk.timing if chunk.HasField("timing") else None
+                    first = spent and spent.queue_seconds + spent.prefill_seconds
+                    told(chunk.usage.cached_tokens, first)

@@ -222,6 +222,23 @@ def test_between_looks_an_event_loop_takes_in_more() -> None:
     asyncio.run(main())
 
 
+def test_a_first_token_passes_those_whose_turn_has_come() -> None:
+    """As does a new call: an event loop is not kept by all who are due."""
+
+    async def main() -> None:
+        async with Readers(30) as readers:
+            readers.put(range(30), 1)
+            await readers.until(1)
+            newcomer = Pending("new")
+            taking = asyncio.ensure_future(newcomer.take())
+            newcomer.put_tokens((7,))
+            (output,) = await taking
+            assert output.tokens == (7,) and len(readers.took) < 30
+            await readers.until(30)
+
+    asyncio.run(main())
+
+
 def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     async def work(pending: Pending) -> None:
         pending.put_tokens((1,))
