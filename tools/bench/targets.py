@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from ...client import TLS, AsyncClient, Retry
 from ...errors import QuireError
 
-
 Told = Callable[[int, float | None], None]
 """Hears what a server says of a request at its end: how many prompt tokens it found in its prefix
 index, and the seconds from the request's arrival in its engine to the first token there."""
