@@ -165,6 +165,33 @@ def test_a_broken_key_file_is_found_before_the_model_is_read(
     assert str(keys) in said["error"] and not built
 
 
+def test_no_thread_keeps_the_lock_for_as_long_as_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what a step gave would be sent when the next was planned and launched."""
+
+    class Enough(Exception):
+        pass
+
+    def kept(seconds: float) -> None:
+        assert seconds < 1e-3
+        raise Enough
+
+    async def opened(news: int) -> Any:
+        server = {"log_level": "error"}
+        given = {"engine": {"model": "demo"}, "server": server}
+        return SimpleNamespace(order=forever), given | {"engine_address": f"unix:{tmp_path}/e"}
+
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(main.Lifeline, "open", opened)
+    monkeypatch.setattr(main, "set_up_logs", lambda *_: None)
+    monkeypatch.setattr(main, "sys", SimpleNamespace(setswitchinterval=kept))
+    with pytest.raises(Enough):
+        asyncio.run(main.serve(0, lambda *_: None))  # type: ignore[arg-type,return-value]
+
+
 def test_a_device_that_is_not_made_anew_in_time_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
