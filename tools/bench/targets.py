@@ -90,6 +90,6 @@ class GrpcTarget:
                     count += len(chunk.token_ids)
                     yield count
                 if chunk.HasField("usage"):
-                    spent = chunk.timing if chunk.HasField("timing") else None
-                    first = spent and spent.queue_seconds + spent.prefill_seconds
-                    told(chunk.usage.cached_tokens, first)
+                    spent = chunk.timing
+                    first = spent.queue_seconds + spent.prefill_seconds
+                    told(chunk.usage.cached_tokens, first if chunk.HasField("timing") else None)
