@@ -78,6 +78,28 @@ def test_of_a_closed_loop_so_many_are_under_way() -> None:
     assert under_way == [2] * 7
 
 
+def test_steps_may_be_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "t.json"
+    trace.write_text(json.dumps([[9, 11]]))
+    argv = ["bench", "replay", f"--trace={trace}", "--max-num-seqs=4", "--rates=inf", "--json"]
+    assert main([*argv, "--step-times=1:2,32:4,64:36"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (run,) = said["rates"]
+    assert run["steps_by_bucket"]["1 tokens x 1 rows, greedy"]["median_ms"] == pytest.approx(2.0)
+    assert run["tpot_ms"]["p50"] == pytest.approx(2.0)
+    (prompt,) = run["steps_by_bucket"].keys() - {"1 tokens x 1 rows, greedy"}
+    tokens = int(prompt.split()[0])
+    assert 32 <= tokens <= 64 and run["ttft_ms"]["p50"] == pytest.approx(4 + tokens - 32)
+    assert said["settings"]["step_times"] == [[1, 2.0], [32, 4.0], [64, 36.0]]
+
+
+@pytest.mark.parametrize("times", ["", "1", "1:x", "32:4,1:2", "1:2,1:3", "1:0", "1:2:3", "1:inf"])
+def test_times_that_are_none(times: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "replay", f"--step-times={times}"])
+    assert "--step-times" in capsys.readouterr().err
+
+
 def test_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, plot = tmp_path / "t.json", tmp_path / "p.svg"
     trace.write_text(json.dumps([[20, 5], [300, 4], [40, 1], [9, 9]]))

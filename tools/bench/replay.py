@@ -1,6 +1,6 @@
 """`quire bench replay`: a trace in virtual time, with no device: the real scheduler and the pacing
 of the engine's loop, and steps that take what step_costs.py says they take on an H200 with
-Llama-3.1-8B.
+Llama-3.1-8B; or, of another model, what its steps were measured to take, by their tokens.
 
 For choosing what the scheduler does: a run of 17 s takes two. Requests come all at once, in a
 closed loop, or at random (Poisson) by the method of online.py, without its warm-up; what gRPC,
@@ -21,10 +21,10 @@ from .report import add_output, check_output, finish, table
 from .serve import rate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ...model.plan import RunnerSpec, StepPlan
-    from .step_clock import Step
+    from .step_clock import Step, Work
     from .trace import Trace
 
 PAGES, PAGE_SIZE, LONGEST = 27_520, 32, 131_072
@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=from_zero, default=0, help="of ids and times (default: 0)")
     group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--step-times",
+        type=_step_times,
+        metavar="LIST",
+        help="milliseconds of a step by the tokens of its program, as in 1:1.4,32:1.9,2048:12, and "
+        "between them in proportion (default: a model of Llama-3.1-8B's on an H200)",
+    )
     group.add_argument("--max-num-seqs", type=positive, default=1024, metavar="N")
     group.add_argument("--max-batched-tokens", type=positive, default=2048, metavar="N")
     group.add_argument(
@@ -70,6 +77,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rates(text: str) -> tuple[float, ...]:
     return tuple(rate(part) for part in names(text)) or (rate(text),)
+
+
+def _step_times(text: str) -> tuple[tuple[int, float], ...]:
+    try:
+        pairs = [part.split(":") for part in names(text)]
+        times = tuple((int(tokens), float(ms)) for tokens, ms in pairs)
+    except ValueError:
+        times = ()
+    tokens = [at for at, _ in times]
+    if not times or tokens != sorted({*tokens}) or not all(0 < ms < math.inf for _, ms in times):
+        limit = "TOKENS:MS with ascending tokens and times above 0, as in 1:1.4,32:1.9"
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be {limit}")
+    return times
+
+
+def _by_tokens(times: Sequence[tuple[int, float]]) -> Callable[[Work], float]:
+    """What a step takes, in ms, by its program's tokens alone."""
+    import numpy as np
+
+    tokens, ms = zip(*times, strict=True)
+    return lambda work: float(np.interp(work.bucket.tokens, tokens, ms))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,16 +118,21 @@ def run(args: argparse.Namespace) -> None:
             most=None if online else args.concurrency,
             late=not args.plan_at_once,
             seed=args.seed,
+            cost=_by_tokens(args.step_times) if args.step_times else None,
         )
         found.append({"rate_req_s": each if online else None, **played.figures()})
-    settings = ("max_num_seqs", "max_batched_tokens", "prefill_chunk", "plan_at_once")
+    settings = (
+        *("max_num_seqs", "max_batched_tokens", "prefill_chunk", "plan_at_once"),
+        "step_times",
+    )
     results = {
         "settings": {name: getattr(args, name) for name in settings},
         "trace": trace.name,
         "concurrency": args.concurrency,
         "rates": found,
     }
-    finish(args, results, [_table(found)], lambda f: _draw(f, found), on_device=False)
+    of = "steps as given" if args.step_times else "Llama-3.1-8B on an H200, by a model of its steps"
+    finish(args, results, [_table(found, of)], lambda f: _draw(f, found, of), on_device=False)
 
 
 def _spec(args: argparse.Namespace) -> RunnerSpec:
@@ -175,6 +208,7 @@ def play(
     most: int | None = None,
     late: bool = True,
     seed: int = 0,
+    cost: Callable[[Work], float] | None = None,
 ) -> Played:
     """Plays a trace to its end.
 
@@ -183,6 +217,7 @@ def play(
       chunk: tokens of one prompt in one step at most; None: as many as the step has.
       most: requests under way at once.
       late: plan as late as the engine does, not at once.
+      cost: milliseconds of a step; None: of Llama-3.1-8B's on an H200.
     """
     import numpy as np
 
@@ -194,6 +229,7 @@ def play(
     from .step_costs import milliseconds
     from .trace import draw_prompts
 
+    cost = cost or milliseconds
     tokens, now, count = spec.ladder.max_tokens, 0.0, len(trace)
     scheduler = Scheduler(
         spec,
@@ -223,7 +259,7 @@ def play(
         plan = scheduler.schedule()
         if plan is not None:
             work = Work.of(plan)
-            flights.append((plan, 1e-3 * milliseconds(work)))
+            flights.append((plan, 1e-3 * cost(work)))
             played.steps.append(Step(work, flights[-1][1]))
         if not flights:
             now = due[sent]
@@ -244,9 +280,9 @@ def play(
     return played
 
 
-def _table(found: list[dict[str, Any]]) -> Any:
+def _table(found: list[dict[str, Any]], of: str) -> Any:
     names = (f"{r['rate_req_s']:g}/s" if r["rate_req_s"] else "at once" for r in found)
-    made = table("replay: Llama-3.1-8B on an H200, by a model of its steps", "", *names)
+    made = table(f"replay: {of}", "", *names)
     made.add_row("seconds", *(f"{r['seconds']:.2f}" for r in found))
     made.add_row("output tok/s", *(f"{r['output_tok_s']:,.0f}" for r in found))
     made.add_row("steps", *(f"{r['steps']:,}" for r in found))
@@ -260,7 +296,7 @@ def _table(found: list[dict[str, Any]]) -> Any:
     return made
 
 
-def _draw(figure: Any, found: list[dict[str, Any]]) -> None:
+def _draw(figure: Any, found: list[dict[str, Any]], of: str) -> None:
     """Where the time of each goes, by step program."""
     axes = figure.subplots()
     for at, one in enumerate(found):
@@ -273,4 +309,4 @@ def _draw(figure: Any, found: list[dict[str, Any]]) -> None:
             left += share
     names = [f"{r['rate_req_s']:g}/s" if r["rate_req_s"] else "at once" for r in found]
     axes.set_yticks(range(len(found)), names)
-    axes.set(xlabel="s, by tokens of the step program", title="replay: Llama-3.1-8B on an H200")
+    axes.set(xlabel="s, by tokens of the step program", title=f"replay: {of}")
