@@ -32,6 +32,7 @@ from .memory import STEPS_IN_FLIGHT
 from .mesh import Mesh
 from .outputs import unpack_outputs
 from .plan import Bucket, Emit, RunnerSpec, Sampler, ScoredRow, StepOutputs, StepPlan
+from .pool_holes import leave_holes
 from .programs import ADMIT, CONTROLS, SCORE, STATE, Key, Programs, SampleKey, forward_key
 from .sampling.control_inputs import control_buffers, empty_buffer
 from .sampling.controls import Controls
@@ -109,6 +110,7 @@ class ModelRunner:
         self._slabs: Slabs = {}  # frees the old ones first: both together may not fit
         self._controls: Controls | None = None
         self._slabs, self._slots, self._controls = self._program(STATE)()
+        self._fences = leave_holes(self._mesh)
 
     # Programs
 
