@@ -166,8 +166,7 @@ class Programs:
     def demanding(self) -> list[Key]:
         """The programs among which those are that work in most memory."""
         ladder = self._spec.ladder
-        most = [b for b in ladder.buckets if b.tokens == ladder.max_tokens]
-        steps = {forward_key(b) for b in most if b.sampler != Sampler.GREEDY}
+        steps = {forward_key(b) for b in ladder.buckets if b.tokens == ladder.max_tokens}
         return [*steps, SCORE, SampleKey(*max(ladder.samples)), ADMIT]
 
     def input_bytes(self, key: Key) -> int:

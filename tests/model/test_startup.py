@@ -228,3 +228,30 @@ def test_a_need_that_was_overestimated_leaves_the_next_start_the_same_sizes(
     second, _ = start(folder).prepare(threads=1)
     assert first.memory == second.memory and first.memory.pages < sizes.memory.pages
     assert memory == [generous]
+
+
+def on_gpu(**settings: Any) -> Startup:
+    """On a GPU of 150 GB that nobody has asked anything yet."""
+    config = EngineConfig(model="x", **settings)
+    mesh = cast(Any, SimpleNamespace(platform="gpu", shards=1, devices=()))
+    return Startup(config, MODEL, mesh, DeviceMemory(150_000_000_000, None), None)
+
+
+def test_a_need_that_is_slight_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(Startup, "_compile", lambda *_, **__: compiled.append(1))
+    table = on_gpu().measured_sizes().memory
+    guess = startup.guessed_need(MODEL, on_gpu().dtype, 1024, 2048)
+    assert (table.temp, table.staging) == (guess.temp, guess.staging) and not compiled
+    assert guess.temp > guess.staging > 1024 * MODEL.vocab_size * 4
+    assert table.total <= table.budget < 1.01 * table.total
+
+
+def test_one_that_is_not_is_measured() -> None:
+    """A small card, or little of a large one: half a gigabyte is many pages there."""
+    for settings in ({"memory": 2**30}, {"memory": 2**31, "max_num_seqs": 1024}):
+        assert on_gpu(**settings).sizes().memory.temp == 0
+
+
+def test_on_cpu_nothing_is_guessed() -> None:
+    assert start(None, memory=2**33).sizes().memory.temp == 0

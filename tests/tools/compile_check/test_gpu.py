@@ -22,7 +22,7 @@ from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
-from quire.model.startup import Startup
+from quire.model.startup import Startup, guessed_need
 from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
 PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
@@ -130,6 +130,13 @@ def test_state_is_updated_in_place(model: str, key: str) -> None:
 @pytest.mark.parametrize("model", CONFIGS)
 def test_temporary_memory_has_a_bound(model: str, bucket: Bucket) -> None:
     assert report(model, bucket).temp_bytes <= temp_bound(programs(model)[2], bucket)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_memory_that_is_guessed_is_enough(model: str, bucket: Bucket) -> None:
+    need = guessed_need(CONFIGS[model](), "bfloat16", bucket.rows, bucket.tokens)
+    assert report(model, bucket).temp_bytes <= need.temp
 
 
 @pytest.mark.parametrize("model", CONFIGS)
