@@ -4,7 +4,7 @@
 
 One statement, three ways to compute it: in parts, which XLA joins where it can; with sum and norm
 in one kernel between the products, for some dozens of tokens on a GPU; and, for one token or a few,
-all in one kernel (off: kernels/switches.py). Choosing is the step's business (model/forward.py);
+all in one kernel (kernels/switches.py). Choosing is the step's business (model/forward.py);
 training takes the first.
 """
 

@@ -1,4 +1,5 @@
-"""A product of few tokens with what surrounds it in one kernel, interpreted, against float64."""
+"""A product of few tokens with what surrounds it in one kernel, against float64: as it is on a GPU,
+else interpreted."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from quire.model.projection import (
     projection,
 )
 
+INTERPRET = jax.default_backend() != "gpu"
+
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("among", [(), ("scale",), ALL], ids=["bare", "norm", "all"])
@@ -42,13 +45,13 @@ def test_equals_the_definition(
     given = operands(tokens, size, out, jnp.bfloat16, gated)
     extras = {name: given[name] for name in among}
     got = gemv(
-        given["x"], given["weight"], eps=EPS, gated=gated, out_dtype=jnp.float32, interpret=True,
-        **extras,
+        given["x"], given["weight"], eps=EPS, gated=gated, out_dtype=jnp.float32,
+        interpret=INTERPRET, **extras,
     )  # fmt: skip
     expected = wide(given, gated, among)
     assert got.shape == expected.shape and got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    rounded = gemv(given["x"], given["weight"], eps=EPS, gated=gated, interpret=True, **extras)
+    rounded = gemv(given["x"], given["weight"], eps=EPS, gated=gated, interpret=INTERPRET, **extras)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rounded, got.astype(jnp.bfloat16))  # rounded once
 
@@ -61,9 +64,21 @@ def test_however_it_is_cut(shape: GemvShape) -> None:
     given = operands(2, 1700, 11, jnp.float16, gated=True)
     got = gemv(
         given["x"], given["weight"], scale=given["scale"], eps=EPS, gated=True,
-        out_dtype=jnp.float32, shape=shape, interpret=True,
+        out_dtype=jnp.float32, shape=shape, interpret=INTERPRET,
     )  # fmt: skip
     np.testing.assert_allclose(got, wide(given, True, ("scale",)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("matrix", MEASURED, ids=lambda matrix: "x".join(map(str, matrix)))
+def test_as_engines_run_it(matrix: tuple[int, int]) -> None:
+    (rows, size), gated = matrix, matrix[0] > 2 * matrix[1]
+    given = operands(MEASURED_TOKENS, size, rows // (1 + gated), jnp.bfloat16, gated)
+    among = ("residual",) if size > rows else ("scale",) if gated else ("scale", "bias")
+    got = gemv(
+        given["x"], given["weight"], eps=EPS, gated=gated, out_dtype=jnp.float32,
+        shape=MEASURED[matrix], interpret=INTERPRET, **{name: given[name] for name in among},
+    )  # fmt: skip
+    np.testing.assert_allclose(got, wide(given, gated, among), rtol=1e-4, atol=1e-4)
 
 
 def test_both_ways_of_projecting_agree() -> None:
@@ -78,7 +93,7 @@ def test_both_ways_of_projecting_agree() -> None:
     for bias, residual in ((given["bias"], given["residual"]), (None, None)):
         matrix: Any = SimpleNamespace(weight=given["weight"], bias=bias, summed=False)
         some: dict[str, Any] = {"norm": bound, "gated": True, "residual": residual}
-        one = in_one_kernel(interpret=True)(given["x"], matrix, **some)
+        one = in_one_kernel(interpret=INTERPRET)(given["x"], matrix, **some)
         parts = in_parts(given["x"], matrix, **some)
         np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (one, parts)), atol=0.06)
 
