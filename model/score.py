@@ -21,7 +21,7 @@ from .projection import Stream
 from .sampling.logprobs import LOGPROB_WORDS, logprobs_of, unpack_logprobs
 from .weights import Params
 
-SCORE_ROWS = 256
+SCORE_ROWS = 128
 SCORE_WORDS = 1 + SCORE_ROWS
 """The buffer: the first position in `hidden`, then the target of each one from there on."""
 

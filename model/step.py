@@ -127,8 +127,7 @@ def make_full_sample() -> SampleFully:
     ) -> tuple[Controls, Slots, jax.Array]:
         left = _Left.of(slots, which)
         with jax.named_scope("sample"):
-            shaping = controls.rows(left.slot, left.rows.controlled)
-            sampled = sample(logits, left.rows, Sampler.FULL, shaping)
+            sampled = sample(logits, left.rows, Sampler.FULL, controls, left.slot)
             # Also for rows without controls: their entry is emptied before it means something.
             recorded = jnp.where(left.emitted, left.slot, slots.num_slots)
             controls = controls.record(recorded, sampled.tokens)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ..plan import Sampler
 from ..slots import SlotRows
-from .controls import NO_ID, ControlRows, bar
+from .controls import NO_ID, Controls, bar
 from .logprobs import Logprobs, logprobs_of
 from .truncate import truncate
 
@@ -32,8 +32,18 @@ class Sampled:
     logprobs: Logprobs | None = None
 
 
+ROWS_AT_ONCE = 64
+"""Rows that are sampled at a time, where there are more: sampling works on three arrays as large as
+the logits, 1.9 GB for 1,024 rows of Qwen2.5's vocabulary, which pages can use better. Each row's
+result is its own, so it is the same."""
+
+
 def sample(
-    logits: jax.Array, rows: SlotRows, sampler: Sampler, controls: ControlRows | None = None
+    logits: jax.Array,
+    rows: SlotRows,
+    sampler: Sampler,
+    controls: Controls | None = None,
+    slot: jax.Array | None = None,
 ) -> Sampled:
     """One token a row.
 
@@ -41,12 +51,38 @@ def sample(
       logits: float32 [R, V], raw.
       rows: how each row chooses.
       sampler: static; what this program can do (greedy rows are honoured by all).
-      controls: what reshapes the logits of each row; for FULL.
+      controls: of all slots; reshape the logits of rows that are controlled; for FULL.
+      slot: int32 [R] whose row each is; with `controls`.
     """
+    count = len(logits)
+    at_once = next((n for n in range(ROWS_AT_ONCE, 1, -1) if count % n == 0), 1)
+    if sampler == Sampler.GREEDY or count <= ROWS_AT_ONCE or at_once < ROWS_AT_ONCE // 4:
+        return _sample(logits, rows, sampler, controls, slot)
+
+    def some(part: tuple[jax.Array, SlotRows, jax.Array | None]) -> Sampled:
+        logits, rows, slot = part
+        return _sample(logits, rows, sampler, controls, slot)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(count // at_once, at_once, *x.shape[1:])
+
+    sampled: Sampled = jax.lax.map(some, jax.tree.map(cut, (logits, rows, slot)))
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), sampled)
+
+
+def _sample(
+    logits: jax.Array,
+    rows: SlotRows,
+    sampler: Sampler,
+    controls: Controls | None,
+    slot: jax.Array | None,
+) -> Sampled:
     not_finite = ~jnp.all(jnp.isfinite(logits), axis=-1)
     if sampler == Sampler.GREEDY:
         return Sampled(_likeliest(logits), not_finite)
-    shaped = logits if controls is None else controls.reshape(logits)
+    shaped = logits
+    if controls is not None and slot is not None:
+        shaped = controls.rows(slot, rows.controlled).reshape(logits)
     tokens = _choose(_hold_off_stops(shaped, rows), rows)
     logprobs = logprobs_of(logits, tokens) if sampler == Sampler.FULL else None
     return Sampled(tokens, not_finite, logprobs)

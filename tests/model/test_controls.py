@@ -200,11 +200,11 @@ def test_where_every_allowed_token_is_barred_bars_give_way():
         for s, ids in enumerate(stops)
     ]
     slot_rows = rows(*init)
-    on = filled(*cases).rows(np.arange(4), slot_rows.controlled)
+    on = filled(*cases)
     logits = some_logits(4)
     logits[:, 8], logits[:, 9] = -7, -8
     for sampled in (slot_rows, rows(*(dataclasses.replace(i, temperature=1.0) for i in init))):
-        got = sample(jnp.asarray(logits), sampled, Sampler.FULL, on)
+        got = sample(jnp.asarray(logits), sampled, Sampler.FULL, on, jnp.arange(4))
         # 9 may not end the third row yet, but is all there is; the fourth can still choose 8.
         assert got.tokens.tolist() == [8, 9, 9, 8]
         assert not got.not_finite.any()
