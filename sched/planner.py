@@ -147,7 +147,7 @@ class Planner:
                 most = len(seq.group.scores) if seq.unscored else sys.maxsize
                 hit = cache.match(seq.chain, seq.tokens, most)
                 may = policy.may_enter(seq, hit, reserved, cache, worst_case=worst)
-                if not may and not (worst and policy.fits_over_time(seq, roster.running, cache)):
+                if not may and not policy.fits_over_time(seq, hit, roster.running, cache):
                     self.pressure.is_short = True
                     return
                 roster.enter(seq, hit)

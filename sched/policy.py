@@ -21,6 +21,10 @@ from .sequence import Sequence
 MAX_RECOMPUTE_RATIO = 0.1
 """Recomputed per useful token above which admission reserves the worst case."""
 
+LATE = 2
+"""Steps that an answer which ends keeps its pages while others grow: its last result is read when
+the next step has been planned, and one whose prompt is still computed is a step or more behind."""
+
 LONG_ANSWER = 1024
 """Tokens that an answer is taken to have at most where nobody knows."""
 
@@ -112,22 +116,32 @@ def may_enter(
     return needed + reserved <= cache.available
 
 
-def fits_over_time(seq: Sequence, running: Collection[Sequence], cache: KVCache) -> bool:
+def fits_over_time(
+    seq: Sequence, hit: PrefixHit, running: Collection[Sequence], cache: KVCache
+) -> bool:
     """Whether there are pages for a waiting sequence and all who run, though each goes on to its
     limit: they end one after another, and what one gives back another grows into.
 
     All are taken to gain a token a step, so demand is largest when one of them ends. Pages that
     several hold count for each.
     """
-    rows = (*running, seq)
-    at = np.array([len(row.tokens) + row.unread for row in rows])
-    left = np.array([row.limit for row in rows]) - at
-    longest_first = np.argsort(-left)
-    left, together = left[longest_first], np.cumsum(at[longest_first])
-    going = np.arange(1, len(rows) + 1)  # those that go on when each ends, itself included
-    # The last page of each is partly empty.
-    demand = (together + going * left) // cache.page_size + going
-    return int(demand.max()) <= cache.total
+    if cache.pages_for(len(seq.tokens)) - len(hit.entries) + hit.idle_pages > cache.available:
+        return False
+    rows, page = (*running, seq), cache.page_size
+    limit = np.array([row.limit for row in rows])
+    at = np.minimum([len(row.tokens) + row.unread + LATE for row in rows], limit)
+    longest_first = np.argsort(at - limit)
+    at, left = at[longest_first], (limit - at)[longest_first]
+    # When each ends: what it has, and those that go on.
+    positions = np.cumsum(at) + np.arange(1, len(rows) + 1) * left
+    if positions.max() > cache.total * page:
+        return False
+    # A part of each one's last page is empty, by how far it has come in that page.
+    offsets = np.arange(page)
+    standing = np.cumsum(at[:, None] % page == offsets, axis=0)
+    lacking = -np.add.outer(offsets, offsets) % page
+    empty = np.einsum("ro,ro->r", standing, lacking[left % page])
+    return int((positions + empty).max()) <= cache.total * page
 
 
 def gives_way(running: Ranked[Sequence], queue: FairQueue) -> Sequence:
