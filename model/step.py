@@ -33,7 +33,7 @@ from .forward import Forward
 from .inputs import ADMIT_ROOM, InputLayout, apply_updates, unpack, unpack_updates
 from .outputs import pack_outputs
 from .plan import Emit, Sampler
-from .sampling.choose import Sampled, sample
+from .sampling.choose import Sampled, rows_at_once, sample
 from .sampling.controls import Controls
 from .slots import SlotRows, Slots
 from .weights import Params
@@ -113,7 +113,8 @@ def make_sample() -> Sample:
     def run(slots: Slots, logits: jax.Array, which: jax.Array) -> tuple[Slots, jax.Array]:
         left = _Left.of(slots, which)
         with jax.named_scope("sample"):
-            sampled = sample(logits, left.rows, Sampler.SAMPLE)
+            at_once = rows_at_once(slots.num_slots)
+            sampled = sample(logits, left.rows, Sampler.SAMPLE, at_once=at_once)
         return left.emit(slots, sampled)
 
     return run
@@ -127,7 +128,8 @@ def make_full_sample() -> SampleFully:
     ) -> tuple[Controls, Slots, jax.Array]:
         left = _Left.of(slots, which)
         with jax.named_scope("sample"):
-            sampled = sample(logits, left.rows, Sampler.FULL, controls, left.slot)
+            at_once = rows_at_once(slots.num_slots)
+            sampled = sample(logits, left.rows, Sampler.FULL, controls, left.slot, at_once)
             # Also for rows without controls: their entry is emptied before it means something.
             recorded = jnp.where(left.emitted, left.slot, slots.num_slots)
             controls = controls.record(recorded, sampled.tokens)

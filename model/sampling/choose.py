@@ -32,10 +32,16 @@ class Sampled:
     logprobs: Logprobs | None = None
 
 
-ROWS_AT_ONCE = 64
-"""Rows that are sampled at a time, where there are more: sampling works on three arrays as large as
-the logits, 1.9 GB for 1,024 rows of Qwen2.5's vocabulary, which pages can use better. Each row's
-result is its own, so it is the same."""
+LEAST_AT_ONCE = 64
+"""Rows that are sampled at a time, at least: with fewer, starting kernels takes longer than what
+they do."""
+
+
+def rows_at_once(num_slots: int) -> int:
+    """Rows that an engine samples at a time: a quarter of those it may run. Sampling works on three
+    arrays as large as the logits it is given: for 256 rows of Qwen2.5's vocabulary 468 MB, which
+    pages can use better."""
+    return max(LEAST_AT_ONCE, num_slots // 4)
 
 
 def sample(
@@ -44,6 +50,7 @@ def sample(
     sampler: Sampler,
     controls: Controls | None = None,
     slot: jax.Array | None = None,
+    at_once: int | None = None,
 ) -> Sampled:
     """One token a row.
 
@@ -53,18 +60,22 @@ def sample(
       sampler: static; what this program can do (greedy rows are honoured by all).
       controls: of all slots; reshape the logits of rows that are controlled; for FULL.
       slot: int32 [R] whose row each is; with `controls`.
+      at_once: static; rows that are sampled at a time at most, None: all. (Or nearly as many, as R
+        can be divided; where it cannot, all.) It changes nothing, for each row's result is its own.
     """
-    count = len(logits)
-    at_once = next((n for n in range(ROWS_AT_ONCE, 1, -1) if count % n == 0), 1)
-    if sampler == Sampler.GREEDY or count <= ROWS_AT_ONCE or at_once < ROWS_AT_ONCE // 4:
+    count, size = len(logits), len(logits)
+    if at_once is not None and sampler != Sampler.GREEDY:
+        divisors = (n for n in range(min(at_once, count), at_once // 4, -1) if count % n == 0)
+        size = next(divisors, count)
+    if size == count:
         return _sample(logits, rows, sampler, controls, slot)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(count // size, size, *x.shape[1:])
 
     def some(part: tuple[jax.Array, SlotRows, jax.Array | None]) -> Sampled:
         logits, rows, slot = part
         return _sample(logits, rows, sampler, controls, slot)
-
-    def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(count // at_once, at_once, *x.shape[1:])
 
     sampled: Sampled = jax.lax.map(some, jax.tree.map(cut, (logits, rows, slot)))
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), sampled)

@@ -207,6 +207,8 @@ def test_where_every_allowed_token_is_barred_bars_give_way():
         got = sample(jnp.asarray(logits), sampled, Sampler.FULL, on, jnp.arange(4))
         # 9 may not end the third row yet, but is all there is; the fourth can still choose 8.
         assert got.tokens.tolist() == [8, 9, 9, 8]
+        halves = sample(jnp.asarray(logits), sampled, Sampler.FULL, on, jnp.arange(4), 2)
+        jax.tree.map(np.testing.assert_array_equal, halves, got)
         assert not got.not_finite.any()
 
 

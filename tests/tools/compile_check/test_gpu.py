@@ -22,6 +22,7 @@ from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
+from quire.model.sampling.choose import rows_at_once
 from quire.model.startup import Startup, guessed_need
 from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
@@ -139,6 +140,14 @@ def test_memory_that_is_guessed_is_enough(model: str, bucket: Bucket) -> None:
     assert report(model, bucket).temp_bytes <= need.temp
 
 
+@pytest.mark.parametrize("sampler", [Sampler.SAMPLE, Sampler.FULL])
+def test_sampling_works_on_a_quarter_of_the_rows(sampler: Sampler) -> None:
+    """Three arrays as large as their logits, beside those of all."""
+    logits = rows_at_once(ROWS) * CONFIGS["llama-3.1-8b"]().vocab_size * 4
+    temp = report("llama-3.1-8b", SampleKey(ROWS, sampler)).temp_bytes
+    assert logits < temp <= 3 * logits + SLACK
+
+
 @pytest.mark.parametrize("model", CONFIGS)
 def test_copying_pages_needs_one_copy_of_them(model: str) -> None:
     """`admit` copies ADMIT_ROOM's pages through a buffer of their own, and nothing else."""
@@ -157,9 +166,11 @@ def test_a_greedy_step_is_one_launch(model: str, bucket: Bucket) -> None:
 def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
     """Each bisection for a threshold is a loop that the host runs (XLA captures no `while`)."""
     assert report("small", replace(DECODE, sampler=Sampler.FULL)).thunks == ["CommandBuffer"]
-    thunks = report("small", SampleKey(ROWS, Sampler.SAMPLE)).thunks
+    thunks = report("small", SampleKey(rows_at_once(ROWS), Sampler.SAMPLE)).thunks
     assert thunks is not None and thunks[0] == "CommandBuffer"
     assert thunks.count("While") <= 2
+    thunks = report("small", SampleKey(ROWS, Sampler.SAMPLE)).thunks
+    assert thunks is not None and thunks.count("While") == 1  # around them, for some rows at a time
 
 
 def kernels(model: str, layers: int, bucket: Bucket) -> set[str]:
