@@ -166,8 +166,9 @@ class Programs:
     def demanding(self) -> list[Key]:
         """The programs among which those are that work in most memory."""
         ladder = self._spec.ladder
-        steps = {forward_key(b) for b in ladder.buckets if b.tokens == ladder.max_tokens}
-        return [*steps, SCORE, SampleKey(*max(ladder.samples)), ADMIT]
+        largest = ladder.max_tokens, ladder.max_rows
+        steps = {forward_key(b) for b in ladder.buckets if (b.tokens, b.rows) == largest}
+        return [*sorted(steps), SCORE, SampleKey(*max(ladder.samples)), ADMIT]
 
     def input_bytes(self, key: Key) -> int:
         """Bytes of the buffer that a program, but STATE, gets from the host."""

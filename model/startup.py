@@ -120,12 +120,12 @@ class Startup:
         """The sizes as far as they are known: all, or all but the programs' need."""
         return self._settle(self._known() or self._least)
 
-    def measured_sizes(self) -> Sizes:
-        """The sizes with the programs' need, for which the largest program may be compiled."""
+    def measured_sizes(self, threads: int = 1) -> Sizes:
+        """The sizes with the programs' need, for which the largest programs may be compiled."""
         need = self._known()
         if need is None:
             programs = self._programs(self._first)
-            need = _need(programs, self._compile(programs, programs.demanding, threads=1))
+            need = _need(programs, self._compile(programs, programs.demanding, threads))
         return self._settle(need)
 
     def prepare(
@@ -148,7 +148,7 @@ class Startup:
         if need is None and spare < _TIGHT * sizes.memory.budget:
             if before_compiling is not None:
                 before_compiling()
-            sizes = self.measured_sizes()
+            sizes = self.measured_sizes(threads)
         while True:
             programs = self._programs(sizes.spec)
             got = self._compile(

@@ -93,6 +93,15 @@ def test_default_ladder_of_a_gpu():
     assert ladder.num_programs == 50
 
 
+def test_sizes_halfway_between_where_there_is_room_for_their_programs():
+    ladder = make_ladder(256, 2048)
+    greedy = [b.rows for b in ladder.buckets if b.decode_only and b.sampler == Sampler.GREEDY]
+    assert greedy == [1, 8, 16, 32, 64, 128, 192, 256]
+    rung = ladder.choose(160, 160, Sampler.GREEDY, decode_only=True)
+    assert rung.decode_only and rung.rows == 192
+    assert ladder.num_programs == 49
+
+
 def test_prompts_that_come_alone_pay_for_few_rows():
     """And none of those rungs takes what has more rows, or cuts prompts that come with answers."""
     ladder = make_ladder(1024, 2048)

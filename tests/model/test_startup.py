@@ -174,11 +174,11 @@ def test_what_a_step_hands_over_is_there_once_and_its_results_until_fetched() ->
     greedy = Bucket(512, 8, Sampler.GREEDY, 1)
     full, sample = Bucket(512, 8, Sampler.FULL, 1), SampleKey(8, Sampler.FULL)
     other = SampleKey(8, Sampler.SAMPLE)  # instead of it
-    # Of SCORE there are two: 256 tokens each.
+    # Of SCORE there are four: 128 tokens each.
     results = {greedy: 7, full: 1000, sample: 3, other: 2, SCORE: 2}
     # Sampling works in most: its 50, the logits, its results and those of the step before.
     assert needed({greedy: 9, full: 40, sample: 50, other: 6, SCORE: 1}, results) == startup.Need(
-        50, 1000 + 7 + 7
+        50, 1000 + 11 + 11
     )
     # The forward of a FULL step, and GREEDY results waiting.
     assert needed({greedy: 9, full: 40}, results) == startup.Need(40, 1000 + 7)
@@ -223,7 +223,7 @@ def test_a_need_that_was_overestimated_leaves_the_next_start_the_same_sizes(
     monkeypatch.setattr(Startup, "_remember", lambda self, need: memory.append(need))
     monkeypatch.setattr(Startup, "_compile", lambda *_, **__: got)
     generous = startup.Need(sizes.memory.temp + 2**21, sizes.memory.staging)
-    monkeypatch.setattr(Startup, "measured_sizes", lambda self: self._settle(generous))
+    monkeypatch.setattr(Startup, "measured_sizes", lambda self, threads: self._settle(generous))
     first, _ = start(folder).prepare(threads=1)
     second, _ = start(folder).prepare(threads=1)
     assert first.memory == second.memory and first.memory.pages < sizes.memory.pages
