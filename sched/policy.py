@@ -95,7 +95,7 @@ def reserved_pages(
 
     Normally what their prompts still need and one more for each, so that nobody has to give way at
     once; in the worst case all they may ever need, so that nobody has to give way at all. Where
-    that is more than there is, `fits_over_time` asks whether they need it at the same time.
+    so many are not left, `fits_over_time` asks what all need at the same time.
     """
     if worst_case:
         return sum(cache.pages_for(seq.limit) - len(seq.kv.pages) for seq in running)
