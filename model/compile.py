@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -38,10 +39,17 @@ _POOL_SHARE = 0.25
 _COMPILE_BYTES, _COMPILE_BYTES_PER_LAYER = 192 * 2**20, 12 * 2**20
 """Host memory of one compilation; 0.55 GB at 32 layers, measured for a GPU."""
 
+_GIVING_WAY = 10
+"""How much less urgent compiling is than the thread that lowers, without which nothing follows;
+with a share of the processors like any other's it takes two to three times as long."""
+
 VENDOR_TOKENS = 64
 """Tokens of a step from which on a GPU's matrix products are the vendor's. Below, XLA's own win
 (4.15 ms against 4.62 for those of Llama-8B at one token); here they lose (4.76 against 4.64 at 64,
 7.35 against 7.10 at 256), and to find that out some forty of each product's are compiled."""
+
+_OWN_PRODUCTS = "xla_gpu_enable_triton_gemm"
+_THREADS = "xla_gpu_force_compilation_parallelism"
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[int, int], None]
@@ -147,6 +155,24 @@ def compile_threads(layers: int, host_bytes: int, tuned_at_once: int | None = No
     return max(1, min(bounds if tuned_at_once is None else [*bounds, tuned_at_once]))
 
 
+def _threads_of_each(told: Mapping[str, Any], at_once: int) -> int:
+    """Threads that XLA is told to compile a program for a GPU with: a share of the processors where
+    so many programs are compiled at once; all where it tries kernels of its own.
+
+    Untold, it takes those of the device's client, which do not give way as those do that a
+    compilation starts (`_give_way`). And a program cut up for several threads takes a tenth more of
+    them in all.
+    """
+    cores = os.cpu_count() or 1
+    return cores if told.get(_OWN_PRODUCTS, True) else max(1, cores // max(1, at_once))
+
+
+def _give_way() -> None:
+    """What this thread does, and threads and processes that it starts do, waits for others."""
+    if sys.platform == "linux":  # where this is a thread's own
+        os.nice(_GIVING_WAY)
+
+
 def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
     """What XLA is told for a program, on "cpu", "gpu" (JAX also says "cuda") or "tpu".
 
@@ -160,7 +186,7 @@ def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
     # and spends a third of the compilation on looking for what to compute twice.
     options: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
     if tokens >= VENDOR_TOKENS:
-        options["xla_gpu_enable_triton_gemm"] = False
+        options[_OWN_PRODUCTS] = False
     return options
 
 
@@ -238,17 +264,20 @@ def compile_all(
 
     def compiled(lowered: Lowered, key: Key) -> tuple[Compiled, dict[str, int]]:
         told = compiler_options(platform) if options is None else options(key)
-        program = lowered.compile(compiler_options=told | tuning)
+        if platform == "gpu":
+            told |= {_THREADS: _threads_of_each(told, min(threads, len(missing))), **tuning}
+        program = lowered.compile(compiler_options=told)
         found = figures_of(program)
         if store is not None and facts is not None:
             _keep(store, facts(key), program, found)
         return program, found
 
-    platform, tuning = devices[0].platform, {}
+    platform = devices[0].platform
+    tuning: dict[str, Any] = {}
     if store is not None and platform == "gpu":
         # Kernels that XLA timed for one program are known to the next, and to the next start.
         tuning["xla_gpu_per_fusion_autotune_cache_dir"] = str(store.tuning)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+    pool = ThreadPoolExecutor(threads, "compile", _give_way)
     try:
         if store is not None and facts is not None:
             if platform == "gpu":

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,14 @@ import pytest
 import stepping
 from stepping import CONFIG, ints, make_runner, pages, run, state
 
-from quire.model.compile import CompileCounter, cache_folder, compile_all, use_cache
+from quire.model.compile import (
+    VENDOR_TOKENS,
+    CompileCounter,
+    cache_folder,
+    compile_all,
+    compiler_options,
+    use_cache,
+)
 from quire.model.inputs import ADMIT_ROOM, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
 from quire.model.mesh import default_mesh
@@ -337,6 +346,52 @@ def test_programs_are_lowered_while_compiling_must_wait(threads):
             names, threads=threads, devices=devices,
             before_compiling=lambda: (_ for _ in ()).throw(OSError("no weights")),
         )  # fmt: skip
+
+
+def compile_told(platform, names, threads):
+    """What XLA is told for each program, and how urgent the thread is that compiles it."""
+    told, urgent = {}, {}
+
+    def lower(name):
+        def compiled(compiler_options):
+            told[name] = compiler_options
+            urgent[name] = os.getpriority(os.PRIO_PROCESS, 0)
+            return SimpleNamespace(memory_analysis=lambda: None)
+
+        return SimpleNamespace(compile=compiled)
+
+    compile_all(
+        {name: partial(lower, name) for name in names},
+        threads=threads,
+        options=lambda tokens: compiler_options(platform, tokens),
+        devices=[SimpleNamespace(platform=platform)],
+    )
+    return told, urgent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of a thread only there")
+def test_compiling_gives_way_to_lowering():
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    _, urgent = compile_told("cpu", range(3), threads=2)
+    assert all(there == min(here + 10, 19) for there in urgent.values())
+    assert os.getpriority(os.PRIO_PROCESS, 0) == here
+
+
+def test_compilations_share_the_processors_but_for_those_that_try_kernels(monkeypatch):
+    monkeypatch.setattr("quire.model.compile.os.cpu_count", lambda: 16)
+
+    def threads_of(names, threads):
+        told, _ = compile_told("gpu", names, threads)
+        assert all(compiler_options("gpu", n).items() < told[n].items() for n in names)
+        return {n: told[n]["xla_gpu_force_compilation_parallelism"] for n in names}
+
+    few, many = 1, VENDOR_TOKENS
+    assert threads_of([few, many], threads=1) == {few: 16, many: 16}
+    assert threads_of([few, *range(many, many + 3)], threads=16)[many] == 4
+    assert set(threads_of(range(many, many + 40), threads=16).values()) == {1}
+    assert set(threads_of(range(many, many + 40), threads=5).values()) == {3}
+    assert threads_of(range(many - 1, many + 40), threads=16)[many - 1] == 16
+    assert compile_told("cpu", [many], threads=1)[0] == {many: {}}
 
 
 @pytest.mark.parametrize("enabled", [True, False])
