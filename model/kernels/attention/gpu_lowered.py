@@ -1,17 +1,20 @@
-"""Kernels lowered once for all programs of an engine. Called by gpu_pallas.py for each of its own.
+"""Kernels lowered once for all programs of an engine. Called by gpu_pallas.py for each of its own,
+and by gpu_mosaic.py.
 
 Some forty step programs have the same few kernels: how many tokens a step has changes their grids
 and the first dimensions of arrays, but not their code. Pallas traces and lowers a kernel anew in
 every program, a third of all that lowering takes. Here Pallas lowers it once, alone; what it made
 of it, a call of XLA's with the code as an attribute, stands in every program.
 
-A kernel is known by all it can see: its code, what its closure holds, the types and shapes of its
-arguments. What cannot be known, or repeated, is lowered where it is used.
+A kernel is known by all it can see: its code, what its closure holds (or what its caller says
+stands for both), the types and shapes of its arguments. What cannot be known, or repeated, is
+lowered where it is used. XLA, too, builds a kernel by Mosaic once for all programs that have the
+same, and Mosaic numbers those it lowers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
@@ -48,6 +51,16 @@ class _Lowered:
 
     target: str
     attributes: dict[str, Any]
+
+    def call(
+        self,
+        args: Sequence[jax.Array],
+        out: Sequence[jax.ShapeDtypeStruct],
+        aliases: Mapping[int, int],
+        grid: Mapping[str, Any],
+    ) -> Any:
+        repeated = jax.ffi.ffi_call(self.target, list(out), input_output_aliases=dict(aliases))
+        return repeated(*args, **self.attributes, **grid)
 
 
 class LoweredKernels:
@@ -91,18 +104,53 @@ class LoweredKernels:
         seen, left = [_seen(x) for x in args], [_seen(x) for x in out]
         # Of the last two axes only this much is in the code, of those before them the sizes.
         axes = (*grid[:-2], *(size == 1 for size in grid[-2:]))
-        shapes = tuple((x.shape, x.dtype) for x in (*seen, *left))
-        key = (identity(kernel), launch, axes, shapes, tuple(sorted(aliases.items())))
-        if key not in self._known:
-            self._known[key] = self._lower(make(left), seen, grid)
-        lowered = self._known[key]
-        if lowered is None:
+        key = identity(kernel), launch, axes
+        lowered = self._lowered(key, make(left), seen, left, aliases, _on_grid(grid))
+        return lowered.call(args, out, aliases, _on_grid(grid))
+
+    def run_known(
+        self,
+        key: Hashable,
+        kernel: Callable[..., Any],
+        args: Sequence[jax.Array],
+        looked_at: Collection[int],
+        out: Sequence[jax.ShapeDtypeStruct],
+        aliases: Mapping[int, int],
+    ) -> Any:
+        """`kernel(*args)`, the call of a kernel which the key tells from others of other code.
+
+        Of arguments but those `looked_at` the kernel looks at no first dimension.
+
+        Raises:
+          Unknown: it has to be made.
+        """
+        seen = [_given(x) if n in looked_at else _seen(x) for n, x in enumerate(args)]
+        lowered = self._lowered(key, kernel, seen, list(map(_given, out)), aliases, {})
+        return lowered.call(args, out, aliases, {})
+
+    def _lowered(
+        self,
+        key: Hashable,
+        call: Callable[..., Any],
+        args: Sequence[jax.ShapeDtypeStruct],
+        out: Sequence[jax.ShapeDtypeStruct],
+        aliases: Mapping[int, int],
+        grid: Mapping[str, Any],
+    ) -> _Lowered:
+        """What is known of a kernel of this key, and of these shapes."""
+        shapes = tuple((x.shape, x.dtype) for x in (*args, *out))
+        known = key, shapes, tuple(sorted(aliases.items()))
+        if known not in self._known:
+            self._known[known] = self._lower(call, args, grid)
+        if (lowered := self._known[known]) is None:
             raise Unknown("its call cannot be repeated")
-        call = jax.ffi.ffi_call(lowered.target, list(out), input_output_aliases=dict(aliases))
-        return call(*args, **lowered.attributes, **_on_grid(grid))
+        return lowered
 
     def _lower(
-        self, call: Callable[..., Any], args: Sequence[jax.ShapeDtypeStruct], grid: tuple[int, ...]
+        self,
+        call: Callable[..., Any],
+        args: Sequence[jax.ShapeDtypeStruct],
+        grid: Mapping[str, Any],
     ) -> _Lowered | None:
         """The call in a program of its own; None where there is more, or other, than is known."""
         with jax.sharding.use_abstract_mesh(self._mesh):
@@ -145,9 +193,13 @@ def identity(thing: Any) -> Hashable:
     raise Unknown(f"{kind} in a kernel's closure")
 
 
+def _given(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
 def _seen(array: Array) -> jax.ShapeDtypeStruct:
     """An array as a kernel sees it that does not look at its first dimension."""
-    given = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    given = _given(array)
     usual = jax.ShapeDtypeStruct((_ROWS, *array.shape[1:]), array.dtype)
     wide = max(x.size * x.dtype.itemsize for x in (given, usual)) > _NARROW
     return given if wide else usual
@@ -158,8 +210,8 @@ def _on_grid(grid: tuple[int, ...]) -> dict[str, Any]:
     return {axis: np.int32(size) for axis, size in zip(_GRID, sizes, strict=True)}
 
 
-def _repeatable(module: Any, grid: tuple[int, ...]) -> _Lowered | None:
-    """The one call in a program, if that is all there is to it."""
+def _repeatable(module: Any, grid: Mapping[str, Any]) -> _Lowered | None:
+    """The one call in a program, if that is all there is to it but for its grid."""
     # Here, since who has no GPU has no use for it.
     from jaxlib.mlir import ir
 
@@ -185,6 +237,6 @@ def _repeatable(module: Any, grid: tuple[int, ...]) -> _Lowered | None:
         return None
     (said,) = found
     config = {a.name: plain(a.attr) for a in said[_CONFIG]}
-    if None in config.values() or _on_grid(grid) != {a: config.pop(a, None) for a in _GRID}:
+    if None in config.values() or dict(grid) != {a: config.pop(a, None) for a in grid}:
         return None
     return _Lowered(said["call_target_name"].value, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from described_engines import config_of, engine
+from jax._src.interpreters import mlir
 from jax._src.pallas.triton.lowering import _new_ir_context
 from jaxlib.mlir import ir, passmanager
 
@@ -179,3 +182,85 @@ def test_what_cannot_be_told_apart_is_lowered_where_it_is_used() -> None:
     # Past what the second axis of a grid holds, where axes lie is in the code.
     code, count = code_of(known, scaling(2), grid=(2, 2**16))
     assert count == 0 and "131072" in code
+
+
+@cache
+def by_mosaic() -> Programs:
+    config = replace(
+        config_of("llama-3.1-8b"), vocab_size=4000, hidden_size=640, intermediate_size=1024,
+        num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, windows=(None, 100),
+    )  # fmt: skip
+    sizes = {"page_size": 32, "num_pages": 4096, "rows": 256, "tokens": 2048}
+    return engine(config, gpu_mesh(), **sizes)[0]
+
+
+def mosaic_calls(lowered: Any) -> list[tuple[dict[str, str], bytes]]:
+    """What each call of a kernel by Mosaic says besides its code, and its code."""
+    found = []
+
+    def look(op: Any) -> Any:
+        if (
+            op.name == "stablehlo.custom_call"
+            and "mosaic" in op.attributes["call_target_name"].value
+        ):
+            said = {a.name: a.attr for a in op.attributes["mhlo.backend_config"]}
+            code = said.pop("module").value_bytes
+            del said["kernel_hash"]
+            said |= {name: op.attributes[name] for name in op.attributes}
+            del said["mhlo.backend_config"]
+            types = str([x.type for x in (*op.operands, *op.results)])
+            found.append(({k: str(v) for k, v in said.items()} | {"types": types}, code))
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(look)
+    return found
+
+
+def instructions(code: bytes) -> Counter[str]:
+    """The lines of a kernel by Mosaic, values without their numbers and lists without a length."""
+    with mlir.make_ir_context() as context:
+        context.allow_unregistered_dialects = True
+        text = ir.Module.parse(code).operation.get_asm(enable_debug_info=False)
+    text = re.sub(r"%\w+|#map\d*", "%", text)
+    return Counter(re.sub(LIST, r"memref<?\1", text).splitlines())
+
+
+LIST = r"memref<\d+((x\d+)?xi32\b)"
+OF_SIZES = re.compile(r"mlir.constant|from_kernel_arg_idx = [2-5] : |dump_basename")
+"""Lines of the host's part that name the length of a list; and of the kernel's number."""
+
+with_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic's kernel needs JAX 0.11"
+)
+
+
+@with_mosaic
+def test_the_shared_kernel_by_mosaic_is_the_one_pallas_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for lengths of arrays that it reads by index."""
+    bucket = Bucket(1024, 256, GREEDY)
+    gpu._traced_once.clear_cache()
+    shared = mosaic_calls(by_mosaic().lower(bucket))
+    gpu._traced_once.clear_cache()
+    monkeypatch.setattr(LoweredKernels, "run_known", _refuse)
+    alone = mosaic_calls(by_mosaic().lower(bucket))
+    assert len(shared) == 2 and [said for said, _ in shared] == [said for said, _ in alone]
+    for (_, code), (_, other) in zip(shared, alone, strict=True):
+        a, b = instructions(code), instructions(other)
+        assert 1000 < a.total() == pytest.approx(b.total(), abs=4)
+        differ = [line for line in (a - b) + (b - a) if not OF_SIZES.search(line)]
+        assert differ == []
+
+
+@with_mosaic
+def test_steps_of_as_many_tokens_share_their_kernel_by_mosaic() -> None:
+    """Also what XLA knows it by. Another number of tokens, or window, has another."""
+    of = {}
+    for tokens, rows in ((1024, 256), (1024, 64), (768, 256)):
+        gpu._traced_once.clear_cache()
+        of[tokens, rows] = [code for _, code in mosaic_calls(by_mosaic().lower(
+            Bucket(tokens, rows, GREEDY)
+        ))]  # fmt: skip
+    assert of[1024, 256] == of[1024, 64]
+    assert len({*of[1024, 256], *of[768, 256]}) == 4
