@@ -14,7 +14,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -231,6 +231,7 @@ def compile_all(
     options: Callable[[Key], dict[str, Any]] | None = None,
     store: ProgramStore | None = None,
     facts: Callable[[Key], Facts] | None = None,
+    kernels: Callable[[], Sequence[Lowered]] = tuple,
     devices: tuple[jax.Device, ...],
     before_compiling: Callable[[], object] | None = None,
     progress: Progress | None = None,
@@ -245,6 +246,8 @@ def compile_all(
       options: what XLA is told for each; None is `compiler_options` of the platform.
       store: where programs are found and kept; none without it.
       facts: what a program is found by; needed with `store`.
+      kernels: programs that came up while lowering, to be compiled, and forgotten, before all
+        others; also while `before_compiling` has not returned.
       devices: where programs run.
       before_compiling: called on another thread unless all programs are stored; while it has not
         returned, programs are lowered and none compiled.
@@ -272,6 +275,10 @@ def compile_all(
             _keep(store, facts(key), program, found)
         return program, found
 
+    def build(kernel: Lowered) -> None:
+        with suppress(jax.errors.JaxRuntimeError):  # a program that has it will say so
+            kernel.compile(compiler_options=compiler_options(platform))
+
     platform = devices[0].platform
     tuning: dict[str, Any] = {}
     if store is not None and platform == "gpu":
@@ -289,6 +296,7 @@ def compile_all(
             waiting: Future[object] | None = None
             if missing and before_compiling is not None:
                 waiting = pool.submit(before_compiling)
+            building: list[Future[None]] = []
             lowered: dict[Key, Lowered] = {}
             futures: dict[Future[Any], Key] = {}
             for key in missing:
@@ -296,7 +304,9 @@ def compile_all(
                 with _collector_at_rest():
                     lowered[key] = programs[key]()
                 lowering += time.monotonic() - begin
-                if waiting is not None and key != missing[-1] and not waiting.done():
+                building += [pool.submit(build, kernel) for kernel in kernels()]
+                first = waiting is None or waiting.done(), *(kernel.done() for kernel in building)
+                if not futures and key != missing[-1] and not all(first):
                     continue
                 if not futures:
                     if waiting is not None:

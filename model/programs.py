@@ -106,7 +106,7 @@ class Programs:
         )
         self.groups = cache_groups(decoder.config, decoder.dtype, mesh.shards, mesh.platform)
         self._facts: dict[str, str] | None = None
-        self._kernels = LoweredKernels(mesh.lowering_platforms[0], mesh.abstract)
+        self._kernels = LoweredKernels(mesh.lowering_platforms[0], mesh.abstract, mesh.everywhere)
         self._layouts: dict[Bucket, InputLayout] = {}
 
     def layout(self, bucket: Bucket) -> InputLayout:
@@ -210,6 +210,11 @@ class Programs:
     def lowerings(self) -> dict[Key, Callable[[], Lowered]]:
         """Every program, in the order of `keys`."""
         return {key: partial(self.lower, key) for key in self.keys()}
+
+    def take_kernels(self) -> list[Lowered]:
+        """Programs of one kernel each, to be compiled before those that have it, lowered since the
+        last call (kernels/attention/gpu_lowered.py)."""
+        return self._kernels.take_built_alone()
 
     def lower(self, key: Key) -> Lowered:
         """Traces and lowers one program."""

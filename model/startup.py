@@ -227,6 +227,7 @@ class Startup:
             options=programs.compiler_options,
             store=self._store,
             facts=programs.facts,
+            kernels=programs.take_kernels,
             devices=self._mesh.devices,
             before_compiling=before_compiling,
             progress=progress,

@@ -348,6 +348,53 @@ def test_programs_are_lowered_while_compiling_must_wait(threads):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("must_wait", [True, False])
+def test_kernels_are_built_before_programs_are_compiled(must_wait):
+    """Also while nothing else may be compiled; one that cannot be built is its program's matter."""
+    events, lowered, built = [], threading.Event(), threading.Event()
+    both = threading.Barrier(2)
+
+    def lower(name):
+        def compiled(compiler_options):
+            events.append(f"compile {name}")
+            return SimpleNamespace(memory_analysis=lambda: None)
+
+        events.append(f"lower {name}")
+        came_up.extend(f"{name}{n}" for n in range(2) if name != "b")
+        if name == "b":
+            lowered.set()
+            assert built.wait(60)
+        return SimpleNamespace(compile=compiled)
+
+    def kernel(name):
+        def build(compiler_options):
+            assert lowered.wait(60)
+            events.append(f"build {name}")
+            if name[0] == "a":
+                both.wait(60)
+                built.set()
+                raise jax.errors.JaxRuntimeError("too large")
+
+        return SimpleNamespace(compile=build)
+
+    def take():
+        taken = [kernel(name) for name in came_up]
+        came_up.clear()
+        return taken
+
+    came_up = []
+    compile_all(
+        {name: partial(lower, name) for name in "abc"},
+        threads=3,
+        kernels=take,
+        devices=default_mesh().devices,
+        before_compiling=(lambda: built.wait(60)) if must_wait else None,
+    )
+    assert events[:2] == ["lower a", "lower b"]
+    assert sorted(events[2:4]) == ["build a0", "build a1"]
+    assert {"build c0", "build c1", "compile a", "compile b", "compile c"} <= {*events[4:]}
+
+
 def compile_told(platform, names, threads):
     """What XLA is told for each program, and how urgent the thread is that compiles it."""
     told, urgent = {}, {}

@@ -8,8 +8,12 @@ of it, a call of XLA's with the code as an attribute, stands in every program.
 
 A kernel is known by all it can see: its code, what its closure holds (or what its caller says
 stands for both), the types and shapes of its arguments. What cannot be known, or repeated, is
-lowered where it is used. XLA, too, builds a kernel by Mosaic once for all programs that have the
-same, and Mosaic numbers those it lowers.
+lowered where it is used.
+
+Kernels by Mosaic are built by XLA, too, once a process, if they are the same to the byte (Mosaic
+numbers those it lowers). While it builds one, it compiles nothing else with LLVM, and it begins
+only when nothing else is compiled: among many programs, when all others are done. So the programs
+of one kernel are there to be compiled before (`take_built_alone`).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Lowered
 
 Array = jax.Array | jax.ShapeDtypeStruct
 Make = Callable[[Sequence[jax.ShapeDtypeStruct]], Callable[..., Any]]
@@ -69,11 +74,18 @@ class LoweredKernels:
     Args:
       platform: of the devices, as `Traced.lower` calls it.
       mesh: of them.
+      placed: on them, for programs of a kernel that are to be compiled.
     """
 
-    def __init__(self, platform: str, mesh: jax.sharding.AbstractMesh) -> None:
-        self._platform, self._mesh = platform, mesh
+    def __init__(
+        self,
+        platform: str,
+        mesh: jax.sharding.AbstractMesh,
+        placed: jax.sharding.Sharding | None = None,
+    ) -> None:
+        self._platform, self._mesh, self._placed = platform, mesh, placed
         self._known: dict[Hashable, _Lowered | None] = {}
+        self._alone: list[Lowered] = []
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -105,10 +117,10 @@ class LoweredKernels:
         # Of the last two axes only this much is in the code, of those before them the sizes.
         axes = (*grid[:-2], *(size == 1 for size in grid[-2:]))
         key = identity(kernel), launch, axes
-        lowered = self._lowered(key, make(left), seen, left, aliases, _on_grid(grid))
+        lowered, _ = self._lowered(key, make(left), seen, left, aliases, _on_grid(grid))
         return lowered.call(args, out, aliases, _on_grid(grid))
 
-    def run_known(
+    def run_built_alone(
         self,
         key: Hashable,
         kernel: Callable[..., Any],
@@ -117,7 +129,7 @@ class LoweredKernels:
         out: Sequence[jax.ShapeDtypeStruct],
         aliases: Mapping[int, int],
     ) -> Any:
-        """`kernel(*args)`, the call of a kernel which the key tells from others of other code.
+        """`kernel(*args)`, the call of a kernel by Mosaic, told from others of other code by `key`.
 
         Of arguments but those `looked_at` the kernel looks at no first dimension.
 
@@ -125,8 +137,16 @@ class LoweredKernels:
           Unknown: it has to be made.
         """
         seen = [_given(x) if n in looked_at else _seen(x) for n, x in enumerate(args)]
-        lowered = self._lowered(key, kernel, seen, list(map(_given, out)), aliases, {})
+        seen = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._placed) for x in seen]
+        lowered, alone = self._lowered(key, kernel, seen, list(map(_given, out)), aliases, {})
+        self._alone += alone
         return lowered.call(args, out, aliases, {})
+
+    def take_built_alone(self) -> list[Lowered]:
+        """Programs of one kernel each, lowered since the last call: when these are compiled, XLA
+        has built all kernels of `run_built_alone`."""
+        taken, self._alone = self._alone, []
+        return taken
 
     def _lowered(
         self,
@@ -136,30 +156,22 @@ class LoweredKernels:
         out: Sequence[jax.ShapeDtypeStruct],
         aliases: Mapping[int, int],
         grid: Mapping[str, Any],
-    ) -> _Lowered:
-        """What is known of a kernel of this key, and of these shapes."""
+    ) -> tuple[_Lowered, list[Lowered]]:
+        """What is known of a kernel of this key and of these shapes, and its program if it had to
+        be lowered."""
         shapes = tuple((x.shape, x.dtype) for x in (*args, *out))
-        known = key, shapes, tuple(sorted(aliases.items()))
+        known, new = (key, shapes, tuple(sorted(aliases.items()))), []
         if known not in self._known:
-            self._known[known] = self._lower(call, args, grid)
+            new = [self._lower(call, args)]
+            self._known[known] = _repeatable(new[0], grid)
         if (lowered := self._known[known]) is None:
             raise Unknown("its call cannot be repeated")
-        return lowered
+        return lowered, new
 
-    def _lower(
-        self,
-        call: Callable[..., Any],
-        args: Sequence[jax.ShapeDtypeStruct],
-        grid: Mapping[str, Any],
-    ) -> _Lowered | None:
-        """The call in a program of its own; None where there is more, or other, than is known."""
+    def _lower(self, call: Callable[..., Any], args: Sequence[jax.ShapeDtypeStruct]) -> Lowered:
+        """The call in a program of its own."""
         with jax.sharding.use_abstract_mesh(self._mesh):
-            traced = jax.jit(call).trace(*args)
-            module = traced.lower(lowering_platforms=(self._platform,)).compiler_ir("stablehlo")
-        try:
-            return _repeatable(module, grid)
-        except (AttributeError, ImportError, KeyError, TypeError):  # another JAX says it otherwise
-            return None
+            return jax.jit(call).trace(*args).lower(lowering_platforms=(self._platform,))
 
 
 _IN_USE: ContextVar[LoweredKernels | None] = ContextVar("lowered kernels", default=None)
@@ -210,7 +222,15 @@ def _on_grid(grid: tuple[int, ...]) -> dict[str, Any]:
     return {axis: np.int32(size) for axis, size in zip(_GRID, sizes, strict=True)}
 
 
-def _repeatable(module: Any, grid: Mapping[str, Any]) -> _Lowered | None:
+def _repeatable(program: Lowered, grid: Mapping[str, Any]) -> _Lowered | None:
+    """The call in a program of one kernel; None where there is more, or other, than is known."""
+    try:
+        return _only_call(program.compiler_ir("stablehlo"), grid)
+    except (AttributeError, ImportError, KeyError, TypeError):  # another JAX says it otherwise
+        return None
+
+
+def _only_call(module: Any, grid: Mapping[str, Any]) -> _Lowered | None:
     """The one call in a program, if that is all there is to it but for its grid."""
     # Here, since who has no GPU has no use for it.
     from jaxlib.mlir import ir

@@ -163,9 +163,11 @@ def _filled(
     """
 
     def run(*args: jax.Array) -> Any:
-        *read, o = args
+        q, slab, page_table, first_page, items, used, o = args
         filled = jax.new_ref(o)
-        sums = _call(*read, filled, heads, shape, partial_sums)
+        sums = _call(
+            q, slab, page_table, first_page, items, used, filled, heads, shape, partial_sums
+        )
         return *sums, jax.freeze(filled)
 
     args = q, slab, page_table, first_page, items, used, o
@@ -173,7 +175,7 @@ def _filled(
         out = [*partial_sums, jax.ShapeDtypeStruct(o.shape, o.dtype)]
         copied = (0, 1, 6)  # by TMA, which is told all sizes
         with suppress(Unknown), jax.named_scope(_NAME):
-            return kernels.run_known(
+            return kernels.run_built_alone(
                 (_NAME, heads, shape), run, args, copied, out, {6: len(partial_sums)}
             )
     return run(*args)

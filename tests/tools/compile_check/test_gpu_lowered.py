@@ -243,7 +243,7 @@ def test_the_shared_kernel_by_mosaic_is_the_one_pallas_makes(
     gpu._traced_once.clear_cache()
     shared = mosaic_calls(by_mosaic().lower(bucket))
     gpu._traced_once.clear_cache()
-    monkeypatch.setattr(LoweredKernels, "run_known", _refuse)
+    monkeypatch.setattr(LoweredKernels, "run_built_alone", _refuse)
     alone = mosaic_calls(by_mosaic().lower(bucket))
     assert len(shared) == 2 and [said for said, _ in shared] == [said for said, _ in alone]
     for (_, code), (_, other) in zip(shared, alone, strict=True):
@@ -255,12 +255,16 @@ def test_the_shared_kernel_by_mosaic_is_the_one_pallas_makes(
 
 @with_mosaic
 def test_steps_of_as_many_tokens_share_their_kernel_by_mosaic() -> None:
-    """Also what XLA knows it by. Another number of tokens, or window, has another."""
-    of = {}
+    """To the byte, by which XLA knows it; another number of tokens, or window, has another. They
+    can be built before the programs."""
+    of, alone = {}, 0
+    by_mosaic.cache_clear()
     for tokens, rows in ((1024, 256), (1024, 64), (768, 256)):
         gpu._traced_once.clear_cache()
         of[tokens, rows] = [code for _, code in mosaic_calls(by_mosaic().lower(
             Bucket(tokens, rows, GREEDY)
         ))]  # fmt: skip
+        alone += len(by_mosaic().take_kernels())
     assert of[1024, 256] == of[1024, 64]
+    assert alone == 4 and not by_mosaic().take_kernels()
     assert len({*of[1024, 256], *of[768, 256]}) == 4
