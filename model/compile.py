@@ -257,23 +257,24 @@ def compile_all(
     figures: dict[Key, dict[str, int]] = {}
     lowering = 0.0
 
-    def finish(futures: Mapping[Future[Any], Key]) -> None:
+    def finish(futures: Mapping[Future[Any], Key], *, keep: bool) -> None:
         for future in as_completed(futures):
             if (result := future.result()) is not None:
                 key = futures[future]
-                done[key], figures[key] = result
+                done[key], figures[key] = program, found = result
                 if progress is not None:
                     progress(len(done), len(programs))
+                if keep and store is not None and facts is not None:
+                    # Not where it was compiled: XLA holds the interpreter while it writes one
+                    # down, 0.14 s where it is large, and would keep this thread from lowering.
+                    _keep(store, facts(key), program, found)
 
     def compiled(lowered: Lowered, key: Key) -> tuple[Compiled, dict[str, int]]:
         told = compiler_options(platform) if options is None else options(key)
         if platform == "gpu":
             told |= {_THREADS: _threads_of_each(told, min(threads, len(missing))), **tuning}
         program = lowered.compile(compiler_options=told)
-        found = figures_of(program)
-        if store is not None and facts is not None:
-            _keep(store, facts(key), program, found)
-        return program, found
+        return program, figures_of(program)
 
     def build(kernel: Lowered) -> None:
         with suppress(jax.errors.JaxRuntimeError):  # a program that has it will say so
@@ -289,7 +290,10 @@ def compile_all(
         if store is not None and facts is not None:
             if platform == "gpu":
                 _ready_for_mosaic()
-            finish({pool.submit(_load, store, facts(key), devices): key for key in programs})
+            finish(
+                {pool.submit(_load, store, facts(key), devices): key for key in programs},
+                keep=False,
+            )
         loaded = len(done)
         missing = [key for key in programs if key not in done]
         with ExitStack() as while_compiling:
@@ -314,7 +318,7 @@ def compile_all(
                     while_compiling.enter_context(_no_jax_cache(store is not None))
                 for name in list(lowered):
                     futures[pool.submit(compiled, lowered.pop(name), name)] = name
-            finish(futures)
+            finish(futures, keep=True)
     finally:
         # After an error or an interrupt, those still queued are not worth waiting for.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -395,6 +395,37 @@ def test_kernels_are_built_before_programs_are_compiled(must_wait):
     assert {"build c0", "build c1", "compile a", "compile b", "compile c"} <= {*events[4:]}
 
 
+def test_programs_are_stored_once_all_are_lowered(monkeypatch):
+    """By the thread that lowered them: to write one down holds the interpreter."""
+    events, compiled = [], threading.Event()
+
+    def lower(name):
+        def compile_it(compiler_options):
+            compiled.set()
+            return SimpleNamespace(memory_analysis=lambda: None)
+
+        if name == "b":
+            assert compiled.wait(60)
+        events.append(f"lower {name}")
+        return SimpleNamespace(compile=compile_it)
+
+    def keep(store, facts, program, figures):
+        assert threading.current_thread() is here
+        events.append(f"keep {facts}")
+
+    here = threading.current_thread()
+    monkeypatch.setattr("quire.model.compile._keep", keep)
+    compile_all(
+        {name: partial(lower, name) for name in "abc"},
+        threads=2,
+        store=SimpleNamespace(get=lambda facts: None),
+        facts=lambda name: name,
+        devices=default_mesh().devices,
+    )
+    assert events[:3] == ["lower a", "lower b", "lower c"]
+    assert sorted(events[3:]) == ["keep a", "keep b", "keep c"]
+
+
 def compile_told(platform, names, threads):
     """What XLA is told for each program, and how urgent the thread is that compiles it."""
     told, urgent = {}, {}
