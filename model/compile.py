@@ -39,9 +39,10 @@ _POOL_SHARE = 0.25
 _COMPILE_BYTES, _COMPILE_BYTES_PER_LAYER = 192 * 2**20, 12 * 2**20
 """Host memory of one compilation; 0.55 GB at 32 layers, measured for a GPU."""
 
-_GIVING_WAY = 10
-"""How much less urgent compiling is than the thread that lowers, without which nothing follows;
-with a share of the processors like any other's it takes two to three times as long."""
+_GIVING_WAY = 5
+"""How much less urgent compiling is than the thread that lowers, without which nothing follows, and
+which with a share of the processors like any other's takes two to three times as long. That is a
+third of a share: much less, and other processes of a busy host would leave it next to none."""
 
 VENDOR_TOKENS = 64
 """Tokens of a step from which on a GPU's matrix products are the vendor's. Below, XLA's own win
