@@ -49,9 +49,6 @@ VENDOR_TOKENS = 64
 (4.15 ms against 4.62 for those of Llama-8B at one token); here they lose (4.76 against 4.64 at 64,
 7.35 against 7.10 at 256), and to find that out some forty of each product's are compiled."""
 
-_OWN_PRODUCTS = "xla_gpu_enable_triton_gemm"
-_THREADS = "xla_gpu_force_compilation_parallelism"
-
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[int, int], None]
 
@@ -156,18 +153,6 @@ def compile_threads(layers: int, host_bytes: int, tuned_at_once: int | None = No
     return max(1, min(bounds if tuned_at_once is None else [*bounds, tuned_at_once]))
 
 
-def _threads_of_each(told: Mapping[str, Any], at_once: int) -> int:
-    """Threads that XLA is told to compile a program for a GPU with: a share of the processors where
-    so many programs are compiled at once; all where it tries kernels of its own.
-
-    Untold, it takes those of the device's client, which do not give way as those do that a
-    compilation starts (`_give_way`). And a program cut up for several threads takes a tenth more of
-    them in all.
-    """
-    cores = os.cpu_count() or 1
-    return cores if told.get(_OWN_PRODUCTS, True) else max(1, cores // max(1, at_once))
-
-
 def _give_way() -> None:
     """What this thread does, and threads and processes that it starts do, waits for others."""
     if sys.platform == "linux":  # where this is a thread's own
@@ -187,7 +172,7 @@ def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
     # and spends a third of the compilation on looking for what to compute twice.
     options: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
     if tokens >= VENDOR_TOKENS:
-        options[_OWN_PRODUCTS] = False
+        options["xla_gpu_enable_triton_gemm"] = False
     return options
 
 
@@ -248,10 +233,11 @@ def compile_all(
       store: where programs are found and kept; none without it.
       facts: what a program is found by; needed with `store`.
       kernels: programs that came up while lowering, to be compiled, and forgotten, before all
-        others; also while `before_compiling` has not returned.
+        others.
       devices: where programs run.
       before_compiling: called on another thread unless all programs are stored; while it has not
-        returned, programs are lowered and none compiled.
+        returned, programs are lowered and none compiled, kernels neither (what it compiles itself
+        would have to wait for them).
       progress: called with (done, total) as programs finish.
     """
     done: dict[Key, Compiled] = {}
@@ -272,9 +258,7 @@ def compile_all(
 
     def compiled(lowered: Lowered, key: Key) -> tuple[Compiled, dict[str, int]]:
         told = compiler_options(platform) if options is None else options(key)
-        if platform == "gpu":
-            told |= {_THREADS: _threads_of_each(told, min(threads, len(missing))), **tuning}
-        program = lowered.compile(compiler_options=told)
+        program = lowered.compile(compiler_options=told | tuning)
         return program, figures_of(program)
 
     def build(kernel: Lowered) -> None:
@@ -300,7 +284,10 @@ def compile_all(
         with ExitStack() as while_compiling:
             waiting: Future[object] | None = None
             if missing and before_compiling is not None:
-                waiting = pool.submit(before_compiling)
+                loader = ThreadPoolExecutor(1, "loading")  # which does not give way
+                waiting = loader.submit(before_compiling)
+                loader.shutdown(wait=False)
+            found: list[Lowered] = []
             building: list[Future[None]] = []
             lowered: dict[Key, Lowered] = {}
             futures: dict[Future[Any], Key] = {}
@@ -309,9 +296,15 @@ def compile_all(
                 with _collector_at_rest():
                     lowered[key] = programs[key]()
                 lowering += time.monotonic() - begin
-                building += [pool.submit(build, kernel) for kernel in kernels()]
-                first = waiting is None or waiting.done(), *(kernel.done() for kernel in building)
-                if not futures and key != missing[-1] and not all(first):
+                found += kernels()
+                if waiting is not None and key == missing[-1]:
+                    waiting.result()
+                ready = waiting is None or waiting.done()
+                if ready:
+                    building += [pool.submit(build, kernel) for kernel in found]
+                    found = []
+                ready = ready and all(kernel.done() for kernel in building)
+                if not futures and key != missing[-1] and not ready:
                     continue
                 if not futures:
                     if waiting is not None:
