@@ -156,7 +156,8 @@ def compile_threads(layers: int, host_bytes: int, tuned_at_once: int | None = No
 def _give_way() -> None:
     """What this thread does, and threads and processes that it starts do, waits for others."""
     if sys.platform == "linux":  # where this is a thread's own
-        os.nice(_GIVING_WAY)
+        with suppress(OSError):  # a sandbox that forbids it
+            os.nice(_GIVING_WAY)
 
 
 def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
@@ -297,8 +298,8 @@ def compile_all(
                     lowered[key] = programs[key]()
                 lowering += time.monotonic() - begin
                 found += kernels()
-                if waiting is not None and key == missing[-1]:
-                    waiting.result()
+                if waiting is not None and (key == missing[-1] or waiting.done()):
+                    waiting.result()  # or what went wrong there
                 ready = waiting is None or waiting.done()
                 if ready:
                     building += [pool.submit(build, kernel) for kernel in found]
@@ -307,8 +308,6 @@ def compile_all(
                 if not futures and key != missing[-1] and not ready:
                     continue
                 if not futures:
-                    if waiting is not None:
-                        waiting.result()
                     while_compiling.enter_context(_no_jax_cache(store is not None))
                 for name in list(lowered):
                     futures[pool.submit(compiled, lowered.pop(name), name)] = name

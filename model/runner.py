@@ -109,6 +109,7 @@ class ModelRunner:
         """Fresh slabs and slots; all KV is lost."""
         self._slabs: Slabs = {}  # frees the old ones first: both together may not fit
         self._controls: Controls | None = None
+        self._fences: list[jax.Array] = []  # else new holes are the old ones, and lose their fences
         self._slabs, self._slots, self._controls = self._program(STATE)()
         self._fences = leave_holes(self._mesh)
 

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,16 @@ def test_a_step_without_rows_changes_nothing(fresh, bucket):
     )
     assert out.tokens.shape == (0, bucket.k)
     jax.tree.map(np.testing.assert_array_equal, before, state(fresh))
+
+
+def test_a_reset_gives_back_what_kept_holes_apart_first(fresh, monkeypatch):
+    """The new pieces are as large as the old holes: taken while the old fences are held, they would
+    have none between them afterwards."""
+    fresh._fences = [jnp.zeros(3)]
+    fence, held = weakref.ref(fresh._fences[0]), []
+    monkeypatch.setattr("quire.model.runner.leave_holes", lambda mesh: held.append(fence()) or [])
+    fresh.reset()
+    assert held == [None]
 
 
 def test_parameters_may_come_in_any_order(fresh):
@@ -306,6 +317,49 @@ def test_compile_counter_counts_from_its_construction():
     assert counter.count == 0
     jax.jit(lambda x: x * 5 + 2)(jnp.float32(1)).block_until_ready()
     assert counter.count >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tried only there")
+def test_compiling_goes_on_where_it_may_not_give_way(monkeypatch):
+    def forbidden(by):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("quire.model.compile.os.nice", forbidden)
+    told, _ = compile_told("cpu", "ab", threads=1)
+    assert {*told} == {*"ab"}
+
+
+def test_what_failed_while_programs_were_lowered_is_said_at_once():
+    """Though kernels are still being built."""
+    failed, over = threading.Event(), threading.Event()
+
+    def weights():
+        failed.set()
+        raise OSError("no weights")
+
+    def lower(name):
+        assert name in "ab"
+        if name == "b":
+            assert failed.wait(60)
+            while threads("loading"):
+                pass
+        return SimpleNamespace(compile=None)
+
+    def threads(prefix):
+        return [t for t in threading.enumerate() if t.name.startswith(prefix)]
+
+    building = [SimpleNamespace(compile=lambda compiler_options: over.wait(60))]
+    try:
+        with pytest.raises(OSError, match="no weights"):
+            compile_all(
+                {name: partial(lower, name) for name in "abcd"},
+                threads=1,
+                kernels=lambda: building,
+                devices=default_mesh().devices,
+                before_compiling=weights,
+            )
+    finally:
+        over.set()
 
 
 def test_a_failing_compilation_is_not_swallowed():
