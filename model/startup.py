@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import EngineConfig
+from ..errors import InvalidConfig
 from .abstract import AbstractDecoder
 from .cache import cache_groups, token_bytes
 from .compile import Compilation, Progress, compile_all
@@ -26,6 +27,7 @@ from .parallel import local_config
 from .plan import RunnerSpec
 from .program_store import ProgramStore
 from .programs import SCORE, STATE, Programs, SampleKey
+from .sampling.choose import part_size, rows_at_once
 from .score import SCORE_ROWS
 from .sizing import Sizes, largest_parameter_bytes, serving_dtype, settle
 
@@ -33,12 +35,13 @@ _NEED = "need"
 """Stands for a program in the facts under which the need of all of them is kept."""
 
 _SLIGHT = 0.02
-"""Where programs can be guessed to need less than this share of the budget, the guess is taken, and
-checked when all are compiled: to measure the largest first would cost 7 s on an H200's host."""
+"""Where programs can be guessed to need less than this share of what they leave to pages, the guess
+is taken, and checked when all are compiled: to measure the largest first would cost 7 s on an
+H200's host."""
 
 _TIGHT = 0.25
-"""Where less than this share of the budget is spare, the largest program is compiled alone first:
-the page count may change, and all others would have to be compiled again."""
+"""Where less than this share of the budget is spare, the largest programs are compiled first: the
+page count may change, and all others would have to be compiled again."""
 
 
 _LOGIT_BYTES = 4
@@ -66,21 +69,23 @@ class Need:
 
 def guessed_need(model: ModelConfig, dtype: str, rows: int, tokens: int) -> Need:
     """More than a GPU's programs need, by their largest arrays: the logits that a forward leaves
-    and what is made of them, a layer's activations, and parts of attention beside them.
+    and what is made of them (three arrays of those sampled at a time), a layer's activations, and
+    parts of attention beside them.
 
     Programs compiled for an H200 (1,024 rows, 2,048 tokens) need 0.96 GB for Llama-3.1-8B, guessed
     1.66, and 1.13 for Qwen2.5-1.5B, guessed 1.80.
 
     Args:
-      model: of one device's share.
+      model: of one device's share, but with the whole vocabulary: logits are gathered.
       dtype: of activations.
       rows, tokens: of the largest step.
     """
-    logits = rows * model.vocab_size * _LOGIT_BYTES * 5 // 4
+    row = model.vocab_size * _LOGIT_BYTES
+    logits, sampling = rows * row * 5 // 4, 3 * part_size(rows, rows_at_once(rows)) * row
     heads = model.q_size + 2 * model.kv_size
     widths = 4 * model.hidden_size + heads + 2 * model.intermediate_size
     activations = tokens * widths * DTYPE_BYTES[dtype]
-    return Need(temp=logits + activations + _PARTS_BYTES, staging=logits)
+    return Need(temp=max(logits, sampling) + activations + _PARTS_BYTES, staging=logits)
 
 
 class Startup:
@@ -238,9 +243,16 @@ class Startup:
         if (found := self._remembered()) is not None or self._mesh.platform != "gpu":
             return found
         ladder = self._first.ladder
-        guess = guessed_need(self._local, self.dtype, ladder.max_rows, ladder.max_tokens)
-        budget = self._settle(self._least).memory.budget
-        return guess if guess.temp + guess.staging < _SLIGHT * budget else None
+        share = replace(self._local, vocab_size=self._model.vocab_size)
+        guess = guessed_need(share, self.dtype, ladder.max_rows, ladder.max_tokens)
+        table = self._settle(self._least).memory
+        if guess.temp + guess.staging >= _SLIGHT * (table.budget - table.total + table.kv):
+            return None
+        try:
+            self._settle(guess)
+        except InvalidConfig:  # what they really need may leave what the user asks for
+            return None
+        return guess
 
     # The need is kept under the sizes of a start that does not know it.
 

@@ -44,6 +44,13 @@ def rows_at_once(num_slots: int) -> int:
     return max(LEAST_AT_ONCE, num_slots // 4)
 
 
+def part_size(count: int, at_once: int) -> int:
+    """Rows of each part that so many are cut into: `at_once` at most, or nearly as many, as `count`
+    can be divided; where it cannot, all."""
+    divisors = (n for n in range(min(at_once, count), at_once // 4, -1) if count % n == 0)
+    return next(divisors, count)
+
+
 def sample(
     logits: jax.Array,
     rows: SlotRows,
@@ -60,13 +67,12 @@ def sample(
       sampler: static; what this program can do (greedy rows are honoured by all).
       controls: of all slots; reshape the logits of rows that are controlled; for FULL.
       slot: int32 [R] whose row each is; with `controls`.
-      at_once: static; rows that are sampled at a time at most, None: all. (Or nearly as many, as R
-        can be divided; where it cannot, all.) It changes nothing, for each row's result is its own.
+      at_once: static; rows that are sampled at a time at most, if R can be divided (`part_size`);
+        None: all. It changes nothing, for each row's result is its own.
     """
     count, size = len(logits), len(logits)
     if at_once is not None and sampler != Sampler.GREEDY:
-        divisors = (n for n in range(min(at_once, count), at_once // 4, -1) if count % n == 0)
-        size = next(divisors, count)
+        size = part_size(count, at_once)
     if size == count:
         return _sample(logits, rows, sampler, controls, slot)
 

@@ -230,11 +230,11 @@ def test_a_need_that_was_overestimated_leaves_the_next_start_the_same_sizes(
     assert memory == [generous]
 
 
-def on_gpu(**settings: Any) -> Startup:
-    """On a GPU of 150 GB that nobody has asked anything yet."""
+def on_gpu(model: ModelConfig = MODEL, shards: int = 1, **settings: Any) -> Startup:
+    """On GPUs of 150 GB that nobody has asked anything yet."""
     config = EngineConfig(model="x", **settings)
-    mesh = cast(Any, SimpleNamespace(platform="gpu", shards=1, devices=()))
-    return Startup(config, MODEL, mesh, DeviceMemory(150_000_000_000, None), None)
+    mesh = cast(Any, SimpleNamespace(platform="gpu", shards=shards, devices=()))
+    return Startup(config, model, mesh, DeviceMemory(150_000_000_000, None), None)
 
 
 def test_a_need_that_is_slight_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +251,35 @@ def test_one_that_is_not_is_measured() -> None:
     """A small card, or little of a large one: half a gigabyte is many pages there."""
     for settings in ({"memory": 2**30}, {"memory": 2**31, "max_num_seqs": 1024}):
         assert on_gpu(**settings).sizes().memory.temp == 0
+
+
+def test_what_is_slight_is_so_beside_the_pages() -> None:
+    """Not beside weights, which leave little."""
+    large = dataclasses.replace(
+        MODEL, hidden_size=4096, intermediate_size=8192, num_layers=75, windows=(None,) * 75
+    )
+    table = on_gpu(large, memory=20 * 2**30).sizes().memory
+    assert table.weights > 14 * 2**30 and table.temp == 0
+    assert on_gpu(large, memory=60 * 2**30).sizes().memory.temp > 0
+
+
+def test_a_guess_refuses_nobody() -> None:
+    """KV memory that fits with what programs really need, but not with what is guessed."""
+    unasked = on_gpu(max_num_seqs=64)
+    table = unasked._settle(unasked._least).memory
+    assert unasked.sizes().memory.temp > 0
+    asked = on_gpu(max_num_seqs=64, kv_memory=table.budget - table.total + table.kv)
+    assert asked.sizes().memory.temp == 0
+
+
+@pytest.mark.parametrize("rows", [1024, 514, 64])
+def test_a_guess_has_room_for_logits_however_they_are_cut(rows: int) -> None:
+    """Devices gather them; 514 rows are sampled at once, for want of divisors, and 64."""
+    model = dataclasses.replace(MODEL, vocab_size=200_000)
+    table = on_gpu(model, shards=2, max_num_seqs=rows).sizes().memory
+    logits = rows * model.vocab_size * 4
+    assert table.staging > logits
+    assert table.temp > (logits if rows == 1024 else 3 * logits)
 
 
 def test_on_cpu_nothing_is_guessed() -> None:
