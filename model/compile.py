@@ -234,7 +234,7 @@ def compile_all(
       store: where programs are found and kept; none without it.
       facts: what a program is found by; needed with `store`.
       kernels: programs that came up while lowering, to be compiled, and forgotten, before all
-        others.
+        others that are not in the pool yet.
       devices: where programs run.
       before_compiling: called on another thread unless all programs are stored; while it has not
         returned, programs are lowered and none compiled, kernels neither (what it compiles itself

@@ -3,7 +3,8 @@
 The page count follows from the configuration, the device's capacity and what the programs need to
 work, never from what happens to be free at the moment: the same command makes the same programs
 every time, and finds them stored. What programs need does not depend on the page count, so sizes
-are settled twice: without it, to compile the largest program, and with it (model/startup.py).
+are settled twice: without it, to guess it or to compile the largest programs, and with it
+(model/startup.py).
 """
 
 from __future__ import annotations
