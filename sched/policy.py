@@ -136,11 +136,11 @@ def fits_over_time(
     positions = np.cumsum(at) + np.arange(1, len(rows) + 1) * left
     if positions.max() > cache.total * page:
         return False
-    # A part of each one's last page is empty, by how far it has come in that page.
+    # A part of each one's last page is empty, by how far it has come in that page. Summed by where
+    # in a page the steps from now to an end lead, along rows, which lie side by side.
     offsets = np.arange(page)
-    standing = np.cumsum(at[:, None] % page == offsets, axis=0)
-    lacking = -np.add.outer(offsets, offsets) % page
-    empty = np.einsum("ro,ro->r", standing, lacking[left % page])
+    lacking = (-np.add.outer(offsets, offsets) % page).take(at % page, axis=1)
+    empty = lacking.cumsum(axis=1)[left % page, np.arange(len(rows))]
     return int((positions + empty).max()) <= cache.total * page
 
 
