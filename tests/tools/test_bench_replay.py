@@ -93,7 +93,9 @@ def test_steps_may_be_of_another_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert said["settings"]["step_times"] == [[1, 2.0], [32, 4.0], [64, 36.0]]
 
 
-@pytest.mark.parametrize("times", ["", "1", "1:x", "32:4,1:2", "1:2,1:3", "1:0", "1:2:3", "1:inf"])
+@pytest.mark.parametrize(
+    "times", ["", "1", "1:x", "32:4,1:2", "1:2,1:3", "1:0", "1:2:3", "1:inf", "0:1", "-1:2"]
+)
 def test_times_that_are_none(times: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "replay", f"--step-times={times}"])

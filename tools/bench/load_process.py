@@ -89,7 +89,7 @@ async def serve_load(
                 job |= {"load": load, "streams": part, "queue": queue}
             await _tell(process, job)
         warmed = await asyncio.gather(*(_hear(process) for process in processes))
-        begin = asyncio.get_running_loop().time() + _AHEAD
+        begin = time.monotonic() + _AHEAD
         for process in processes:
             await _tell(process, begin)
         ended = [0] * clients

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_step_times,
         metavar="LIST",
         help="milliseconds of a step by the tokens of its program, as in 1:1.4,32:1.9,2048:12, and "
-        "between them in proportion (default: a model of Llama-3.1-8B's on an H200)",
+        "between them in proportion, beyond them as the nearest (default: a model of "
+        "Llama-3.1-8B's on an H200)",
     )
     group.add_argument("--max-num-seqs", type=positive, default=1024, metavar="N")
     group.add_argument("--max-batched-tokens", type=positive, default=2048, metavar="N")
@@ -86,9 +87,10 @@ def _step_times(text: str) -> tuple[tuple[int, float], ...]:
     except ValueError:
         times = ()
     tokens = [at for at, _ in times]
-    if not times or tokens != sorted({*tokens}) or not all(0 < ms < math.inf for _, ms in times):
-        limit = "TOKENS:MS with ascending tokens and times above 0, as in 1:1.4,32:1.9"
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be {limit}")
+    ascends = tokens == sorted({*tokens}) and all(0 < at <= LONGEST for at in tokens)
+    if not times or not ascends or not all(0 < ms < math.inf for _, ms in times):
+        limit = f"TOKENS:MS with ascending tokens from 1 to {LONGEST} and times above 0"
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be {limit}, as in 1:1.4,32:1.9")
     return times
 
 
