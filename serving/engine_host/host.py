@@ -6,8 +6,8 @@
 
 A frontend that is gone, or says nothing for too long, is detached: its requests end, and their
 pages are free with the next step. One that is behind, as it says itself, gets several Steps
-in one message; their size is bounded by the lengths of its answers. The first token of an answer
-does not wait until it has caught up.
+in one message; their size is bounded by the lengths of its answers. The first token of a request
+does not wait until it has caught up, unless several messages have gone ahead already.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class _Step:
     """A `Step` in the making.
 
     Attributes:
-      urgent: it has the first of an answer, for which somebody waits.
+      urgent: it has the first of a request, for which somebody waits.
     """
 
     __slots__ = ("_counts", "_handles", "_outputs", "_several", "_tokens", "urgent")
