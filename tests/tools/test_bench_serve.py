@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -168,6 +169,10 @@ def test_nothing_is_sent_before_it_is_due() -> None:
     target: Any = Server()
     loading = run_load(target, [(1,)] * 30, [1] * 30, due, lambda done, total: None)
     assert all(request.sent >= request.due for request in uvloop.run(loading))
+    for after in (0.0107, 0.0112, 0.0114):
+        begin = time.monotonic() + after
+        loading = run_closed(target, [(1,)], [1], 1, lambda done, total: None, begin)
+        assert uvloop.run(loading)[0].sent >= 0
 
 
 def test_failures_are_counted_and_named(run: Any) -> None:

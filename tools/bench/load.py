@@ -153,7 +153,7 @@ async def run_closed(
             served.append(request)
             progress(len(served), len(prompts))
 
-    await asyncio.sleep(begin - clock())
+    await _until(begin, clock)
     async with asyncio.TaskGroup() as group:
         for _ in range(streams):
             group.create_task(caller())
