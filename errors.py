@@ -114,7 +114,10 @@ def invalid(field: str, value: object, limit: str) -> InvalidRequest:
     if isinstance(value, str) and len(value) > _SHOWN:  # not all of what may be megabytes
         shown = f"{value[:_SHOWN]!r}... ({len(value)} characters)"
     else:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except ValueError:  # Python does not print whole numbers of thousands of digits
+            shown = "a number of too many digits"
     if len(shown) > 2 * _SHOWN:
         shown = f"{shown[:_SHOWN]}... ({len(shown)} characters)"
     return InvalidRequest(f"{field}: got {shown}, must be {limit}")

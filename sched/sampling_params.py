@@ -198,7 +198,7 @@ def _whole_or_none(name: str, value: object) -> int | None:
     return None if value is None else _whole(name, value)
 
 
-def _is_true(name: str, value: object) -> bool:
+def _true_or_false(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise invalid(name, value, "true or false")
     return value
@@ -289,12 +289,12 @@ _MADE_PLAIN: Mapping[str, Callable[[str, object], object]] = {
     "min_tokens": _whole,
     "stop": _stop_strings,
     "stop_token_ids": _stop_ids,
-    "ignore_eos": _is_true,
+    "ignore_eos": _true_or_false,
     "logprobs": _whole_or_none,
     "prompt_logprobs": _whole_or_none,
     "n": _whole,
     "best_of": _whole_or_none,
-    "skip_special_tokens": _is_true,
+    "skip_special_tokens": _true_or_false,
 }
 """What checks each parameter and makes it plain; there is one for each."""
 

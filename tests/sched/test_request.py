@@ -22,6 +22,12 @@ def test_defaults_need_no_check() -> None:
             assert (made, type(made)) == (default, type(default)), name
 
 
+def test_numbers_that_python_does_not_print_are_refused_too() -> None:
+    for given in ({"seed": 10**5000}, {"stop_token_ids": [10**5000]}):
+        with pytest.raises(InvalidRequest, match="too many digits"):
+            SamplingParams(**given)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -34,6 +40,10 @@ def test_defaults_need_no_check() -> None:
         ("temperature", 10**400),
         ("temperature", float("nan")),
         ("temperature", "1"),
+        ("temperature", True),  # equal to its default, as some others here
+        ("max_tokens", 16.0),
+        ("ignore_eos", 0),
+        ("skip_special_tokens", np.True_),
         ("top_k", np.ones(2)),
         ("top_k", 1.0),
         ("top_k", -2),
