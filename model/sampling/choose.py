@@ -80,7 +80,9 @@ def sample(
         return x.reshape(count // size, size, *x.shape[1:])
 
     def some(part: tuple[jax.Array, SlotRows, jax.Array | None]) -> Sampled:
-        logits, rows, slot = part
+        # Else XLA joins the cut with the search for the likeliest tokens, which that of JAX 0.12
+        # then cannot place.
+        logits, rows, slot = jax.lax.optimization_barrier(part)
         return _sample(logits, rows, sampler, controls, slot)
 
     sampled: Sampled = jax.lax.map(some, jax.tree.map(cut, (logits, rows, slot)))
