@@ -6,8 +6,8 @@
            runner.collect(N-1) ──> update() ──> on_outputs
 
 While the device runs step N, the host takes in step N-1 and plans N+1, not before it must
-(pacing.py). The thread owns the
-scheduler and the runner; other threads touch the inbox, under one lock, and nothing else.
+(pacing.py). The thread owns the scheduler and the runner; other threads touch the inbox, under one
+lock, and nothing else.
 
 Every accepted request ends with exactly one output that says `ended`, also when the engine stops or
 dies. A request that the scheduler cannot take on, plan for, or take results in for ends alone. A
@@ -220,9 +220,12 @@ class Engine:
             outputs: list[RequestOutput] = []
             try:
                 self._wait_for_arrivals()
+                begun = self._scheduler.now()
                 self._take_inbox(outputs)
                 plan = self._schedule()
                 self._launch(plan)
+                if plan is not None:
+                    self._pacing.planned(self._scheduler.now() - begun)
                 results = self._collect(ahead=self._ahead if plan is not None else 0)
                 if results:
                     outputs += self._scheduler.update(*results)
@@ -263,7 +266,6 @@ class Engine:
         if len(self._flights) <= ahead:
             return None
         plan, handle, launched = self._flights.popleft()
-        asked = self._scheduler.now()
         self.runner_call = time.monotonic(), plan
         outputs = self._runner.collect(handle)
         self.runner_call = None
@@ -271,7 +273,7 @@ class Engine:
         took = now - max(launched, self._collected)
         self._step_times.count(plan, took)
         if ahead:
-            self._pacing.took(plan.bucket, took, now - asked)
+            self._pacing.took(plan.bucket, took)
         self._collected = now
         return plan, outputs
 

@@ -2,12 +2,13 @@
 
 The device must have its next step before it is done with this one, or it stands still; but who
 comes once that is planned waits for the one after. So the plan is made late: as long before the
-running step should end as planning takes, and a part of it in reserve. How long steps of a bucket
-take is what they took lately, the shorter the sooner believed; how long planning takes is learned
-from its being late. Where nobody came lately, as in a batch, there is nobody to wait for.
+running step should end as planning and launching take, and something in reserve. How long steps of
+a bucket take is what they took lately, the shorter the sooner believed; how long the host takes is
+measured, too, and nearly all steps of late took less. Where nobody came lately, as in a batch,
+there is nobody to wait for.
 
 By a model of an H200's steps (tools/bench/replay.py), Llama-3.1-8B's time to first token at 25 and
-50 requests a second is 4 to 6 ms shorter for it, and nothing else changes. Steps that are short, or
+50 requests a second is 3 to 5 ms shorter for it, and nothing else changes. Steps that are short, or
 have few rows, are not waited in.
 """
 
@@ -15,14 +16,17 @@ from __future__ import annotations
 
 from ..model.plan import Bucket
 
-RESERVE = 1 / 4
+RESERVE = 1 / 20
 """Of a step's usual time: steps of a bucket differ by what they read of the cache."""
 
-LATE = 0.5e-3
-"""Seconds that at least should be left of a step when the next has been launched."""
+MARGIN = 0.3e-3
+"""Seconds that should be left of a step when the next has been launched."""
 
-LEAST_LEAD, MOST_LEAD = 1e-3, 20e-3
-"""Seconds before a step's end at which the next is planned."""
+LEAST_LEAD, MOST_LEAD = 0.1e-3, 20e-3
+"""Seconds that the host is taken to need, at least and at most."""
+
+IN_TIME = 0.95
+"""Of the steps, those for which the host should need less than it is taken to."""
 
 SHORTEST = 4e-3
 """Seconds below which a step is over too soon to plan within it, and an arrival waits little."""
@@ -38,9 +42,9 @@ LONGEST = 0.1
 RECENT = 1.0
 """Seconds after an arrival within which another is expected."""
 
-_LATE_SHARE = 1 / 8
-_SLOWER, _FASTER = 1.05, 1.5
-_FORGET = 0.99
+_SLOWER = 1.03
+_GAIN = 1 / 10
+_FIRST_LEAD = 1e-3
 
 
 class Pacing:
@@ -48,29 +52,27 @@ class Pacing:
 
     def __init__(self) -> None:
         self._usual: dict[Bucket, float] = {}
-        self._lead = LEAST_LEAD
+        self._lead = _FIRST_LEAD
         self._came = float("-inf")
 
     def came(self, now: float) -> None:
         """Somebody came."""
         self._came = now
 
-    def took(self, bucket: Bucket, seconds: float, left: float) -> None:
-        """A step has run.
+    def planned(self, seconds: float) -> None:
+        """The host took so long to plan a step and launch it.
 
-        Args:
-          seconds: that it took.
-          left: of these, once the next had been launched.
+        The estimate goes up by `IN_TIME` for one that took longer and down by the rest for one that
+        took less, so that it comes to stand where that is the share of each (Robbins and Monro, "A
+        stochastic approximation method", 1951).
         """
+        share = IN_TIME if seconds > self._lead else IN_TIME - 1
+        self._lead = min(max(self._lead * (1 + _GAIN * share), LEAST_LEAD), MOST_LEAD)
+
+    def took(self, bucket: Bucket, seconds: float) -> None:
+        """A step has run for so long."""
         usual = self._usual.get(bucket, LONGEST)
         self._usual[bucket] = min(seconds, usual * _SLOWER, LONGEST)
-        if seconds < SHORTEST:
-            return  # planned at once, and late by nature
-        # Reading results that were there long ago takes a moment, too, which is not left of a step.
-        if left < max(LATE, seconds * _LATE_SHARE):
-            self._lead = min(self._lead * _FASTER, MOST_LEAD)
-        else:
-            self._lead = max(self._lead * _FORGET, LEAST_LEAD)
 
     def wait(self, bucket: Bucket, rows: int, begun: float, now: float) -> float:
         """Seconds from now at which the next step should be planned; 0 or less: now.
@@ -82,4 +84,4 @@ class Pacing:
         usual = self._usual.get(bucket, 0.0)
         if now - self._came > RECENT or rows < FEW or usual < SHORTEST:
             return 0.0
-        return begun + min((1 - RESERVE) * usual, usual - self._lead) - now
+        return begun + (1 - RESERVE) * usual - self._lead - MARGIN - now

@@ -262,12 +262,13 @@ def play(
         if plan is not None:
             work = Work.of(plan)
             flights.append((plan, 1e-3 * cost(work)))
+            pacing.planned(HOST_SECONDS)
             played.steps.append(Step(work, flights[-1][1]))
         if not flights:
             now = due[sent]
         elif len(flights) > (plan is not None):
             done, took = flights.popleft()
-            pacing.took(done.bucket, took, now + took - at - HOST_SECONDS)
+            pacing.took(done.bucket, took)
             now += took
             for answer in scheduler.update(done, runner.collect(done)):
                 which = int(answer.request_id)
