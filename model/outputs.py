@@ -2,6 +2,8 @@
 
 device:  pack_outputs(...) -> int32 [R, words]
 host:    unpack_outputs(packed, ...) -> StepOutputs
+
+On the way there may be more rows, which mean nothing (model/launch_buffers.py).
 """
 
 from __future__ import annotations
@@ -15,6 +17,11 @@ from .plan import StepOutputs
 from .sampling.logprobs import LOGPROB_WORDS, Logprobs, unpack_logprobs
 
 _FIRST = 2  # columns before the tokens: valid tokens, not-finite flag
+
+
+def output_words(k: int) -> int:
+    """Words of each row without log-probabilities, of steps that emit k tokens."""
+    return _FIRST + k
 
 
 def pack_outputs(

@@ -47,7 +47,7 @@ class _Launched:
     """A step under way: its packed outputs are being copied to the host."""
 
     plan: StepPlan
-    outputs: jax.Array  # int32 [R, words]
+    outputs: jax.Array  # int32 [R or R + 1, words]
     scores: tuple[jax.Array, ...] = ()  # int32 [SCORE_ROWS, LOGPROB_WORDS] each
     pooled: jax.Array | None = None  # float32 [L, E] where a row emits POOLED, L as in `Passed`
 

@@ -31,7 +31,8 @@ import jax.numpy as jnp
 from .cache import CacheGroup, Slabs
 from .forward import Forward
 from .inputs import ADMIT_ROOM, InputLayout, apply_updates, unpack, unpack_updates
-from .outputs import pack_outputs
+from .launch_buffers import copied, copied_with_room, filled
+from .outputs import output_words, pack_outputs
 from .plan import Emit, Sampler
 from .sampling.choose import Sampled, rows_at_once, sample
 from .sampling.controls import Controls
@@ -53,6 +54,7 @@ def make_step(forward: Forward, layout: InputLayout) -> Step:
     def step(
         params: Params, slabs: Slabs, slots: Slots, buffer: jax.Array
     ) -> tuple[Slabs, Slots, jax.Array]:
+        buffer, room = copied_with_room(buffer, bucket.rows, output_words(bucket.k))
         inputs = unpack(buffer, layout)
         slots = apply_updates(slots, inputs.updates)
 
@@ -77,7 +79,7 @@ def make_step(forward: Forward, layout: InputLayout) -> Step:
             # Slots that stop freeze, and emit nothing in the rounds that are left.
             state, each = jax.lax.scan(once, (slabs, slots), length=bucket.k)
             (slabs, slots), (emitted, not_finite, tokens) = state, each
-        return slabs, slots, pack_outputs(emitted, not_finite, tokens)
+        return slabs, slots, filled(room, pack_outputs(emitted, not_finite, tokens))
 
     return step
 
@@ -92,7 +94,7 @@ def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
     """
 
     def run(params: Params, slabs: Slabs, slots: Slots, buffer: jax.Array) -> Passed:
-        inputs = unpack(buffer, layout)
+        inputs = unpack(copied(buffer), layout)
         slots = apply_updates(slots, inputs.updates)
         slabs, placed, passed = forward(params, slabs, slots, inputs)
         slots = _advance(slots, inputs.slots, placed.rows, placed.live, ahead=inputs.counts)

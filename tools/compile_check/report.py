@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax
 from jax.stages import Lowered
 
 from ...model.compile import compile_uncached, compiler_options
+from .allocations import Allocation, read_allocations
 
 _NO_DEVICE = {"xla_gpu_autotune_level": 0}  # autotuning needs it
 # The second where no pass had anything to do.
@@ -36,6 +38,7 @@ class ProgramReport:
       thunks: kinds of what the host hands to a GPU one after the other in each run, such as
         ["CommandBuffer"] or ["CommandBuffer", "While", "CommandBuffer"]; None for other platforms.
       launched: names of the kernels it runs on a GPU, in order; those of libraries have none.
+      memory: what it takes from arguments and the allocator; empty for other platforms.
     """
 
     temp_bytes: int
@@ -44,6 +47,21 @@ class ProgramReport:
     hlo: str
     thunks: list[str] | None
     launched: list[str]
+    memory: tuple[Allocation, ...] = ()
+
+    def uses_of(self, which: Callable[[Allocation], bool]) -> set[str]:
+        """Instructions that use memory of this kind."""
+        return {name for piece in self.memory if which(piece) for name in piece.uses}
+
+    def uses_of_inputs(self) -> set[str]:
+        """Instructions that read the last argument: what the host sends to each step, each time to
+        another place."""
+        last = max(piece.parameter for piece in self.memory if piece.parameter is not None)
+        return self.uses_of(lambda piece: piece.parameter == last)
+
+    def uses_of_new_results(self) -> set[str]:
+        """Instructions that use memory of results that take no argument's place."""
+        return self.uses_of(lambda piece: piece.result and piece.parameter is None)
 
     def passes_over(self, array: jax.ShapeDtypeStruct) -> list[str]:
         """Instructions whose result has as many elements as this array and is computed, not an
@@ -73,12 +91,15 @@ def compile_for(lowered: Lowered, platform: str, tokens: int = 0) -> ProgramRepo
       tokens: as in `compiler_options`.
     """
     thunks, launched, options = None, [], compiler_options(platform, tokens)
+    pieces: tuple[Allocation, ...] = ()
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             compiled = compile_uncached(lowered, options | _NO_DEVICE | {"xla_dump_to": folder})
             dump = next(path for name in _THUNKS for path in Path(folder).glob(name))
             thunks = re.findall(r"^\d+: k(\w+)", dump.read_text(), re.MULTILINE)
             launched = _KERNEL.findall(next(Path(folder).glob(_THUNKS[-1])).read_text())
+            parts = sorted(Path(folder).glob("*buffer-assignment*.txt"))
+            pieces = read_allocations("\n".join(part.read_text() for part in parts))
     else:
         compiled = compile_uncached(lowered, options)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -90,4 +111,5 @@ def compile_for(lowered: Lowered, platform: str, tokens: int = 0) -> ProgramRepo
         hlo=hlo,
         thunks=thunks,
         launched=launched,
+        memory=pieces,
     )

@@ -176,6 +176,44 @@ def test_a_sampling_step_breaks_at_its_two_searches_only() -> None:
     assert thunks is not None and thunks.count("While") == 1  # around them, for some rows at a time
 
 
+def few_layers(model: str, bucket: Bucket) -> ProgramReport:
+    config = replace(config_of(model), num_layers=4, windows=(None,) * 4)
+    made, _ = engine(config, gpu_mesh(), **SIZES)
+    return compile_for(made.lower(bucket), "gpu", bucket.tokens)
+
+
+def check_few_kernels_use_what_moves(got: ProgramReport) -> None:
+    """One copies the inputs, one makes room for the results, one fills it: layers use neither."""
+    assert len(got.uses_of_inputs()) == 1
+    assert len(got.uses_of_new_results()) == 2
+
+
+@pytest.mark.parametrize("bucket", [ONE, DECODE, MIXED], ids=["one", "decode", "mixed"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_few_kernels_use_what_moves_from_step_to_step(model: str, bucket: Bucket) -> None:
+    """Each that does has its node of the CUDA graph written anew at every launch."""
+    check_few_kernels_use_what_moves(report(model, bucket))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(1, 1), (64, 64), (32, 8), (128, 112), (1024, 64), (2048, 64)]
+)
+def test_nor_at_other_rungs(tokens: int, rows: int) -> None:
+    bucket = Bucket(tokens, rows, Sampler.GREEDY)
+    check_few_kernels_use_what_moves(few_layers("qwen2.5-1.5b", bucket))
+
+
+def test_nor_in_steps_of_several_tokens() -> None:
+    check_few_kernels_use_what_moves(few_layers("qwen2.5-1.5b", Bucket(8, 8, Sampler.GREEDY, k=4)))
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_forwards_apart_copy_their_inputs(bucket: Bucket) -> None:
+    """(Their results are as large as what they work in, and are where that was; see
+    model/pool_holes.py.)"""
+    assert len(report("small", replace(bucket, sampler=Sampler.FULL)).uses_of_inputs()) == 1
+
+
 def kernels(model: str, layers: int, bucket: Bucket) -> set[str]:
     """Names of the kernels in a program of so many layers of a model, each of which is compiled."""
     config = replace(CONFIGS[model](), num_layers=layers, windows=(None,) * layers)
