@@ -1,4 +1,4 @@
-"""Compiling: ahead of time, in a pool, stored, and counted. Every experimental JAX API lives here.
+"""Compiling: ahead of time, in a pool, stored, and counted. Experimental JAX APIs live here.
 
 After ready nothing may compile: each compilation stalls every running request. `CompileCounter`
 counts them, those of eager operations included, by JAX's own event. Before ready, what an earlier

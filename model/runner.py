@@ -20,6 +20,7 @@ from jax.stages import Compiled
 from .abstract import AbstractDecoder
 from .cache import CacheGroup, Slabs
 from .compile import CompileCounter, Progress
+from .dispatch import direct
 from .inputs import (
     ADMIT_ROOM,
     InputLayout,
@@ -78,6 +79,7 @@ class ModelRunner:
         self._spec = spec
         self._programs = Programs(decoder, spec, mesh)
         self._compiled: dict[Key, Compiled] = dict(compiled)
+        self._calls: dict[Key, Callable[..., Any]] = {}
         self.reset()
         self._ready_counter = CompileCounter()  # without `warmup`, ready is now
 
@@ -110,7 +112,7 @@ class ModelRunner:
         self._slabs: Slabs = {}  # frees the old ones first: both together may not fit
         self._controls: Controls | None = None
         self._fences: list[jax.Array] = []  # else new holes are the old ones, and lose their fences
-        self._slabs, self._slots, self._controls = self._program(STATE)()
+        self._slabs, self._slots, self._controls = self._call(STATE)()
         self._fences = leave_holes(self._mesh)
 
     # Programs
@@ -120,6 +122,14 @@ class ModelRunner:
             options = self._programs.compiler_options(key)
             self._compiled[key] = self._programs.lower(key).compile(compiler_options=options)
         return self._compiled[key]
+
+    def _call(self, key: Key) -> Callable[..., Any]:
+        """A program as a function of what is not a parameter."""
+        if key not in self._calls:
+            takes_params = isinstance(key, Bucket) or key == SCORE
+            fixed = ((*self._params.values(),),) if takes_params else ()
+            self._calls[key] = direct(self._program(key), *fixed)
+        return self._calls[key]
 
     def warmup(self, progress: Progress | None = None) -> None:
         """Compiles what is not compiled, runs each program on nothing, and arms the compile guard.
@@ -161,9 +171,8 @@ class ModelRunner:
         if plan.bucket.apart:
             launched = self._launch_apart(plan, inputs)
         else:
-            self._slabs, self._slots, outputs = self._program(plan.bucket)(
-                (*self._params.values(),), self._slabs, self._slots, inputs
-            )
+            step = self._call(plan.bucket)
+            self._slabs, self._slots, outputs = step(self._slabs, self._slots, inputs)
             launched = _Launched(plan, outputs)
         for array in (launched.outputs, *launched.scores, launched.pooled):
             if array is not None:
@@ -172,19 +181,19 @@ class ModelRunner:
 
     def _launch_apart(self, plan: StepPlan, inputs: np.ndarray) -> _Launched:
         """Forward and sampling as two programs, and scores of what the forward left."""
-        forward, params = self._program(forward_key(plan.bucket)), (*self._params.values(),)
+        forward = self._call(forward_key(plan.bucket))
         self._slabs, self._slots, logits, which, hidden, pooled = forward(
-            params, self._slabs, self._slots, inputs
+            self._slabs, self._slots, inputs
         )
-        scores = [self._program(SCORE)(params, hidden, buffer) for buffer in score_buffers(plan)]
+        scores = [self._call(SCORE)(hidden, buffer) for buffer in score_buffers(plan)]
         rows, sampler = self._spec.ladder.logit_rows(plan.bucket), plan.bucket.sampler
         sample = SampleKey(rows, sampler)
         if sampler == Sampler.FULL:
-            self._controls, self._slots, outputs = self._program(sample)(
+            self._controls, self._slots, outputs = self._call(sample)(
                 self._controls, self._slots, logits, which
             )
         else:
-            self._slots, outputs = self._program(sample)(self._slots, logits, which)
+            self._slots, outputs = self._call(sample)(self._slots, logits, which)
         wanted = pooled if np.any(plan.emits == Emit.POOLED) else None
         return _Launched(plan, outputs, tuple(scores), wanted)
 
@@ -217,10 +226,10 @@ class ModelRunner:
         )
 
     def _admit(self, buffer: np.ndarray) -> None:
-        self._slabs, self._slots = self._program(ADMIT)(self._slabs, self._slots, buffer)
+        self._slabs, self._slots = self._call(ADMIT)(self._slabs, self._slots, buffer)
 
     def _fill_controls(self, buffer: np.ndarray) -> None:
-        self._controls = self._program(CONTROLS)(self._controls, buffer)
+        self._controls = self._call(CONTROLS)(self._controls, buffer)
 
 
 def _idle(bucket: Bucket) -> StepPlan:

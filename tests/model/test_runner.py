@@ -194,16 +194,16 @@ def test_a_long_prefix_hit_rides_along_with_the_step(fresh, monkeypatch):
 @pytest.mark.parametrize("sampler", Sampler)
 def test_a_step_is_one_transfer_whoever_samples(fresh, monkeypatch, sampler):
     sent = []
-    program = fresh._program
+    call_of = fresh._call
 
     def watched(key):
         def call(*args):
             sent.extend(arg for arg in jax.tree.leaves(args) if isinstance(arg, np.ndarray))
-            return program(key)(*args)
+            return call_of(key)(*args)
 
         return call
 
-    monkeypatch.setattr(fresh, "_program", watched)
+    monkeypatch.setattr(fresh, "_call", watched)
     bucket = LADDER.choose(5, 1, sampler, decode_only=False)
     init = SlotInit(slot=0, position=0, remaining=9)
     adds = pages(0, 1, SPEC.max_pages_per_seq)

@@ -153,21 +153,21 @@ class Raw:
 
     def __init__(self, runner, monkeypatch):
         self.logits = []
-        program = runner._program
+        call_of = runner._call
 
         def spy(key):
-            compiled = program(key)
+            step = call_of(key)
             if not isinstance(key, Bucket):
-                return compiled
+                return step
 
             def call(*args):
-                results = compiled(*args)
+                results = step(*args)
                 self.logits.append(np.asarray(results[2]))
                 return results
 
             return call
 
-        monkeypatch.setattr(runner, "_program", spy)
+        monkeypatch.setattr(runner, "_call", spy)
 
 
 def test_controls_over_whole_answers_are_those_of_numpy(fresh, monkeypatch):

@@ -48,6 +48,7 @@ def test_the_same_tokens_and_the_same_cache() -> None:
     tpu._programs = Programs(decoder, SPEC, mesh, attention="tpu_interpret", writer="tpu_interpret")
     tpu._programs.groups = cache_groups(CONFIG, "float32", platform="tpu")
     tpu._compiled.clear()  # its state is of another shape
+    tpu._calls.clear()
     tpu.reset()
 
     prompts = (np.arange(9) * 5 % 61, np.arange(6) * 7 % 61)
