@@ -13,7 +13,7 @@ from quire.tools.bench.frontend_client import Connection
 from quire.tools.bench.paced_engine import stamp
 
 VOCAB = 2048
-DATA, HEADERS, RST_STREAM, SETTINGS, PING = 0, 1, 3, 4, 6
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 
 
 def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> bytes:
@@ -72,7 +72,8 @@ def test_messages_are_read_however_they_are_cut(size: int) -> None:
     ("data", "says"),
     [
         (frame(DATA, message(300, 301), 0, 1) + frame(HEADERS, b"", 5, 1), "after 2 of 3 tokens"),
-        (frame(RST_STREAM, b"\0\0\0\7", 0, 1), "a frame of kind 3"),
+        (frame(RST_STREAM, b"\0\0\0\7", 0, 1), "after 0 of 3 tokens"),
+        (frame(GOAWAY, bytes(8)), "sends its callers away"),
     ],
 )
 def test_an_answer_that_is_cut_short_is_no_answer(data: bytes, says: str) -> None:

@@ -168,7 +168,7 @@ def test_callers_leave_an_interrupt_to_who_started_them() -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         nothing: dict[str, list[Any]] = {"prompts": [], "outputs": [], "due": []}
-        job = {"address": "127.0.0.1:1", "warm": nothing, "load": nothing}
+        job = {"address": "127.0.0.1:1", "nearby": False, "warm": nothing, "load": nothing}
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "[]\n"

@@ -3,13 +3,13 @@ Python. Used by online.py and serve.py, which run this module as
 
     python -P -m quire.tools.bench.load_process
 
-On stdin a line of JSON: {"address": ..., "warm": LOAD, "load": LOAD}, LOAD being {"prompts": [...],
-"outputs": [...], "due": [...]} (token ids, tokens, seconds). In a closed loop there are "streams",
-how many requests it has under way, and "queue", a pipe that all processes read which to send next
-from; each then knows the whole load. It sends the warm-up's requests, and
-says what was served of them, a line of JSON; reads another line, the time.monotonic() at which the
-load begins; and says what was served of that. Before such a line there may be numbers, a line each:
-how many requests have ended.
+On stdin a line of JSON: {"address": ..., "nearby": ..., "warm": LOAD, "load": LOAD}, LOAD being
+{"prompts": [...], "outputs": [...], "due": [...]} (token ids, tokens, seconds). In a closed loop
+there are "streams", how many requests it has under way, and "queue", a pipe that all processes read
+which to send next from; each then knows the whole load. It sends the warm-up's requests, and says
+what was served of them, a line of JSON; reads another line, the time.monotonic() at which the load
+begins; and says what was served of that. Before such a line there may be numbers, a line each: how
+many requests have ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import uvloop
 
 from ...errors import Internal
 from .load import Served, run_closed, run_load
-from .targets import GrpcTarget
+from .targets import GrpcTarget, WireTarget
 
 _AHEAD = 0.3
 """Seconds between when all are told of the begin and the begin."""
@@ -56,12 +56,15 @@ async def serve_load(
     load: Load,
     progress: Callable[[int, int], None] = lambda done, total: None,
     streams: int | None = None,
+    *,
+    nearby: bool = False,
 ) -> tuple[list[Served], list[Served]]:
     """Sends a warm-up, waits for its end, and then a load, both spread over `clients` processes.
 
     Args:
       streams: requests of the load under way at once, each that ends is followed by the next
         whatever its `due`; None: each is sent when it is due.
+      nearby: the server is on this machine, and spoken to by as little as can be (WireTarget).
       progress: hears how many requests of the load have ended, of how many.
 
     Returns:
@@ -82,6 +85,7 @@ async def serve_load(
     try:
         for at, process in enumerate(processes):
             job: dict[str, Any] = {"address": address, "warm": _part(warm, at, clients)}
+            job["nearby"] = nearby
             if streams is None:
                 job["load"] = _part(load, at, clients)
             else:
@@ -161,7 +165,9 @@ def _merged(parts: Sequence[list[Served]]) -> list[Served]:
 async def _main() -> None:
     """In the process."""
     job = json.loads(sys.stdin.readline())
-    async with GrpcTarget(job["address"], api_key=None, tls=False) as target:
+    address = job["address"]
+    to = WireTarget(address) if job["nearby"] else GrpcTarget(address, api_key=None, tls=False)
+    async with to as target:
         _say_all(await run_load(target, **job["warm"], progress=_Progress()))
         begin = float(await asyncio.to_thread(sys.stdin.readline))
         load, progress = job["load"], _Progress()

@@ -197,7 +197,8 @@ async def _measure(
                 reporter.note(f"{name}: {len(part)} requests, of {wanted}: all the trace has")
             with reporter.phase(name) as update:
                 clients = _clients(args)
-                warmed, served = await serve_load(server.address, clients, warm, load, update)
+                to = server.address
+                warmed, served = await serve_load(to, clients, warm, load, update, nearby=True)
             figures = figures_of(served, {})
             if figures["errors"] == len(served):
                 raise Unavailable(f"{name}: no request was served: {served[0].error}")
