@@ -34,7 +34,7 @@ from ..sched.request import (
     TokenLogprobs,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of engine.proto: raised whenever its meaning changes."""
 
 
@@ -52,15 +52,6 @@ class Liveness:
 
 
 LIVENESS = Liveness()
-
-OPTIONS = (
-    # What is too long was refused before, and what is not must arrive.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Or a new engine would be looked for at the intervals that the old one's absence taught.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-"""Of both ends of the stream."""
 
 _ERRORS: dict[str, type[QuireError]] = {
     kind.grpc_code: kind

@@ -3,7 +3,6 @@
 import grpc
 import warnings
 
-from quire.protos.v1 import engine_pb2 as quire_dot_protos_dot_v1_dot_engine__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -23,76 +22,3 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
-
-
-class EngineServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Attach = channel.stream_stream(
-                '/quire.internal.v1.EngineService/Attach',
-                request_serializer=quire_dot_protos_dot_v1_dot_engine__pb2.ToEngine.SerializeToString,
-                response_deserializer=quire_dot_protos_dot_v1_dot_engine__pb2.FromEngine.FromString,
-                _registered_method=True)
-
-
-class EngineServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
-
-    def Attach(self, request_iterator, context):
-        """The frontend begins with `hello`; the engine answers `welcome` once it serves.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_EngineServiceServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Attach': grpc.stream_stream_rpc_method_handler(
-                    servicer.Attach,
-                    request_deserializer=quire_dot_protos_dot_v1_dot_engine__pb2.ToEngine.FromString,
-                    response_serializer=quire_dot_protos_dot_v1_dot_engine__pb2.FromEngine.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'quire.internal.v1.EngineService', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('quire.internal.v1.EngineService', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class EngineService(object):
-    """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Attach(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/quire.internal.v1.EngineService/Attach',
-            quire_dot_protos_dot_v1_dot_engine__pb2.ToEngine.SerializeToString,
-            quire_dot_protos_dot_v1_dot_engine__pb2.FromEngine.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)

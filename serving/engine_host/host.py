@@ -2,7 +2,7 @@
 
     engine thread:  Engine --EngineHost.deliver(outputs of a step)--> event loop
     event loop:     sorts them by frontend, one Step each; each frontend's stream takes its Step
-                    ── Submit, Finish ──> Engine's inbox
+                    stream ── Submit, Finish ──> Engine's inbox
 
 A frontend that is gone, or says nothing for too long, is detached: its requests end, and their
 pages are free with the next step. One that is behind, as it says itself, gets several Steps
@@ -15,17 +15,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
-
-import grpc
 
 from ...errors import Internal, Overloaded, QuireError
 from ...model.plan import RunnerSpec
 from ...protos.v1 import engine_pb2 as pb
-from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.engine import Engine
 from ...sched.request import FinishReason, RequestOutput
+from ..engine_stream import EngineStream, OtherEnd
 from ..engine_wire import (
     LIVENESS,
     PROTOCOL,
@@ -40,15 +38,14 @@ from ..intake import Served
 from ..telemetry.logs import fields
 from .names import Names
 
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
 
 MOST_AHEAD = 4
 """Messages sent to a frontend that has not dealt with the last one, for what is urgent."""
 
 
-class EngineHost(pb_grpc.EngineServiceServicer):
-    """The servicer. Frontends may attach at any time; they are served from `open` on.
+class EngineHost:
+    """Of one engine. Frontends may attach at any time; they are served from `open` on.
 
     Args:
       loop: the event loop that it serves on.
@@ -149,64 +146,59 @@ class EngineHost(pb_grpc.EngineServiceServicer):
         for frontend, step in steps.items():
             frontend.send(step.message(), urgent=step.urgent)
 
-    async def Attach(
-        self, requests: AsyncIterator[pb.ToEngine], context: grpc.aio.ServicerContext
-    ) -> None:
-        hello: pb.ToEngine = await context.read()
-        if hello is EOF:
+    async def attach(self, stream: EngineStream[pb.ToEngine]) -> None:
+        """Serves a frontend until either end has enough."""
+        try:
+            hello = await stream.read()
+        except OtherEnd:
+            return
+        if hello is None:
             return
         if hello.hello.protocol != PROTOCOL:
-            said = f"protocol: got {hello.hello.protocol}, must be {PROTOCOL}"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, said)
+            stream.send(pb.FromEngine(welcome=pb.Welcome(protocol=PROTOCOL)))
+            return
         await self._opened.wait()
         if self._closed.is_set():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is closed")
-        frontend = _Frontend(hello.hello.name, hello.hello.pid, self._liveness.heartbeat)
+            return
+        frontend = _Frontend(stream, hello.hello.name, hello.hello.pid)
         self._frontends.add(frontend)
-        tasks = [
-            asyncio.ensure_future(self._read(frontend, context)),
-            asyncio.ensure_future(frontend.write(self._welcome, context)),
+        stream.send(pb.FromEngine(welcome=self._welcome))
+        stream.listen(lambda message: self._hear(frontend, message))
+        silent = asyncio.ensure_future(stream.silent(self._liveness.silence))
+        tasks: list[asyncio.Future[Any]] = [
+            silent,
+            asyncio.ensure_future(stream.beat(pb.FromEngine(), self._liveness.heartbeat)),
             asyncio.ensure_future(self._closed.wait()),
             asyncio.ensure_future(frontend.lost.wait()),
         ]
-        silent = False
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except TimeoutError:
-            silent = True
-        finally:  # also where grpc cancels this, because the process is gone
-            for task in tasks:
-                task.cancel()
-            if silent:
+            await asyncio.wait([*tasks, stream.ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if silent.done():
                 seconds = self._liveness.silence
                 frontend.log(logging.ERROR, f"has said nothing for {seconds:g} s and is detached")
             elif not self._closed.is_set():
                 frontend.log(logging.WARNING if frontend.live else logging.DEBUG, "has left")
+            for task in tasks:
+                task.cancel()
             self._detach(frontend)
 
-    async def _read(self, frontend: _Frontend, context: grpc.aio.ServicerContext) -> None:
-        """Does what a frontend says until it leaves."""
+    def _hear(self, frontend: _Frontend, message: pb.ToEngine) -> None:
+        """Does what a frontend says."""
         engine = self._engine
         assert engine is not None
-        while True:
-            async with asyncio.timeout(self._liveness.silence):
-                message: pb.ToEngine = await context.read()
-            if message is EOF:
-                return
-            for submit in message.submits:
-                self._submit(engine, frontend, submit)
-            for finish in message.finishes:
-                if request_id := frontend.live.get(finish.handle):
-                    choice = finish.choice if finish.HasField("choice") else None
-                    engine.finish(request_id, FinishReason(finish.reason), choice)
-                    if choice is None:  # its call is over; the name may come again at once
-                        self._names.release(request_id)
-            for refused in message.refused:
-                self._refused(error_of(refused.error), refused.request_id, refused.tenant)
-            if message.taken:
-                frontend.taken()
+        for submit in message.submits:
+            self._submit(engine, frontend, submit)
+        for finish in message.finishes:
+            if request_id := frontend.live.get(finish.handle):
+                choice = finish.choice if finish.HasField("choice") else None
+                engine.finish(request_id, FinishReason(finish.reason), choice)
+                if choice is None:  # its call is over; the name may come again at once
+                    self._names.release(request_id)
+        for refused in message.refused:
+            self._refused(error_of(refused.error), refused.request_id, refused.tenant)
+        if message.taken:
+            frontend.taken()
 
     def _submit(self, engine: Engine, frontend: _Frontend, message: pb.Submit) -> None:
         route = _Route(frontend, message.handle)
@@ -254,9 +246,9 @@ class _Frontend:
     """One that is attached.
 
     Args:
+      stream: to it.
       name: for people.
       pid: of its process.
-      heartbeat: see Liveness.
 
     Attributes:
       live: its unfinished requests: handle to id.
@@ -264,15 +256,14 @@ class _Frontend:
       lost: there is something that it will never be sent.
     """
 
-    def __init__(self, name: str = "", pid: int = 0, heartbeat: float = LIVENESS.heartbeat) -> None:
-        self._name, self._pid, self._heartbeat = name, pid, heartbeat
+    def __init__(self, stream: EngineStream[pb.ToEngine], name: str = "", pid: int = 0) -> None:
+        self._stream, self._name, self._pid = stream, name, pid
         self.live: dict[int, str] = {}
         self.behind = False
         self.lost = asyncio.Event()
         self._next = pb.FromEngine()
         self._awaited = False  # the last message that asked for it has not been dealt with
         self._ahead = 0  # messages since that one
-        self._go = asyncio.Event()  # there is something to send, and it may be sent
 
     def log(self, level: int, what: str) -> None:
         """Says what became of it, which costs it its requests."""
@@ -285,32 +276,21 @@ class _Frontend:
         self._next.steps.append(step)
         self.behind = True
         if not self._awaited or (urgent and self._ahead < MOST_AHEAD):
-            self._go.set()
+            self._write()
 
     def taken(self) -> None:
         """It has dealt with the last message that asked for it."""
         self._awaited = False
         if self.behind:
-            self._go.set()
+            self._write()
 
-    async def write(self, welcome: pb.Welcome, context: grpc.aio.ServicerContext) -> None:
-        """Sends what there is as soon as the frontend has dealt with what it was sent before, or
-        it may not wait."""
-        await context.write(pb.FromEngine(welcome=welcome))
-        while True:
-            try:
-                async with asyncio.timeout(self._heartbeat):
-                    await self._go.wait()
-            except TimeoutError:
-                await context.write(pb.FromEngine())
-                continue
-            self._go.clear()
-            message, self._next = self._next, pb.FromEngine()
-            # What goes ahead asks for nothing: the answer to the one before is still to come.
-            message.awaited = not self._awaited
-            self._ahead = self._ahead + 1 if self._awaited else 0
-            self._awaited, self.behind = True, False
-            await context.write(message)
+    def _write(self) -> None:
+        message, self._next = self._next, pb.FromEngine()
+        # What goes ahead asks for nothing: the answer to the one before is still to come.
+        message.awaited = not self._awaited
+        self._ahead = self._ahead + 1 if self._awaited else 0
+        self._awaited, self.behind = True, False
+        self._stream.send(message)
 
 
 class _Route:

@@ -15,17 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import grpc
-
 from ...config import EngineConfig, ServerConfig
 from ...errors import QuireError
 from ...model.plan import RunnerSpec
-from ...protos.v1 import engine_pb2_grpc as pb_grpc
+from ...protos.v1 import engine_pb2 as pb
 from ...sched.engine import Engine
 from ...sched.request import RequestOutput
 from ..auth.follow import follow_keys
 from ..auth.key_file import KeyTable
-from ..engine_wire import OPTIONS
+from ..engine_stream import listen
 from ..intake import Served
 from ..lifeline import Lifeline
 from ..telemetry.logs import set_up_logs
@@ -91,12 +89,7 @@ async def serve(news: int, build: Build | None = None) -> int:
         telemetry.on_outputs(outputs)
 
     build = build or partial(_assembled, as_log=settings.log_format == "json")
-    server = grpc.aio.server(options=OPTIONS)
-    pb_grpc.add_EngineServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        host, server
-    )
-    server.add_insecure_port(given["engine_address"])
-    await server.start()
+    listener = await listen(given["engine_address"], pb.ToEngine, host.attach)
     try:
         ordered = asyncio.ensure_future(line.order())
         building = asyncio.ensure_future(asyncio.to_thread(build, config, deliver))
@@ -120,7 +113,7 @@ async def serve(news: int, build: Build | None = None) -> int:
         return 1
     finally:
         await host.close(LAST_WORDS)
-        await server.stop(LAST_WORDS)
+        await listener.stop(LAST_WORDS)
         await asyncio.to_thread(telemetry.close)
 
 

@@ -7,23 +7,19 @@ all that is open ends with Unavailable, and whoever owns it (main.py) attaches a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
-
 from ...errors import Internal, QuireError, Unavailable
 from ...protos.v1 import engine_pb2 as pb
-from ...protos.v1 import engine_pb2_grpc as pb_grpc
 from ...sched.request import FinishReason, Request, RequestOutput
+from ..engine_stream import EngineStream, OtherEnd, connect
 from ..engine_wire import (
     LIVENESS,
-    OPTIONS,
     PROTOCOL,
     Liveness,
     output_of,
@@ -35,7 +31,6 @@ from ..intake import Served
 from ..telemetry.logs import fields
 from .pending import Pace, Pending
 
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the type stubs do not know it
 log = logging.getLogger(__name__)
 
 GONE = "the engine is gone and is being started again; try again when health says SERVING"
@@ -54,22 +49,23 @@ class RemoteLink:
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, call: Any, welcome: pb.Welcome, liveness: Liveness
+        self, stream: EngineStream[pb.FromEngine], welcome: pb.Welcome, liveness: Liveness
     ):
         self.welcome, self._liveness = welcome, liveness
         self.spec = spec_of(welcome.limits)
         self.served = Served(welcome.name, welcome.dtype)
         self.folder = welcome.folder
         self.ignore_config_fields = tuple(welcome.ignore_config_fields)
-        self._channel, self._call = channel, call
+        self._stream = stream
         self._open: dict[int, tuple[str, Pending]] = {}  # by handle
         self._handles: dict[str, int] = {}  # by request id
         self._pace = Pace()
         self._draw = itertools.count(1)
         self._next = pb.ToEngine()
-        self._news = asyncio.Event()
+        self._is_due = False  # what is next goes out with the next turn of the loop
         self._why_closed: str | None = None
-        self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._write())]
+        stream.listen(self._hear)
+        self._beating = asyncio.ensure_future(stream.beat(pb.ToEngine(), liveness.heartbeat))
         self._ended = asyncio.ensure_future(self._watch())
 
     @classmethod
@@ -87,26 +83,23 @@ class RemoteLink:
           Unavailable: there is none, or it went away.
           Internal: it is of another build, and stays that until it is started again.
         """
-        channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         try:
-            stub = pb_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
-            call = stub.Attach()
-            hello = pb.Hello(protocol=PROTOCOL, name=name, pid=os.getpid())
-            await call.write(pb.ToEngine(hello=hello))
-            message = await call.read()
-            if message is EOF:
+            stream = await connect(address, pb.FromEngine)
+        except OSError as error:
+            raise Unavailable(f"the engine cannot be reached: {error}") from error
+        try:
+            stream.send(pb.ToEngine(hello=pb.Hello(protocol=PROTOCOL, name=name, pid=os.getpid())))
+            message = await stream.read()
+            if message is None:
                 raise Unavailable("the engine process went away")
             if message.welcome.protocol != PROTOCOL:
                 raise _other_build(f"protocol {message.welcome.protocol}")
-            return cls(channel, call, message.welcome, liveness)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            await channel.close(None)
-            code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
-            if code is grpc.StatusCode.FAILED_PRECONDITION:
-                raise _other_build(_in_short(error)) from error
-            raise Unavailable(f"the engine cannot be reached: {_in_short(error)}") from error
+            return cls(stream, message.welcome, liveness)
+        except OtherEnd as error:
+            stream.abort()
+            raise _other_build(str(error)) from error
         except BaseException:
-            await channel.close(None)
+            stream.abort()
             raise
 
     @property
@@ -121,7 +114,7 @@ class RemoteLink:
         self._next.submits.append(submit_message(handle, request))  # first, because it may raise
         self._open[handle] = request.id, pending
         self._handles[request.id] = handle
-        self._news.set()
+        self._say()  # a turn of a busy loop takes as long as many messages
         try:
             yield pending
         finally:
@@ -137,12 +130,12 @@ class RemoteLink:
         handle = self._handles.get(request_id)
         if handle is not None and self._why_closed is None:
             self._next.finishes.append(pb.Finish(handle=handle, reason=reason, choice=choice))
-            self._news.set()
+            self._say_soon()
 
     def refused(self, error: QuireError, request_id: str, tenant: str) -> None:
         if self._why_closed is None:
             self._next.refused.append(refused_message(error, request_id, tenant))
-            self._news.set()
+            self._say_soon()
 
     async def lost(self) -> None:
         """Returns when the engine is gone, or the link was closed."""
@@ -151,22 +144,29 @@ class RemoteLink:
     async def close(self, why: str) -> None:
         """Ends what is open with Unavailable, and leaves the engine, which frees its pages."""
         self._end(why)
-        for task in (*self._tasks, self._ended):
-            task.cancel()
-        await asyncio.wait([*self._tasks, self._ended])
-        self._call.cancel()
-        await self._channel.close(None)
+        self._beating.cancel()
+        self._ended.cancel()
+        await asyncio.wait([self._beating, self._ended])
+        self._stream.abort()
 
     # ---- the stream
 
     async def _watch(self) -> None:
-        """Ends the link when either of its tasks does."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        """Ends the link when its stream ends, or the engine is silent."""
+        silence = asyncio.ensure_future(self._stream.silent(self._liveness.silence))
+        ended = self._stream.ended
+        either: tuple[asyncio.Future[Any], ...] = ended, silence
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            silence.cancel()
         calls = len(self._open)
         self._end(GONE)
-        why = await self._how_it_ended(done)
-        for task in self._tasks:
-            task.cancel()
+        self._beating.cancel()
+        if not ended.done():
+            why = f"it has said nothing for {self._liveness.silence:g} s"
+        else:
+            why = f"its stream broke: {ended.result()}" if ended.result() else "it hung up"
         # The parent knows more of an engine that died, and says it.
         log.warning(
             "the engine is lost (%s); %d requests to it end with UNAVAILABLE",
@@ -174,18 +174,6 @@ class RemoteLink:
             calls,
             extra=fields(process="the engine", pid=self.welcome.pid),
         )
-
-    async def _how_it_ended(self, done: Iterable[asyncio.Task[None]]) -> str:
-        for task in done:
-            error = None if task.cancelled() else task.exception()
-            if error and not isinstance(error, (grpc.aio.AioRpcError, asyncio.InvalidStateError)):
-                return _in_short(error)
-        # Either task may be the first to hear of it, each in its own words; the call knows best.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._liveness.heartbeat):
-                if details := await self._call.details():
-                    return f"its stream broke: {details}"
-        return "it hung up"
 
     def _end(self, why: str) -> None:
         if self._why_closed is not None:
@@ -197,22 +185,13 @@ class RemoteLink:
                 RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error, ended=True)
             )
 
-    async def _read(self) -> None:
-        silence = self._liveness.silence
-        while True:
-            try:
-                async with asyncio.timeout(silence):
-                    message: pb.FromEngine = await self._call.read()
-            except TimeoutError:
-                raise Unavailable(f"it has said nothing for {silence:g} s") from None
-            if message is EOF:
-                return
-            for step in message.steps:
-                self._take(step)
-            if message.awaited:
-                # Goes out when it is the writer's turn: a loop that is behind gets several in one.
-                self._next.taken = True
-                self._news.set()
+    def _hear(self, message: pb.FromEngine) -> None:
+        for step in message.steps:
+            self._take(step)
+        if message.awaited:
+            # A loop that is behind comes to it later, and gets several steps in one message.
+            self._next.taken = True
+            self._say_soon()
 
     def _take(self, step: pb.Step) -> None:
         opened = self._open  # who is not in it has left
@@ -231,16 +210,17 @@ class RemoteLink:
                 request_id, pending = found
                 pending.put(output_of(output, request_id))
 
-    async def _write(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(self._liveness.heartbeat):
-                    await self._news.wait()
-            except TimeoutError:
-                pass  # then the message is empty
-            self._news.clear()
+    def _say_soon(self) -> None:
+        """Sends what is next when all have had their turn who wait for one."""
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._say)
+
+    def _say(self) -> None:
+        self._is_due = False
+        if self._next.ByteSize():  # or it went with something that did not wait
             message, self._next = self._next, pb.ToEngine()
-            await self._call.write(message)
+            self._stream.send(message)
 
 
 def _other_build(how: str) -> Internal:
@@ -248,9 +228,3 @@ def _other_build(how: str) -> Internal:
         f"the engine process is of another build of Quire ({how}; ours is protocol {PROTOCOL}); "
         "start the server again"
     )
-
-
-def _in_short(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.details() or error.code().name
-    return str(error) or type(error).__name__

@@ -19,13 +19,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire import EngineConfig
 from quire.config import ServerConfig
-from quire.protos.v1 import engine_pb2_grpc
+from quire.protos.v1 import engine_pb2
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
 from quire.sched.engine import Engine
 from quire.sched.request import RequestOutput
 from quire.serving.assemble import Assembled, assemble
 from quire.serving.engine_host.host import EngineHost
-from quire.serving.engine_wire import OPTIONS, Liveness
+from quire.serving.engine_stream import Listener, listen
+from quire.serving.engine_wire import Liveness
 from quire.serving.frontend.remote_link import RemoteLink
 from quire.serving.frontend.server import Server
 from quire.serving.telemetry.telemetry import Telemetry
@@ -52,7 +53,7 @@ class Running:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
-        self._internal: grpc.aio.Server | None = None
+        self._internal: Listener | None = None
         self.server = self.run(self._bind)
         self.channel = grpc.insecure_channel(self.server.address)
         self.stub = pb_grpc.GenerationServiceStub(self.channel)
@@ -90,12 +91,9 @@ class Running:
             if told:
                 told.on_outputs(outputs)
 
-        self._internal = grpc.aio.server(options=OPTIONS)
-        engine_pb2_grpc.add_EngineServiceServicer_to_server(host, self._internal)
         self._folder = tempfile.TemporaryDirectory(prefix="quire-test-")
         self.engine_address = f"unix:{self._folder.name}/engine"
-        self._internal.add_insecure_port(self.engine_address)
-        await self._internal.start()
+        self._internal = await listen(self.engine_address, engine_pb2.ToEngine, host.attach)
         self.parts = parts = await loop.run_in_executor(None, assemble, self._config, deliver)
         folder, served = str(parts.checkpoint.folder), parts.intake.served
         host.open(parts.engine, parts.sizes.spec, folder, (), served)

@@ -24,14 +24,20 @@ from quire.tools.bench.null_runner import null_spec
 SPEC = null_spec(4, page_size=16, max_model_len=64, pages=20)
 
 
-class Context:
-    """Of a stream; keeps what is written."""
+class Stream:
+    """Keeps what is sent."""
 
     def __init__(self) -> None:
         self.sent: list[pb.FromEngine] = []
 
-    async def write(self, message: pb.FromEngine) -> None:
+    def send(self, message: pb.FromEngine) -> None:
         self.sent.append(message)
+
+
+def attached() -> tuple[host._Frontend, list[pb.FromEngine]]:
+    """A frontend, and what it is sent."""
+    stream: Any = Stream()
+    return host._Frontend(stream), stream.sent
 
 
 async def let_run() -> None:
@@ -47,66 +53,41 @@ def tokens(message: pb.FromEngine) -> list[int]:
     return [token for one in message.steps for token in one.tokens]
 
 
-def write(frontend: host._Frontend, context: Any) -> asyncio.Future[None]:
-    return asyncio.ensure_future(frontend.write(pb.Welcome(protocol=1), context))
-
-
 def test_a_frontend_that_is_behind_gets_what_it_missed_in_one_message() -> None:
-    async def work() -> None:
-        frontend, context = host._Frontend(), Context()
-        writing = write(frontend, context)
-        await let_run()
-        assert context.sent.pop().welcome.protocol == 1
-        frontend.send(step(1))
-        await let_run()
-        assert tokens(context.sent[0]) == [1] and context.sent[0].awaited
-        frontend.send(step(2))
-        frontend.send(step(3))
-        await let_run()
-        assert len(context.sent) == 1 and frontend.behind
-        frontend.taken()
-        await let_run()
-        assert tokens(context.sent[1]) == [2, 3] and not frontend.behind
-        frontend.taken()  # and has nothing more to get
-        await let_run()
-        assert len(context.sent) == 2
-        frontend.send(step(4))
-        await let_run()
-        assert tokens(context.sent[2]) == [4]
-        writing.cancel()
-
-    asyncio.run(work())
+    frontend, sent = attached()
+    frontend.send(step(1))
+    assert tokens(sent[0]) == [1] and sent[0].awaited
+    frontend.send(step(2))
+    frontend.send(step(3))
+    assert len(sent) == 1 and frontend.behind
+    frontend.taken()
+    assert tokens(sent[1]) == [2, 3] and not frontend.behind
+    frontend.taken()  # and has nothing more to get
+    assert len(sent) == 2
+    frontend.send(step(4))
+    assert tokens(sent[2]) == [4]
 
 
 def test_what_is_urgent_waits_for_nobody_a_few_times() -> None:
-    async def work() -> None:
-        frontend, context = host._Frontend(), Context()
-        writing = write(frontend, context)
-        frontend.send(step(1))
-        await let_run()
-        frontend.send(step(2))
-        frontend.send(step(3), urgent=True)
-        await let_run()
-        assert [tokens(message) for message in context.sent[1:]] == [[1], [2, 3]]
-        # The answer to the first says nothing of the second, which so asks for none.
-        assert [message.awaited for message in context.sent[1:]] == [True, False]
-        assert not frontend.behind
-        frontend.send(step(4))
-        for token in range(5, 5 + host.MOST_AHEAD):
-            frontend.send(step(token), urgent=True)
-            await let_run()
-        assert len(context.sent) == 2 + host.MOST_AHEAD and frontend.behind
-        frontend.taken()
-        await let_run()
-        assert context.sent[-1].awaited and not frontend.behind
-        all_sent = [token for message in context.sent for token in tokens(message)]
-        assert all_sent == [*range(1, 5 + host.MOST_AHEAD)]
-        frontend.send(step(99), urgent=True)
-        await let_run()
-        assert tokens(context.sent[-1]) == [99]  # as often again
-        writing.cancel()
-
-    asyncio.run(work())
+    frontend, sent = attached()
+    frontend.send(step(1))
+    frontend.send(step(2))
+    frontend.send(step(3), urgent=True)
+    assert [tokens(message) for message in sent] == [[1], [2, 3]]
+    # The answer to the first says nothing of the second, which so asks for none.
+    assert [message.awaited for message in sent] == [True, False]
+    assert not frontend.behind
+    frontend.send(step(4))
+    for token in range(5, 5 + host.MOST_AHEAD):
+        frontend.send(step(token), urgent=True)
+    assert len(sent) == 1 + host.MOST_AHEAD and frontend.behind
+    frontend.taken()
+    assert sent[-1].awaited and not frontend.behind
+    assert [token for message in sent for token in tokens(message)] == [
+        *range(1, 5 + host.MOST_AHEAD)
+    ]
+    frontend.send(step(99), urgent=True)
+    assert tokens(sent[-1]) == [99]  # as often again
 
 
 def test_only_the_first_of_an_answer_is_urgent() -> None:
@@ -117,28 +98,15 @@ def test_only_the_first_of_an_answer_is_urgent() -> None:
             def send(self, step: pb.Step, *, urgent: bool = False) -> None:
                 sent.append(([*step.tokens], urgent))
 
-        served, frontend = host.EngineHost(asyncio.get_running_loop()), Frontend()
+        served = host.EngineHost(asyncio.get_running_loop())
+        stream: Any = Stream()
+        frontend = Frontend(stream)
         for handle, name in enumerate("ab"):
             served._routes[name] = host._Route(frontend, handle)
         for outputs in ([("a", 1)], [("a", 2)], [("a", 3), ("b", 4)], [("a", 5), ("b", 6)]):
             served.deliver([RequestOutput(name, (token,)) for name, token in outputs])
             await let_run()
         assert sent == [([1], True), ([2], False), ([3, 4], True), ([5, 6], False)]
-
-    asyncio.run(work())
-
-
-def test_signs_of_life_wait_for_nobody() -> None:
-    async def work() -> None:
-        frontend, context = host._Frontend(heartbeat=0.01), Context()
-        writing = write(frontend, context)
-        frontend.send(step(1))
-        frontend.send(step(2))
-        while len(context.sent) < 4:
-            await asyncio.sleep(0.01)
-        assert [len(tokens(message)) for message in context.sent[:4]] == [0, 2, 0, 0]
-        assert [message.awaited for message in context.sent[:4]] == [False, True, False, False]
-        writing.cancel()
 
     asyncio.run(work())
 

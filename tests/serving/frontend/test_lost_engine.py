@@ -40,7 +40,7 @@ def losing(served: Running) -> Iterator[tuple[Server, RemoteLink, Any]]:
 
 
 def lose(served: Running, link: RemoteLink) -> None:
-    served.loop.call_soon_threadsafe(link._call.cancel)
+    served.loop.call_soon_threadsafe(link._stream.abort)
 
 
 def test_embeddings_that_are_under_way_or_wait_for_room(
