@@ -14,13 +14,11 @@ from ..errors import invalid
 
 def number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:
     """A number within [low, high], or (low, high] with `above_low`."""
-    limit = f"a number in {'(' if above_low else '['}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise invalid(name, value, limit)
-    real = cast(float, value)
-    if not low <= real <= high or (above_low and real == low):  # not-a-number is never within
-        raise invalid(name, value, limit)
-    return float(real)
+    if not isinstance(value, bool) and isinstance(value, Real):
+        real = cast(float, value)
+        if low <= real <= high and not (above_low and real == low):  # not-a-number is never within
+            return float(real)
+    raise invalid(name, value, f"a number in {'(' if above_low else '['}{low:g}, {high:g}]")
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:

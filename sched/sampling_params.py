@@ -147,6 +147,15 @@ class SamplingParams:
         if self.best_of is not None and self.best_of < self.n:
             raise invalid("best_of", self.best_of, f"at least n ({self.n})")
 
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed, which nothing else depends on, and so nothing is checked
+        again."""
+        made = object.__new__(SamplingParams)
+        for name, _, _ in _CHECKS:
+            object.__setattr__(made, name, getattr(self, name))
+        object.__setattr__(made, "seed", _whole("seed", seed))
+        return made
+
     @property
     def choices(self) -> int:
         """Answers to make."""

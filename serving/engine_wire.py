@@ -87,6 +87,14 @@ _SAME = (
 """Sampling parameters that look alike on both sides."""
 
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "best_of")
+_LISTS = ("logit_bias", "stop_token_ids")
+_PLAIN = {
+    parameter.name: parameter.default
+    for parameter in fields(SamplingParams)
+    if parameter.name in _SAME and parameter.name not in (*_OPTIONAL, *_LISTS)
+}
+"""The others of them, each with its default."""
+
 _SEED_BITS = (1 << 64) - 1
 
 
@@ -144,12 +152,16 @@ def _sampling_message(sampling: SamplingParams) -> pb.Sampling:
 
 
 def _sampling_of(message: pb.Sampling) -> SamplingParams:
+    # What is as it would be anyway is not said again, because all that is said is checked.
     given = {
-        name: getattr(message, name)
-        for name in _SAME
-        if name not in _OPTIONAL or message.HasField(name)
+        name: value
+        for name, default in _PLAIN.items()
+        if (value := getattr(message, name)) != default
     }
-    given |= {name: None for name in _OPTIONAL if name not in given}
+    given |= {name: value for name in _LISTS if (value := getattr(message, name))}
+    given |= {
+        name: getattr(message, name) if message.HasField(name) else None for name in _OPTIONAL
+    }
     has_allowed = message.HasField("allowed_token_ids")
     return SamplingParams(
         **given,

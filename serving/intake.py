@@ -342,8 +342,9 @@ def _unwrapped(prompt: Mapping[str, Any]) -> str | Sequence[int]:
 def _ids(prompt: object) -> list[int]:
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise invalid("prompt", type(prompt).__name__, "text or a list of token ids")
-    if set(map(type, prompt)) <= {int}:
-        return list(prompt)
+    ids = list(prompt)  # once: to go over a message's field takes several times as long
+    if set(map(type, ids)) <= {int}:
+        return ids
     for at, token in enumerate(prompt):
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise invalid(f"prompt[{at}]", token, "a token id (a whole number)")
@@ -387,4 +388,4 @@ def name_in(request_id: str) -> str:
 def _seeded(sampling: SamplingParams) -> SamplingParams:
     if sampling.seed is not None:
         return sampling
-    return replace(sampling, seed=secrets.randbits(63))
+    return sampling.with_seed(secrets.randbits(63))
