@@ -28,10 +28,13 @@ class Admission(grpc.aio.ServerInterceptor):
     Args:
       most: calls at once.
       refused: hears why a call was turned away.
+      came: hears that one came in, before it is read.
     """
 
-    def __init__(self, most: int, refused: Callable[[QuireError], None]) -> None:
-        self._most, self._refused = most, refused
+    def __init__(
+        self, most: int, refused: Callable[[QuireError], None], came: Callable[[], None]
+    ) -> None:
+        self._most, self._refused, self._came = most, refused, came
         self._running = 0
 
     async def intercept_service(
@@ -48,6 +51,7 @@ class Admission(grpc.aio.ServerInterceptor):
         task = asyncio.current_task()  # in which all of the call happens
         assert task is not None
         self._running += 1
+        self._came()
         task.add_done_callback(self._ended)
         return handler if handler.request_deserializer is None else self._reading(handler, method)
 

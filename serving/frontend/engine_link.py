@@ -49,6 +49,10 @@ class EngineLink(Protocol):
         """A call ended with an error that did not come from here; for the service's accounts."""
         ...
 
+    def make_way(self) -> None:
+        """A new call is on its way to `open`: what wakes readers of other requests waits a moment."""
+        ...
+
     async def lost(self) -> None:
         """Returns when it takes no more: the engine is gone, or `close` was called."""
         ...

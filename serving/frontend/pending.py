@@ -67,6 +67,8 @@ class Pace:
         self._woken, self._spent = 0, spent()  # since when it is measured
         self._due = 0.0  # when the next may be woken
         self._is_set = False  # a look is due
+        self._way_until = 0.0  # when a call that comes in is in
+        self._made_way = False  # the last look was put off for it
 
     def join(self, pending: Pending) -> None:
         """Queues one whose reader waits, and which has something for it."""
@@ -75,7 +77,17 @@ class Pace:
             self._is_set = True
             asyncio.get_running_loop().call_soon(self._look)  # when all of a step have joined
 
+    def make_way(self) -> None:
+        """A new call is on its way in, for which the event loop has to turn several times: with
+        messages in each turn it would wait for some thirty of them. A look that is due within a
+        tick is put off by one, but never two in a row."""
+        self._way_until = self._clock() + self.TICK
+
     def _look(self) -> None:
+        self._made_way = self._clock() < self._way_until and not self._made_way
+        if self._made_way:
+            asyncio.get_running_loop().call_later(self.TICK, self._look)
+            return
         queue, now = self._queue, self._clock()
         due = max(self._due, now - self.BURST)
         for _ in range(min(len(queue), self.AT_ONCE)):

@@ -137,6 +137,9 @@ class RemoteLink:
             self._next.refused.append(refused_message(error, request_id, tenant))
             self._say_soon()
 
+    def make_way(self) -> None:
+        self._pace.make_way()
+
     async def lost(self) -> None:
         """Returns when the engine is gone, or the link was closed."""
         await asyncio.wait([self._ended])

@@ -49,7 +49,7 @@ class Server:
         self._host = f"[{host}]" if ":" in host else host
         self._wanted = settings.port if port is None else port
         self._service = GenerationService()
-        self._admission = Admission(settings.max_calls, self._service.account)
+        self._admission = Admission(settings.max_calls, self._service.account, self._make_way)
         self._server = make_server(
             settings, shared=shared, interceptors=(self._admission, *interceptors)
         )
@@ -96,6 +96,10 @@ class Server:
     def account(self, error: QuireError) -> None:
         """Lets metrics and log have an error of a call that was turned away."""
         self._service.account(error)
+
+    def _make_way(self) -> None:
+        if self._link is not None:
+            self._link.make_way()
 
     async def pause(self, why: str) -> None:
         """Answers calls with UNAVAILABLE until it is given another engine."""

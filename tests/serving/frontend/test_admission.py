@@ -61,6 +61,17 @@ def test_a_message_that_cannot_be_read_is_the_callers_fault(folder: Path, sent: 
         assert call(channel, "Generate")(TEXT) and call(channel, "StreamGenerate")(TEXT)
 
 
+def test_others_make_way_for_a_call_that_comes_in(folder: Path) -> None:
+    with Frontend(folder) as frontend:
+        channel = frontend.channel()
+        for count in (1, 2):
+            assert call(channel, "StreamGenerate")(TEXT)
+            assert frontend.link.made_way == count
+        health = health_pb2_grpc.HealthStub(channel)
+        health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert frontend.link.made_way == 2
+
+
 class Slow:
     """An engine that answers nothing."""
 
@@ -68,6 +79,7 @@ class Slow:
 
     def __init__(self, answering: Any) -> None:
         self.refused, self.close, self.told = answering.refused, answering.close, answering.told
+        self.make_way = answering.make_way
         self.opened = 0
 
     def open(self, request: Any) -> Any:

@@ -239,6 +239,31 @@ def test_a_first_token_passes_those_whose_turn_has_come() -> None:
     asyncio.run(main())
 
 
+def test_a_call_that_comes_in_puts_off_one_look_and_not_the_next() -> None:
+    now = 100.0  # until the test moves it
+
+    async def main() -> None:
+        nonlocal now
+        pace = Pace(lambda: now)
+        async with Readers(3, pace) as readers:
+            for token in (1, 2):
+                readers.put((0, 1), token)
+                pace.make_way()
+                await let_run()
+                assert not readers.took
+                pace.make_way()  # and again: they have waited once
+                await readers.until(2)
+                assert readers.took == [(0, (token,)), (1, (token,))]
+                readers.took.clear()
+                now += Pace.TICK  # the call is in
+                readers.put((2,), token)
+                await let_run()
+                assert readers.took == [(2, (token,))]
+                readers.took.clear()
+
+    asyncio.run(main())
+
+
 def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     async def work(pending: Pending) -> None:
         pending.put_tokens((1,))
