@@ -50,7 +50,7 @@ class EngineLink(Protocol):
         ...
 
     def make_way(self) -> None:
-        """A new call is on its way to `open`: what wakes readers of other requests waits a moment."""
+        """A new call is on its way to `open`: what wakes others' readers waits a moment."""
         ...
 
     async def lost(self) -> None:

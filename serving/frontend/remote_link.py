@@ -1,4 +1,5 @@
-"""A frontend's way to the engine process: an `EngineLink` over a stream of protos/v1/engine.proto.
+"""A frontend's way to the engine process: an `EngineLink` over a stream of protos/v1/engine.proto
+(serving/engine_stream.py).
 
 One of these lives as long as its stream. When that ends, or the engine says nothing for too long,
 all that is open ends with Unavailable, and whoever owns it (main.py) attaches anew.

@@ -163,6 +163,27 @@ def test_outputs_that_cannot_be_sent_leave_nobody_waiting(
     assert "a step's outputs are lost" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
+def test_ends_that_have_nothing_to_say_say_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_engine, at_frontend = list[pb.ToEngine](), list[pb.FromEngine]()
+    often = Liveness(heartbeat=0.01)
+
+    async def work() -> None:
+        monkeypatch.setattr(host.EngineHost, "_hear", lambda *said: at_engine.append(said[-1]))
+        monkeypatch.setattr(RemoteLink, "_hear", lambda *said: at_frontend.append(said[-1]))
+        served = host.EngineHost(asyncio.get_running_loop(), liveness=often)
+        server, address = await serve(served.attach, tmp_path)
+        served.open(Busy(), SPEC, str(tmp_path), (), Served("model", "float32"))  # type: ignore
+        link = await RemoteLink.attach(address, liveness=often)
+        await until(lambda: len(at_engine) > 3 and len(at_frontend) > 3)
+        await link.close("the test is over")
+        await server.stop(None)
+
+    asyncio.run(work())
+    assert not any(message.ByteSize() for message in (*at_engine, *at_frontend))
+
+
 def test_a_request_that_cannot_be_sent_leaves_nothing_behind(tmp_path: Path) -> None:
     async def work() -> None:
         server, address = await serve(scripted(say_nothing), tmp_path)
