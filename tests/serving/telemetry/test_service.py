@@ -201,6 +201,7 @@ def test_an_embedding_that_waits_for_room_was_not_refused(
     eventually(lambda: len(codes("patient")) >= 30)  # the last is told of while it is sent
     assert codes("patient") == [None] * 30
     embed("slow", 6, used=1197, requests_per_minute=1200)
+    eventually(lambda: len(codes("slow")) >= 6)
     assert codes("slow") == [None] * 6
     with pytest.raises(grpc.RpcError) as caught:
         embed("hopeless", 9, used=3, requests_per_minute=3)
