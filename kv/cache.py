@@ -155,7 +155,8 @@ class KVCache:
 
         May evict pages that nobody holds.
         """
-        added = self._pages.allocate(max(0, self.pages_for(positions) - len(holding.pages)))
+        missing = -(-positions // self.page_size) - len(holding.pages)
+        added = self._pages.allocate(missing) if missing > 0 else []
         if added:
             holding.pages += added
             holding.capacity = len(holding.pages) * self.page_size
@@ -166,8 +167,10 @@ class KVCache:
         chain = holding.chain
         if not chain.findable:
             return
-        for index in range(holding.indexed, positions // self.page_size):
-            chain.reach(index, tokens)
+        first, last = holding.indexed, positions // self.page_size
+        if first < last:
+            chain.reach(last - 1, tokens)
+        for index in range(first, last):
             page = holding.pages[index]
             entry = self._index.insert(
                 chain.digests[index], chain.blocks[index], holding.tail, page

@@ -65,6 +65,11 @@ class Chain:
         size, first = self._page_size, len(self.digests)
         if page < first:
             return
+        if page == first > 0 and len(tokens) < (page + 2) * size:  # an answer fills one at a time
+            block = tokens[page * size : (page + 1) * size].tobytes()
+            self.blocks.append(block)
+            self.digests.append(self._hash(self.digests[-1], block))
+            return
         last = max(page + 1, min(first + RUN, len(tokens) // size))
         run, width = tokens[first * size : last * size].tobytes(), size * tokens.itemsize
         blocks = [run[at : at + width] for at in range(0, len(run), width)]

@@ -51,6 +51,7 @@ class StepBuilder:
         self._emits: list[int] = []
         self._tokens = array("i")
         self._page_adds: list[tuple[int, int, list[int]]] = []  # slot, first index, pages
+        self._lone_adds: list[int] = []  # slot, index, page; of decode rows there may be many
         self._inits: list[SlotInit] = []
         self._controls: list[SlotControls] = []
         self._scored: list[tuple[int, array[int]]] = []  # (place among prompt rows, targets)
@@ -96,7 +97,9 @@ class StepBuilder:
 
     def pages(self, slot: int, first: int, pages: list[int]) -> None:
         """Page-table entries of a slot, from index `first` on."""
-        if pages:
+        if len(pages) == 1:
+            self._lone_adds += (slot, first, pages[0])
+        elif pages:
             self._page_adds.append((slot, first, pages[:]))  # those of a sequence grow
 
     def init(self, seq: Sequence) -> None:
@@ -158,14 +161,11 @@ class StepBuilder:
 
     def _table_entries(self) -> IntArray:
         """Additions to page tables, [A, (slot, index, page)]."""
-        adds = self._page_adds
-        entries = np.empty((sum(len(pages) for _, _, pages in adds), 3), np.int32)
-        at = 0
+        lone = np.array(self._lone_adds, np.int32).reshape(-1, 3)
+        adds, at = self._page_adds, len(lone)
+        entries = np.empty((at + sum(len(pages) for _, _, pages in adds), 3), np.int32)
+        entries[:at] = lone
         for slot, first, pages in adds:
-            if len(pages) == 1:  # a decode row's: of these there may be many
-                entries[at] = slot, first, pages[0]
-                at += 1
-                continue
             of_one = entries[at : at + len(pages)]
             of_one[:, 0] = slot
             of_one[:, 1] = np.arange(first, first + len(pages))
