@@ -145,7 +145,12 @@ class EngineConfig:
     prefill_chunk: int | None = setting(
         None, "tokens of one prompt in one step at most (default: max-batched-tokens)", low=1
     )
-    page_size: int = setting(32, "token positions in a KV page, a power of two", low=1, high=1024)
+    page_size: int | None = setting(
+        None,
+        "token positions in a KV page, a power of two (default: 16 on GPUs, 32 on TPUs and CPU)",
+        low=1,
+        high=1024,
+    )
     memory: int | None = setting(
         None,
         "bytes of each device for everything, like 6GiB: weights, KV pages, state, programs "
@@ -200,7 +205,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.page_size & (self.page_size - 1):
+        if self.page_size and self.page_size & (self.page_size - 1):
             raise InvalidConfig(f"page_size: got {self.page_size}, must be a power of two")
         if self.lift_context_limit and self.max_model_len is None:
             raise InvalidConfig("lift_context_limit: needs max_model_len, got none")

@@ -144,6 +144,7 @@ def settle(
         notes.append(f"weights are served in {dtype} (the checkpoint is {model.dtype})")
     weights = weight_bytes(local_config(model, shards), dtype)
     defaults = _defaults(platform, min(capacity, config.memory or capacity) - weights)
+    page_size = config.page_size or PLATFORMS[platform].page_size
     num_seqs = config.max_num_seqs or defaults.num_seqs
     half = max(1, (config.max_batched_tokens or 2 * num_seqs) // 2)
     if config.max_num_seqs is None and half < num_seqs:
@@ -165,26 +166,26 @@ def settle(
         budget=0,
         weights=weights,
         kv=0,
-        slots=_slot_bytes(num_seqs, longest, config.page_size),
+        slots=_slot_bytes(num_seqs, longest, page_size),
         controls=controls_bytes(num_seqs, model.vocab_size),
         temp=temp_bytes,
         staging=staging_bytes,
         reserve=PLATFORMS[platform].outside + PLATFORMS[platform].inside,
         rounding=PLATFORMS[platform].rounding,
         pages=0,
-        page_size=config.page_size,
+        page_size=page_size,
         host_mapped=weight_bytes(model, model.dtype),
         host_staging=2 * largest_parameter_bytes(model, dtype),
     )
     table = replace(table, budget=_budget(config, table, platform, dtype, pool))
-    page_bytes = kv_token_bytes * config.page_size
+    page_bytes = kv_token_bytes * page_size
     pages = _pages(config, table, page_bytes, num_seqs, longest)
-    if (pages - 1) * config.page_size < longest:
-        fits = (pages - 1) * config.page_size
-        if fits < config.page_size and config.kv_memory is not None:
+    if (pages - 1) * page_size < longest:
+        fits = (pages - 1) * page_size
+        if fits < page_size and config.kv_memory is not None:
             raise InvalidConfig(
                 f"kv_memory: got {config.kv_memory:,} bytes, must be at least {2 * page_bytes:,}: "
-                f"two pages of {config.page_size} tokens"
+                f"two pages of {page_size} tokens"
             )
         if config.max_model_len is not None or fits < 2:
             raise InvalidConfig(
@@ -198,13 +199,13 @@ def settle(
         table,
         kv=pages * page_bytes,
         pages=pages,
-        slots=_slot_bytes(num_seqs, longest, config.page_size),
+        slots=_slot_bytes(num_seqs, longest, page_size),
     )
     spec = RunnerSpec(
         num_slots=num_seqs,
         num_pages=pages,
-        page_size=config.page_size,
-        max_pages_per_seq=-(-longest // config.page_size),
+        page_size=page_size,
+        max_pages_per_seq=-(-longest // page_size),
         max_model_len=longest,
         vocab_size=model.vocab_size,
         ladder=ladder,
@@ -306,4 +307,4 @@ def _pages(
                 f"({table.total - table.weights:,}) leave of the {table.budget:,} bytes that {of}"
             )
         return config.kv_memory // page_bytes
-    return min(1 + num_seqs * -(-longest // config.page_size), coarse(left // page_bytes))
+    return min(1 + num_seqs * -(-longest // table.page_size), coarse(left // page_bytes))

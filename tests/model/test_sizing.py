@@ -78,7 +78,7 @@ def test_llama_8b_by_the_numbers():
     assert count_parameters(LLAMA_8B) == 8_030_261_248
     assert got.token_bytes == 131072  # 2 · 8 heads · 128 · 2 bytes · 32 layers
     table = got.memory
-    assert table.kv == got.spec.num_pages * 32 * 131072
+    assert table.kv == got.spec.num_pages * 16 * 131072
     assert table.weights == 16_060_522_496
     assert table.budget == 126 * GIB  # 90 % of the device
     # All of the budget is used, but for what keeps the count the same from start to start.
@@ -91,7 +91,7 @@ def test_small_models_take_no_more_than_every_slot_can_use():
     """A 0.5B model does not take half a card: pages stop at all slots at full length."""
     small = dataclasses.replace(LLAMA_8B, num_layers=2, windows=(None,) * 2, max_positions=1024)
     got = sizes(small)
-    assert got.spec.num_pages == 1 + 1024 * 1024 // 32
+    assert got.spec.num_pages == 1 + 1024 * 1024 // 16
 
 
 def test_fewer_requests_at_once_where_memory_is_short():
@@ -108,18 +108,18 @@ def test_fewer_requests_at_once_where_memory_is_short():
 
 def test_kv_memory_is_honoured_in_full():
     got = sizes(kv_memory=6 * GIB)
-    page = 32 * got.token_bytes
+    page = 16 * got.token_bytes
     assert 6 * GIB - page < got.memory.kv <= 6 * GIB
 
 
 def test_a_default_length_shrinks_to_what_fits_and_says_so():
     got = sizes(kv_memory=1 * GIB)
-    assert got.spec.max_model_len == (got.spec.num_pages - 1) * 32 < 131072
-    assert any("max_model_len is 8160" in note for note in got.notes)
+    assert got.spec.max_model_len == (got.spec.num_pages - 1) * 16 < 131072
+    assert any("max_model_len is 8176" in note for note in got.notes)
 
 
 def test_a_length_that_was_asked_for_never_shrinks():
-    with pytest.raises(InvalidConfig, match=r"max_model_len: got 20000, but .* hold 8160 tokens"):
+    with pytest.raises(InvalidConfig, match=r"max_model_len: got 20000, but .* hold 8176 tokens"):
         sizes(kv_memory=1 * GIB, max_model_len=20000)
     with pytest.raises(
         InvalidConfig, match=r"must be at most 131072 \(max_position_embeddings; lift"
@@ -129,7 +129,7 @@ def test_a_length_that_was_asked_for_never_shrinks():
 
 def test_the_context_limit_is_lifted_by_name_alone_and_said():
     got = sizes(max_model_len=200_064, lift_context_limit=True)
-    assert got.spec.max_model_len == 200_064 and got.spec.max_pages_per_seq == 6252
+    assert got.spec.max_model_len == 200_064 and got.spec.max_pages_per_seq == 12504
     assert any("beyond the 131072 tokens that the checkpoint was made" in n for n in got.notes)
     assert not any("beyond" in n for n in sizes(max_model_len=9, lift_context_limit=True).notes)
     rope = RopeConfig("dynamic", 10000.0, 4.0, 2048)
@@ -182,7 +182,7 @@ def test_memory_bounds_everything():
     assert table.budget == 6 * GIB and table.temp == temp and table.reserve > 0
     parts = (table.weights, table.kv, table.slots, table.controls, table.temp, table.staging)
     assert table.total == sum(parts) + table.reserve <= 6 * GIB
-    assert 6 * GIB - table.total < 0.01 * table.kv + 32 * got.token_bytes
+    assert 6 * GIB - table.total < 0.01 * table.kv + 16 * got.token_bytes
     assert table.kv > GIB  # there is room for tens of thousands of tokens
 
 

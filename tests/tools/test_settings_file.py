@@ -153,10 +153,11 @@ def test_show_says_where_each_value_is_from(
     assert settings["max_num_seqs"] == {"value": 2, "source": "flag"}
     assert settings["kv_memory"] == {"value": 2**20, "source": f"{file}:3"}
     assert settings["port"] == {"value": 8000, "source": f"{file}:1"}
-    assert settings["page_size"] == {"value": 32, "source": "default"}
+    assert settings["page_size"] == {"value": None, "source": "default"}
     assert settings["model"] == {"value": str(model), "source": "flag"}
     assert report["settled"]["requests_at_once"] == 2
     assert report["settled"]["longest_sequence"] == 4064  # what 1 MiB holds
+    assert report["settled"]["page_size"] == 32  # on CPU
 
     assert main(["config", "show", "--config", str(file), "--no-overlap"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

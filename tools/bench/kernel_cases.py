@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from ...config import EngineConfig
 from ...errors import InvalidConfig
+from ...model.memory import PLATFORMS
 
 SAMPLED = 24
 """Query tokens checked against the float64 statement."""
@@ -33,7 +33,7 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    page_size: int = EngineConfig.page_size
+    page_size: int = PLATFORMS["gpu"].page_size
     ragged: bool = False  # contexts spread evenly from `queries` to `context`
 
     @property
@@ -86,7 +86,7 @@ GRIDS: dict[str, list[Case]] = {
     "small": [
         Case(rows=1, context=256, heads=4, kv_heads=2, head_dim=32),
         Case(rows=8, context=128, heads=4, kv_heads=2, head_dim=32),
-        Case(rows=8, context=128, heads=4, kv_heads=2, head_dim=32, page_size=16),
+        Case(rows=8, context=128, heads=4, kv_heads=2, head_dim=32, page_size=32),
         Case(rows=8, context=128, heads=4, kv_heads=1, head_dim=64),
         Case(rows=8, context=256, heads=4, kv_heads=2, head_dim=32, ragged=True),
         Case(rows=1, context=256, queries=64, heads=4, kv_heads=2, head_dim=32),
@@ -99,15 +99,15 @@ GRIDS: dict[str, list[Case]] = {
         Case(rows=256, context=272),
         Case(rows=256, context=1024, ragged=True),
         Case(rows=8, context=32768),
-        *(Case(rows=64, context=272, page_size=size) for size in (16, 64)),
-        *(Case(rows=256, context=1024, ragged=True, page_size=size) for size in (16, 64)),
+        *(Case(rows=64, context=272, page_size=size) for size in (32, 64)),
+        *(Case(rows=256, context=1024, ragged=True, page_size=size) for size in (32, 64)),
         _qwen(64, 272),
         _qwen(256, 1024, ragged=True),
         Case(rows=64, context=272, heads=8, kv_heads=8),
         Case(rows=64, context=272, heads=32, kv_heads=8, head_dim=64),
         Case(rows=1, context=512, queries=512),
         Case(rows=1, context=2048, queries=2048),
-        Case(rows=1, context=8192, queries=2048),
+        *(Case(rows=1, context=8192, queries=2048, page_size=size) for size in (16, 32)),
         Case(rows=1, context=8192, queries=8192),
         Case(rows=1, context=10_000, queries=64),
         Case(rows=8, context=256, queries=256),

@@ -16,6 +16,7 @@ from ...checkpoints.folder import Checkpoint
 from ...checkpoints.locate import locate
 from ...config import EngineConfig
 from ...model.ladder import make_ladder
+from ...model.memory import PLATFORMS
 from ...model.plan import Emit, RunnerSpec, StepOutputs, StepPlan
 from ...sched.engine import Engine
 from ...sched.request import RequestOutput
@@ -86,11 +87,12 @@ def build(config: EngineConfig, deliver: Callable[[list[RequestOutput]], None]) 
     folder = locate(config.model, Silent(), revision=config.revision, offline=config.offline)
     model = Checkpoint.open(folder, weights=False).config
     slots, length = config.max_num_seqs or 256, config.max_model_len or 4096
-    pages = -(-length // config.page_size)
+    page_size = config.page_size or PLATFORMS["gpu"].page_size
+    pages = -(-length // page_size)
     spec = RunnerSpec(
         num_slots=slots,
         num_pages=slots * pages + 1,
-        page_size=config.page_size,
+        page_size=page_size,
         max_pages_per_seq=pages,
         max_model_len=length,
         vocab_size=model.vocab_size,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .step_clock import Step, Work
     from .trace import Trace
 
-PAGES, PAGE_SIZE, LONGEST = 27_520, 32, 131_072
+PAGES, PAGE_SIZE, LONGEST = 55_040, 16, 131_072
 """Of Llama-3.1-8B on an H200."""
 
 HOST_SECONDS = 1e-3

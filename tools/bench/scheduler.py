@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--replays", type=positive, default=5, metavar="N", help="of the same steps (default: 5)"
     )
-    group.add_argument("--page-size", type=positive, default=32, metavar="N", help="(default: 32)")
+    group.add_argument("--page-size", type=positive, default=16, metavar="N", help="(default: 16)")
     group.add_argument(
         "--collector",
         choices=("serve", "default"),

@@ -21,13 +21,14 @@ from quire.model.devices import DeviceMemory
 from quire.model.inputs import ADMIT_ROOM
 from quire.model.kernels import switches
 from quire.model.kernels.attention.gpu_decode import DecodeShape
+from quire.model.memory import PLATFORMS
 from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, SampleKey
 from quire.model.sampling.choose import rows_at_once
 from quire.model.startup import Need, Startup, _need, guessed_need
 from quire.tools.compile_check import ProgramReport, compile_for, gpu_mesh
 
-PAGE, NUM_PAGES, ROWS, TOKENS = 32, 4096, 256, 2048
+PAGE, NUM_PAGES, ROWS, TOKENS = PLATFORMS["gpu"].page_size, 8192, 256, 2048
 DECODE, MIXED = Bucket(ROWS, ROWS, Sampler.GREEDY), Bucket(TOKENS, ROWS, Sampler.GREEDY)
 ONE = Bucket(1, 1, Sampler.GREEDY)
 pytestmark = pytest.mark.xdist_group("compile for gpu")  # programs are compiled once a process

@@ -49,7 +49,7 @@ def programs(devices: int = 1) -> Programs:
         config_of("llama-3.1-8b"), vocab_size=4000, hidden_size=640, intermediate_size=1024,
         num_layers=2, num_heads=8, num_kv_heads=2, head_dim=80, windows=(None, 100),
     )  # fmt: skip
-    sizes = {"page_size": 32, "num_pages": 1 << 17, "rows": 256, "tokens": 2048}
+    sizes = {"page_size": 16, "num_pages": 1 << 18, "rows": 256, "tokens": 2048}
     _, spec = engine(config, gpu_mesh(), **sizes)
     return Programs(AbstractDecoder(config, "bfloat16", devices), spec, gpu_mesh(devices=devices))
 
@@ -190,7 +190,7 @@ def by_mosaic() -> Programs:
         config_of("llama-3.1-8b"), vocab_size=4000, hidden_size=640, intermediate_size=1024,
         num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, windows=(None, 100),
     )  # fmt: skip
-    sizes = {"page_size": 32, "num_pages": 4096, "rows": 256, "tokens": 2048}
+    sizes = {"page_size": 16, "num_pages": 8192, "rows": 256, "tokens": 2048}
     return engine(config, gpu_mesh(), **sizes)[0]
 
 

@@ -142,8 +142,8 @@ CASES_OF = {
         {**dict.fromkeys(("kv_scales", "soft_cap")), "sinks": False, "return_lse": False}
         | dict(zip(list(FACTORS)[:7], values[:7], strict=True)) | {"cached": values[7]}
         for values in (
-            (128, 4, None, 32, "mixed", "short", "bfloat16", True),
-            (64, 7, 17, 16, "prefill", "edge", "float16", True),
+            (128, 4, None, 16, "mixed", "short", "bfloat16", True),
+            (64, 7, 17, 32, "prefill", "edge", "float16", True),
             (128, 1, None, 128, "prefill", "edge", "bfloat16", False),
         )
     ],
@@ -476,7 +476,7 @@ def test_a_row_whose_cache_is_not_finite_keeps_it_to_itself(backend: str, mode: 
 
 # A group of 6 is three sets of heads, each with tiles of its own.
 MOSAIC_PLAIN = PLAIN | {
-    "dtype": "bfloat16", "sinks": False, "page_size": 32, "return_lse": False, "group": 6
+    "dtype": "bfloat16", "sinks": False, "page_size": 16, "return_lse": False, "group": 6
 }  # fmt: skip
 
 

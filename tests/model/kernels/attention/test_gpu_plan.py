@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[Tiling, int]] = {  # and what tiles are counted from a m
 
 def heads(window: int | None = None) -> Heads:
     return Heads(
-        num_kv_heads=8, group=4, head_dim=128, page_size=32, max_pages=4096, scale=1.0,
+        num_kv_heads=8, group=4, head_dim=128, page_size=16, max_pages=8192, scale=1.0,
         soft_cap=None, window=window, compute=jnp.bfloat16, interpret=True,
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def planned(
     q, rows = np.array(q_lens, np.int32), len(q_lens) + 2
     batch = RaggedBatch(
         kv_lens=jnp.asarray(np.pad(q + np.array(cached, np.int32), (0, 2), constant_values=9)),
-        page_table=jnp.zeros((rows, 4096), jnp.int32),
+        page_table=jnp.zeros((rows, 8192), jnp.int32),
         cu_q_lens=jnp.asarray(np.pad(np.cumsum([0, *q_lens]), (0, 2), constant_values=-3)),
         num_seqs=jnp.int32(len(q_lens)),
         num_decode=jnp.int32(0),
@@ -177,7 +177,7 @@ STREAMS: dict[str, Any] = {  # lengths of the decode rows, window
 def test_shares_are_alike_and_cover_each_row_once(case: Any) -> None:
     lens, window = case
     rows, h, shape = len(lens) + 2, heads(window), gpu_stream.StreamShape()
-    table = jnp.arange(rows)[:, None] * 4096 + jnp.arange(4096)
+    table = jnp.arange(rows)[:, None] * 8192 + jnp.arange(8192)
     batch = RaggedBatch(
         kv_lens=jnp.asarray([*lens, 99, -5], jnp.int32), page_table=table,
         cu_q_lens=jnp.arange(rows + 1), num_seqs=jnp.int32(rows - 1),
@@ -189,11 +189,15 @@ def test_shares_are_alike_and_cover_each_row_once(case: Any) -> None:
     oldest = [0 if window is None else max(0, n - window) // block for n in lens]
     want = [(r, b) for r, n in enumerate(lens) for b in range(oldest[r], max(1, -(-n // block)))]
     got, found = [], {r: [] for r in range(len(lens))}
-    for at, (row, first, turns, continued, length, following, page, *counters) in enumerate(shares):
-        assert not any(counters) and (not turns or continued == (first > oldest[row]))
+    known = block // h.page_size  # pages of a block
+    for at, (row, first, turns, continued, length, following, *rest) in enumerate(shares):
+        pages, counters = rest[:known], rest[known:]
+        assert len(counters) == h.num_kv_heads and not any(counters)
+        assert not turns or continued == (first > oldest[row])
         if turns:
             assert [length, following] == [*lens, 0][row : row + 2]
-            assert page == row * 4096 + first * block // h.page_size
+            page = row * 8192 + first * known
+            assert pages == [*range(page, page + known)]
         for pair in want[len(got) : len(got) + turns]:
             found[pair[0]].append(at)
         assert turns == 0 or want[len(got)] == (row, first)
