@@ -134,7 +134,7 @@ class KVCache:
             found += run
             if len(run) < len(digests):
                 break
-        idle = self._pages.unheld(entry.page for entry in found)
+        idle = self._pages.unheld([entry.page for entry in found]) if found else 0
         return PrefixHit(tuple(found), len(found) * self.page_size, idle)
 
     def open(self, chain: Chain, hit: PrefixHit) -> Holding:

@@ -67,6 +67,8 @@ class UpdateRoom:
         if len(page_adds) <= self.adds or not self.row:
             return page_adds, page_adds[:0]
         slots = page_adds[:, 0]
+        if (slots == slots[0]).all():  # a prefix hit that comes alone
+            return page_adds[:0], page_adds
         apart = slots == np.bincount(slots).argmax()
         return page_adds[~apart], page_adds[apart]
 
@@ -150,12 +152,10 @@ def pack(plan: StepPlan, layout: InputLayout) -> Buffer:
     bucket, rows = layout.bucket, plan.num_rows
     buffer = layout.blank.copy()
     buffer[0], buffer[1] = rows, plan.num_decode
-    table = buffer[_HEADER_WORDS : _HEADER_WORDS + _ROW_WORDS * bucket.rows]
-    table = table.reshape(_ROW_WORDS, bucket.rows)
-    table[0, :rows] = plan.slots
-    table[1, :rows] = plan.counts
-    table[2, :rows] = plan.emits
-    at = _HEADER_WORDS + table.size
+    at = _HEADER_WORDS
+    for column in (plan.slots, plan.counts, plan.emits):
+        buffer[at : at + rows] = column
+        at += bucket.rows
     if not bucket.decode_only:
         first = at + plan.num_decode
         buffer[first : first + len(plan.prompt_tokens)] = plan.prompt_tokens

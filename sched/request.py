@@ -16,6 +16,14 @@ from ..errors import QuireError
 from ..model.plan import FloatArray
 from .sampling_params import SamplingParams as SamplingParams  # Request's, for whoever makes one
 
+_FEW = 256
+"""Ids of which Python knows the largest before NumPy has begun, where that was not used lately."""
+
+
+def _highest(ids: array[int]) -> int:
+    """The largest of some ids, fast: an event loop waits for it."""
+    return max(ids) if len(ids) <= _FEW else int(np.frombuffer(ids, np.uintc).max())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -64,9 +72,7 @@ class Request:
         except (TypeError, OverflowError):
             ids = None  # limits.py says what is wrong
         object.__setattr__(self, "ids", ids)
-        # At the speed of C: an event loop waits.
-        highest = int(np.frombuffer(ids, np.uintc).max()) if ids else -1
-        object.__setattr__(self, "highest", highest)
+        object.__setattr__(self, "highest", _highest(ids) if ids else -1)
 
 
 POOLED_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)

@@ -27,7 +27,7 @@ from quire.model.compile import (
     compiler_options,
     use_cache,
 )
-from quire.model.inputs import ADMIT_ROOM, pack, unpack
+from quire.model.inputs import ADMIT_ROOM, UpdateRoom, pack, unpack
 from quire.model.ladder import Bucket, Ladder, Sampler
 from quire.model.mesh import default_mesh
 from quire.model.plan import Emit, RunnerSpec, ScoredRow, SlotControls, SlotInit, StepPlan
@@ -189,6 +189,16 @@ def test_a_long_prefix_hit_rides_along_with_the_step(fresh, monkeypatch):
     for slot, index, page in adds:
         expected_table[slot, index] = page
     np.testing.assert_array_equal(state(fresh)[1].page_table, expected_table)
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_hit_that_outgrows_the_list_goes_into_the_row(others):
+    room = UpdateRoom(inits=1, adds=4, row=100)
+    hit = pages(3, 5, 40)
+    adds = np.concatenate([pages(7, 60, others), hit]).astype(np.int32)
+    listed, apart = room.divide(adds)
+    np.testing.assert_array_equal(listed, pages(7, 60, others))
+    np.testing.assert_array_equal(apart, hit)
 
 
 @pytest.mark.parametrize("sampler", Sampler)

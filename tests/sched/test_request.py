@@ -1,4 +1,4 @@
-"""SamplingParams: what is refused, and what is made plain."""
+"""SamplingParams: what is refused, and what is made plain. What requests and plans derive fast."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from quire.errors import InvalidRequest
 from quire.model.plan import Sampler
 from quire.sched import sampling_params
+from quire.sched.plan_builder import StepBuilder
+from quire.sched.request import Request
 from quire.sched.sampling_params import SamplingParams
 
 
@@ -26,6 +28,38 @@ def test_numbers_that_python_does_not_print_are_refused_too() -> None:
     for given in ({"seed": 10**5000}, {"stop_token_ids": [10**5000]}):
         with pytest.raises(InvalidRequest, match="too many digits"):
             SamplingParams(**given)
+
+
+def test_a_seed_changes_nothing_else() -> None:
+    given = SamplingParams(temperature=0.5, logit_bias={3: 1.0}, stop=["a"], max_tokens=None, n=2)
+    seeded = given.with_seed(7)
+    assert seeded == replace(given, seed=7) and given.seed is None
+    assert seeded.seed == 7 and seeded.stop == ("a",) and seeded.logit_bias == {3: 1.0}
+
+
+def test_no_bias_is_a_mapping_too() -> None:
+    assert SamplingParams(logit_bias={}).logit_bias == {}
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        SamplingParams(logit_bias=[])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [1, 256, 257, 5000])
+def test_the_largest_id_of_a_prompt_is_found_whatever_its_length(length: int) -> None:
+    prompt = tuple(at * 7 % 5003 for at in range(length))
+    for tokens in (prompt, prompt[::-1]):
+        assert Request(id="a", prompt=tokens, sampling=SamplingParams()).highest == max(prompt)
+
+
+@pytest.mark.parametrize("pages", [1, 31, 32, 33, 300])
+def test_page_table_entries_are_listed_by_slot_and_index(pages: int) -> None:
+    step = StepBuilder(1)
+    step.pages(4, 2, [9])
+    step.pages(7, 5, list(range(100, 100 + pages - 1)))
+    expected = [(4, 2, 9), *((7, 5 + i, 100 + i) for i in range(pages - 1))]
+    entries = step._table_entries()
+    assert entries.dtype == np.int32 and entries.tolist() == [list(e) for e in expected]
+    empty = StepBuilder(1)._table_entries()
+    assert empty.dtype == np.int32 and empty.shape == (0, 3)
 
 
 @pytest.mark.parametrize(
