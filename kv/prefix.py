@@ -6,7 +6,7 @@ of a chain also carries a salt, so that requests of different salts never meet.
 
 A digest only finds a candidate. A hit needs equal tokens and the very same parent entry, so by
 induction the whole prefix is equal, and two prefixes whose digests collide never share a page. So a
-digest need not be cryptographic, but cheap: of a prompt of 10,000 tokens 300 are made before its
+digest need not be cryptographic, but cheap: of a prompt of 10,000 tokens 600 are made before its
 first token. Nor does it mean anything in another process.
 
 Dropping an entry drops everything below it: a child without its parent could never be found again
