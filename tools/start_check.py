@@ -20,17 +20,16 @@ from typing import Any
 
 from ..config import EngineConfig
 from ..errors import QuireError
-from .flags import add_settings, settings_from
+from .bench.models import add_engine, engine_config
 
 BOUND = 0.02
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="start_check", allow_abbrev=False)
-    add_settings(parser, EngineConfig, skip=("max_queue",))
-    config = EngineConfig(**settings_from(parser.parse_args(), EngineConfig))
+    add_engine(parser)
     try:
-        report = check(config)
+        report = check(engine_config(parser.parse_args()))
     except QuireError as error:
         sys.stderr.write(f"start_check: {error}\n")
         return 1
