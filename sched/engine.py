@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -266,6 +267,7 @@ class Engine:
         if len(self._flights) <= ahead:
             return None
         plan, handle, launched = self._flights.popleft()
+        asked = self._scheduler.now()
         self.runner_call = time.monotonic(), plan
         outputs = self._runner.collect(handle)
         self.runner_call = None
@@ -273,7 +275,7 @@ class Engine:
         took = now - max(launched, self._collected)
         self._step_times.count(plan, took)
         if ahead:
-            self._pacing.took(plan.bucket, took)
+            self._pacing.took(plan.bucket, took, now - asked)
         self._collected = now
         return plan, outputs
 
@@ -283,6 +285,8 @@ class Engine:
         self._planless = True
         log.error("a step failed; running requests start over", exc_info=fault)
         self._flights.clear()
+        # Frames of the call that failed hold the KV, and the new ones may not fit beside it.
+        traceback.clear_frames(fault.__traceback__)
         self.runner_call = time.monotonic(), None
         self._runner.reset()
         self.runner_call = None

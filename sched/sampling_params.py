@@ -154,6 +154,8 @@ class SamplingParams:
         for name, _, _ in _CHECKS:
             object.__setattr__(made, name, getattr(self, name))
         object.__setattr__(made, "seed", _whole("seed", seed))
+        if self.logit_bias:  # which whoever made these may change
+            object.__setattr__(made, "logit_bias", {**self.logit_bias})
         return made
 
     @property

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 from fake_runner import FakeRunner, expected_answer, make_request, make_spec
@@ -313,6 +314,34 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(
         engine.submit(make_request("late"))
     assert not engine.healthy
     engine.stop()
+
+
+def test_what_a_failed_launch_held_is_gone_before_all_is_made_anew() -> None:
+    """The old KV and the new one may not fit beside each other."""
+
+    class KV:
+        pass
+
+    gone = list[bool]()
+
+    class Full(FakeRunner):
+        def launch(self, plan: StepPlan) -> object:
+            kv = KV()
+            if not gone:
+                self.held = weakref.ref(kv)
+                raise RuntimeError("no memory")
+            return super().launch(plan)
+
+        def reset(self) -> None:
+            gone.append(self.held() is None)
+            super().reset()
+
+    engine, callers = make_engine(Full(SPEC))
+    engine.submit(request := make_request("a"))
+    engine.start()
+    callers.wait("a")
+    engine.stop()
+    assert gone == [True] and callers.tokens["a"] == answer(request)
 
 
 def test_a_reset_that_fails_closes_the_engine() -> None:

@@ -13,6 +13,7 @@ from quire.sched.engine import Engine
 from quire.sched.pacing import (
     FEW,
     IN_TIME,
+    LATE,
     LEAST_LEAD,
     LONGEST,
     MARGIN,
@@ -25,6 +26,8 @@ from quire.sched.pacing import (
 from quire.sched.scheduler import Scheduler
 
 BUCKET, OTHER = Bucket(64, 64, Sampler.GREEDY), Bucket(8, 8, Sampler.GREEDY)
+PLENTY = 1.0
+"""Seconds left of a step."""
 HOST = 0.002
 """Seconds that the host always needs in these tests."""
 
@@ -35,7 +38,7 @@ def paced(*seconds: float, host: tuple[float, ...] = (HOST,) * 200) -> Pacing:
     for each in host:
         pacing.planned(each)
     for each in seconds:
-        pacing.took(BUCKET, each)
+        pacing.took(BUCKET, each, PLENTY)
     return pacing
 
 
@@ -72,11 +75,49 @@ def test_what_is_usual_falls_at_once_and_rises_slowly() -> None:
     assert after(9.0) < LONGEST  # it hung
 
 
+def test_a_step_that_was_over_unseen_counts_as_shorter_than_it_seemed() -> None:
+    pacing = paced(0.02)
+    planned = pacing.wait(BUCKET, FEW, 0, 0)
+    pacing.took(BUCKET, 0.019, LATE / 2)  # the next was launched too late
+    assert pacing.wait(BUCKET, FEW, 0, 0) < planned - 0.003
+    alone = paced(0.02)  # planned at once, and late all the same: it says nothing of the wait
+    alone.took(BUCKET, 0.019, LATE / 2)
+    assert alone.wait(BUCKET, FEW, 0, 0) == paced(0.019).wait(BUCKET, FEW, 0, 0)
+    alone = paced(0.02)
+    alone.took(BUCKET, 0.03, LATE / 2)
+    assert alone.wait(BUCKET, FEW, 0, 0) == paced(0.02).wait(BUCKET, FEW, 0, 0)
+
+
+def idle_share(steps: list[float], pacing: Pacing) -> float:
+    """Of a device whose steps take so long, all of one bucket, with an engine that waits as it is
+    told and needs HOST for each."""
+    now, idle = 0.0, 0.0  # now: the device begins with a step
+    for seconds in steps:
+        pacing.came(now)
+        launched = now + max(0.0, pacing.wait(BUCKET, FEW, now, now)) + HOST
+        pacing.planned(HOST)
+        end = now + seconds
+        seen = max(end, launched)
+        idle += seen - end
+        pacing.took(BUCKET, seen - now, max(0.0, end - launched))
+        now = seen
+    return idle / now
+
+
+def test_steps_of_unlike_length_leave_the_device_little_to_wait_for() -> None:
+    draw = np.random.default_rng(0)
+    usual = 0.02
+    assert idle_share([usual] * 500, Pacing()) < 0.001
+    assert idle_share([*usual * draw.uniform(0.6, 1.5, 2000)], Pacing()) < 0.02
+    assert idle_share([0.024, 0.024, 0.024, 0.012] * 500, Pacing()) < 0.03
+    assert idle_share([0.03] * 7 + [0.015] * 500, Pacing()) < 0.01  # shorter for good
+
+
 def test_nearly_all_steps_are_planned_in_time() -> None:
     drawn = np.random.default_rng(0).lognormal(np.log(HOST), 0.4, 20_000)
     pacing, late = Pacing(), 0
     pacing.came(0.0)
-    pacing.took(BUCKET, LONGEST)
+    pacing.took(BUCKET, LONGEST, PLENTY)
     for n, seconds in enumerate(drawn):
         left = (1 - RESERVE) * LONGEST - MARGIN - pacing.wait(BUCKET, FEW, 0, 0)
         late += n >= 1000 and seconds > left
@@ -101,7 +142,7 @@ def test_where_nobody_comes_nobody_is_waited_for() -> None:
     pacing.came(RECENT)
     assert pacing.wait(BUCKET, FEW, RECENT, RECENT + 1e-6) > 0
     fresh = Pacing()
-    fresh.took(BUCKET, 0.02)
+    fresh.took(BUCKET, 0.02, PLENTY)
     assert fresh.wait(BUCKET, FEW, 0.0, 0.0) <= 0
 
 
@@ -168,8 +209,8 @@ def test_the_engine_says_how_steps_went() -> None:
         def came(self, now: float) -> None:
             went.append((OTHER, True))
 
-        def took(self, bucket: Bucket, seconds: float) -> None:
-            went.append((bucket, seconds >= 0))
+        def took(self, bucket: Bucket, seconds: float, left: float) -> None:
+            went.append((bucket, 0 <= left <= seconds))
 
         def planned(self, seconds: float) -> None:
             planned.append(seconds)

@@ -34,6 +34,7 @@ def test_a_seed_changes_nothing_else() -> None:
     given = SamplingParams(temperature=0.5, logit_bias={3: 1.0}, stop=["a"], max_tokens=None, n=2)
     seeded = given.with_seed(7)
     assert seeded == replace(given, seed=7) and given.seed is None
+    assert seeded.logit_bias is not given.logit_bias
     assert seeded.seed == 7 and seeded.stop == ("a",) and seeded.logit_bias == {3: 1.0}
 
 

@@ -268,8 +268,13 @@ def play(
             now = due[sent]
         elif len(flights) > (plan is not None):
             done, took = flights.popleft()
-            pacing.took(done.bucket, took)
-            now += took
+            end = now + took
+            # The device cannot begin with a step that has not been launched.
+            seen = end if plan is None else max(end, at + HOST_SECONDS)
+            if plan is not None:
+                left = max(0.0, end - at - HOST_SECONDS)
+                pacing.took(done.bucket, seen - now, left)
+            now = seen
             for answer in scheduler.update(done, runner.collect(done)):
                 which = int(answer.request_id)
                 if played.tokens[which]:
