@@ -28,6 +28,10 @@ GREETING = b"quire engine stream\n"
 """The first bytes that either end sends: an end of another build may speak something else."""
 
 _LENGTH = struct.Struct("<I")
+_LONGEST = 1 << 30
+"""Bytes of a message, above which a length is taken for damage."""
+_FLUSH = 1.0
+"""Seconds in which the other end takes what was said before this one hung up."""
 _UNIX = "unix:"
 
 
@@ -63,9 +67,9 @@ class EngineStream(asyncio.Protocol, Generic[Heard]):
 
     def send(self, message: Message) -> None:
         """Sends it with this turn of the loop; drops it where the stream is over."""
+        self._said_at = self._loop.time()
         if self._transport.is_closing():
             return
-        self._said_at = self._loop.time()
         data = message.SerializeToString()
         self._transport.write(_LENGTH.pack(len(data)) + data)
 
@@ -91,13 +95,14 @@ class EngineStream(asyncio.Protocol, Generic[Heard]):
             self._tell(self._unheard.popleft())
 
     async def silent(self, seconds: float) -> None:
-        """Returns when the other end has said nothing for so long."""
-        while (left := self._heard_at + seconds - self._loop.time()) > 0:
+        """Returns when the other end has said nothing for so long, from now on."""
+        begin = self._loop.time()  # before, nobody may have expected to hear anything
+        while (left := max(begin, self._heard_at) + seconds - self._loop.time()) > 0:
             await asyncio.sleep(left)
 
     async def beat(self, empty: Message, seconds: float) -> None:
-        """Says something empty whenever nothing was said for so long."""
-        while True:
+        """Says something empty whenever nothing was said for so long, until the stream is over."""
+        while not self._transport.is_closing():
             left = self._said_at + seconds - self._loop.time()
             if left <= 0:
                 self.send(empty)
@@ -139,7 +144,11 @@ class EngineStream(asyncio.Protocol, Generic[Heard]):
             del held[: len(GREETING)]
             self._greeted = True
         while len(held) >= _LENGTH.size and not self._transport.is_closing():
-            end = _LENGTH.size + _LENGTH.unpack_from(held)[0]
+            (length,) = _LENGTH.unpack_from(held)
+            if length > _LONGEST:
+                self._break(f"it announced a message of {length} bytes, at most {_LONGEST} can be")
+                return
+            end = _LENGTH.size + length
             if len(held) < end:
                 return
             message = bytes(memoryview(held)[_LENGTH.size : end])
@@ -214,6 +223,8 @@ class Listener:
             stream.abort()
         finally:
             stream.close()
+            await asyncio.wait([stream.ended], timeout=_FLUSH)
+            stream.abort()  # who does not read is not waited for
 
     async def stop(self, seconds: float | None) -> None:
         """Takes no more streams; ends those there are, after so many seconds at the latest."""

@@ -144,7 +144,11 @@ class EngineHost:
                 self._names.release(output.request_id)
                 route.frontend.live.pop(route.handle, None)
         for frontend, step in steps.items():
-            frontend.send(step.message(), urgent=step.urgent)
+            try:
+                frontend.send(step.message(), urgent=step.urgent)
+            except Exception:
+                log.exception("a step's outputs are lost; their frontend is detached")
+                frontend.lost.set()
 
     async def attach(self, stream: EngineStream[pb.ToEngine]) -> None:
         """Serves a frontend until either end has enough."""
@@ -177,6 +181,7 @@ class EngineHost:
             if silent.done():
                 seconds = self._liveness.silence
                 frontend.log(logging.ERROR, f"has said nothing for {seconds:g} s and is detached")
+                stream.abort()  # nor will it read what it was sent
             elif not self._closed.is_set():
                 frontend.log(logging.WARNING if frontend.live else logging.DEBUG, "has left")
             for task in tasks:

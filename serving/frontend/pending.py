@@ -84,11 +84,12 @@ class Pace:
         self._way_until = self._clock() + self.TICK
 
     def _look(self) -> None:
-        self._made_way = self._clock() < self._way_until and not self._made_way
+        queue, now = self._queue, self._clock()
+        may = now < self._way_until and now < queue[0][1]  # not where somebody is overdue
+        self._made_way = may and not self._made_way
         if self._made_way:
             asyncio.get_running_loop().call_later(self.TICK, self._look)
             return
-        queue, now = self._queue, self._clock()
         due = max(self._due, now - self.BURST)
         for _ in range(min(len(queue), self.AT_ONCE)):
             if min(due, queue[0][1]) > now:

@@ -115,8 +115,8 @@ class RemoteLink:
         self._next.submits.append(submit_message(handle, request))  # first, because it may raise
         self._open[handle] = request.id, pending
         self._handles[request.id] = handle
-        self._say()  # a turn of a busy loop takes as long as many messages
         try:
+            self._say()  # a turn of a busy loop takes as long as many messages
             yield pending
         finally:
             self._open.pop(handle, None)

@@ -174,3 +174,67 @@ def test_a_socket_that_a_dead_process_left_is_taken(
         await listener.stop(1)
 
     run(main())
+
+
+@run
+def test_a_stream_that_is_closing_keeps_no_loop_busy(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    """A beat may be due between the end of a stream and that of the task."""
+
+    async def work(engine: ToEngine, frontend: FromEngine) -> None:
+        await asyncio.sleep(0.01)  # a beat is overdue
+        frontend.abort()
+        await frontend.beat(pb.ToEngine(), 0.001)
+
+    on_a_loop(run, tmp_path, work)
+
+
+@run
+def test_silence_counts_from_when_somebody_listens_for_it(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    """A frontend has nothing to say while the engine reads its model."""
+    seconds = 0.2
+
+    async def work(engine: ToEngine, frontend: FromEngine) -> None:
+        frontend.send(pb.ToEngine(hello=pb.Hello(name="here")))
+        assert await engine.read() is not None
+        await asyncio.sleep(seconds)
+        begin = asyncio.get_running_loop().time()
+        await engine.silent(seconds)
+        assert asyncio.get_running_loop().time() - begin > seconds * 0.9
+
+    on_a_loop(run, tmp_path, work)
+
+
+@run
+def test_a_length_that_no_message_has_ends_the_stream(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    async def work(engine: ToEngine, frontend: FromEngine) -> None:
+        frontend._transport.write(struct.pack("<I", 2**31))
+        assert "2147483648" in await engine.ended
+
+    on_a_loop(run, tmp_path, work)
+
+
+@run
+def test_who_does_not_read_is_not_waited_for(run: Callable[..., None], tmp_path: Path) -> None:
+    async def main() -> None:
+        opened: list[ToEngine] = []
+
+        async def serve(stream: ToEngine) -> None:
+            opened.append(stream)
+            stream.send(pb.ToEngine(submits=[pb.Submit(prompt=b"x" * 8_000_000)]))
+
+        path = tmp_path / "engine"
+        await listen(f"unix:{path}", pb.ToEngine, serve)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(str(path))
+            async with asyncio.timeout(PATIENCE):
+                while not opened:
+                    await asyncio.sleep(0.01)
+                await opened[0].ended
+
+    run(main())

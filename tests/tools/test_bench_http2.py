@@ -172,3 +172,42 @@ def test_no_more_is_sent_than_the_server_has_room_for() -> None:
 )
 def test_headers(block: bytes, found: dict[str, str]) -> None:
     assert read_headers(block) == found
+
+
+class Noted(Streams):
+    """Calls on a wire of its own; which of them are over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended, self.wire = list[int](), Wire()
+        self.connection_made(self.wire)
+
+    def over(self, number: int, headers: dict[str, str]) -> None:
+        self.ended.append(number)
+
+
+TRAILERS = b"\x00\x00\x00\x01\x05\x00\x00\x00\x01"  # of call 1, the end of it
+RESET = frame(3, struct.pack(">I", 8), 1)
+
+
+@pytest.mark.parametrize("end", [TRAILERS, RESET])
+def test_a_call_may_end_before_all_of_it_is_sent(end: bytes) -> None:
+    calls = Noted()
+    long = calls.call("/x", b"p" * 2 * WINDOW)
+    calls.data_received(end)
+    assert calls.ended == [long] == [1]
+    sent = len(calls.wire.data()[long])
+    calls.data_received(frame(WINDOW_UPDATE, struct.pack(">I", WINDOW)))
+    assert len(calls.wire.data()[long]) == sent  # nothing more of it
+    other = calls.call("/x", b"q")
+    assert len(calls.wire.data()[other]) == 5 + 1
+
+
+def test_a_call_without_room_keeps_no_other_from_sending() -> None:
+    calls = Noted()
+    calls.data_received(frame(WINDOW_UPDATE, struct.pack(">I", 10 * WINDOW)))
+    long = calls.call("/x", b"p" * 2 * WINDOW)
+    short = calls.call("/x", b"q")
+    assert {call: len(data) for call, data in calls.wire.data().items()} == {long: WINDOW, short: 6}
+    calls.data_received(frame(WINDOW_UPDATE, struct.pack(">I", 2 * WINDOW), long))
+    assert len(calls.wire.data()[long]) == 5 + 2 * WINDOW

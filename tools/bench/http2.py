@@ -69,10 +69,17 @@ class Streams(asyncio.Protocol):
 
     def cancel(self, number: int) -> None:
         """Ends a call early; nothing more is told of it."""
-        if self._parts.pop(number, None) is not None:
-            self._unsent = deque(each for each in self._unsent if each[0] != number)
-            del self._rooms[number]
+        if self._forget(number):
             self._send(_RST_STREAM, _NUMBER.pack(8), 0, number)
+
+    def _forget(self, number: int) -> bool:
+        """Drops what there is of a call, its message too, if that is not sent whole; whether it was
+        open."""
+        if self._parts.pop(number, None) is None:
+            return False
+        del self._rooms[number]
+        self._unsent = deque(each for each in self._unsent if each[0] != number)
+        return True
 
     # ---- asyncio's
 
@@ -105,8 +112,7 @@ class Streams(asyncio.Protocol):
             if number in self._parts:  # else it was cancelled
                 self._read(number, payload)
         elif kind == _HEADERS:
-            if flags & _END_STREAM and self._parts.pop(number, None) is not None:
-                del self._rooms[number]
+            if flags & _END_STREAM and self._forget(number):
                 plain = flags & _END_HEADERS and not flags & (_PADDED | _PRIORITY)
                 self.over(number, read_headers(payload) if plain else {})
         elif kind == _SETTINGS:
@@ -124,8 +130,7 @@ class Streams(asyncio.Protocol):
                 self._rooms[number] += more
             self._send_data()
         elif kind == _RST_STREAM:
-            if self._parts.pop(number, None) is not None:
-                del self._rooms[number]
+            if self._forget(number):
                 code = _NUMBER.unpack(payload)[0]
                 self.over(number, {"grpc-message": f"the server reset the stream ({code})"})
         elif kind == _GOAWAY:
@@ -153,19 +158,22 @@ class Streams(asyncio.Protocol):
         self._send_data()
 
     def _send_data(self) -> None:
-        """As much of what is unsent as there is room for, in order."""
-        while self._unsent:
-            number, data = self._unsent[0]
-            size = min(len(data), _LONGEST_FRAME, self._room, self._rooms[number])
-            if size <= 0:
-                return
-            self._room -= size
-            self._rooms[number] -= size
-            if size == len(data):
-                self._unsent.popleft()
-            else:
-                self._unsent[0] = number, data[size:]
-            self._send(_DATA, data[:size], _END_STREAM * (size == len(data)), number)
+        """As much of what is unsent as there is room for, in order; a call that has none keeps no
+        other from sending."""
+        left: deque[tuple[int, bytes]] = deque()
+        while self._unsent and self._room > 0:
+            number, data = self._unsent.popleft()
+            while (
+                data
+                and (size := min(_LONGEST_FRAME, len(data), self._room, self._rooms[number])) > 0
+            ):
+                self._room -= size
+                self._rooms[number] -= size
+                self._send(_DATA, data[:size], _END_STREAM * (size == len(data)), number)
+                data = data[size:]
+            if data:
+                left.append((number, data))
+        self._unsent.extendleft(reversed(left))
 
     def _send(self, kind: int, payload: bytes, flags: int = 0, stream: int = 0) -> None:
         self._transport.write(_FRAME.pack(0, len(payload), kind, flags, stream) + payload)
