@@ -49,11 +49,10 @@ VENDOR_TOKENS = 64
 (4.15 ms against 4.62 for those of Llama-8B at one token); here they lose (4.76 against 4.64 at 64,
 7.35 against 7.10 at 256), and to find that out some forty of each product's are compiled."""
 
-_TUNING = 2
-"""How much XLA does to choose kernels for matrix products: it times them on inputs that are set. By
-default (4) it also compares their results, one kernel after the other on the device, and takes the
-fastest all the same (only 5 leaves out those that differ): a third to half of what programs take at
-a start with nothing stored."""
+_VENDOR_TUNING = 2
+"""How much XLA does to choose among the vendor's kernels for a matrix product: it times them. By
+default (4) it also holds their results against each other's, one kernel after the other on the
+device; that is for kernels of its own, of which wrong ones are so found and left out."""
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[int, int], None]
@@ -177,12 +176,10 @@ def compiler_options(platform: str, tokens: int = 0) -> dict[str, Any]:
         return {}
     # It counts a donated slab once for every layer that writes it, finds far too little memory,
     # and spends a third of the compilation on looking for what to compute twice.
-    options: dict[str, Any] = {
-        "xla_disable_hlo_passes": "rematerialization",
-        "xla_gpu_autotune_level": _TUNING,
-    }
+    options: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
     if tokens >= VENDOR_TOKENS:
         options["xla_gpu_enable_triton_gemm"] = False
+        options["xla_gpu_autotune_level"] = _VENDOR_TUNING
     return options
 
 

@@ -62,6 +62,7 @@ def is_known(program: Compiled) -> bool:
             and not inside._params.const_args
             and not any(executable._dispatch_in_layouts)
             and len(executable.in_avals) == len(executable._kept_var_idx)
+            and len(executable.in_avals) == len(executable._in_shardings)
             and len(call.out_handler.handlers) == inside.out_tree.num_leaves
             and callable(executable.xla_executable.execute_sharded)
             and callable(_client.batched_device_put)

@@ -16,8 +16,9 @@ import numpy as np
 
 from .mesh import Mesh
 
-_SIZES = (256 * 1024,) * 8 + (64 * 1024,) * 16 + (8 * 1024,) * 32
-"""Bytes: more of each than there are buffers of steps in flight."""
+_SIZES = (320 * 1024,) * 8 + (64 * 1024,) * 16 + (8 * 1024,) * 32
+"""Bytes: more of each than there are buffers of steps in flight. The largest holds the inputs of a
+step of 2,048 tokens, whose page tables have an entry for each 16 of a million tokens (291 KB)."""
 
 _FENCE = 256
 """Bytes, the least that the pool hands out."""

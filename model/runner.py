@@ -92,8 +92,9 @@ class ModelRunner:
         return self._programs.groups
 
     @property
-    def params(self) -> Params:
-        return self._params
+    def params(self) -> Mapping[str, jax.Array]:
+        """Weights by name. Programs keep those they were called with first."""
+        return MappingProxyType(self._params)
 
     @property
     def slabs(self) -> Slabs:
