@@ -12,7 +12,7 @@ from dataclasses import dataclass
 RECOMPUTE_WINDOW = 1 << 18
 """Computed tokens of the recompute ratio; older ones count half, then a quarter."""
 
-WASTE_PERIOD = 0.02
+WASTE_PERIOD = 0.1
 """Seconds between looks at how full the pages are."""
 
 

@@ -4,7 +4,7 @@ The scheduler's only door to kv/. Ownership:
 
     KVCache ─┬─ PageAllocator   who holds a page, which are free, which may be evicted
              └─ PrefixIndex     which page holds which tokens
-    Sequence ─── Chain          digests of its tokens; lives as long as the request
+    Sequence ─── Chain          its tokens, page by page; lives as long as the request
              └── Holding        its pages; lives from admission to preemption or end
 
 Only full pages are shared, and a full page is never written again, so sharing needs no copies.
@@ -16,19 +16,24 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .pages import PageAllocator
-from .prefix import Chain, Entry, Hash, PrefixIndex, page_digest
+from .prefix import Chain, PrefixIndex
 
 _NEVER = sys.maxsize
+
+ANSWER_RUN = 8
+"""Pages that an answer fills before they are registered, all at once, which takes half as long as
+one by one. Nobody looks for the end of an answer that is not finished; when its pages are given
+back, the rest is registered."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
     """The longest known prefix of some tokens."""
 
-    entries: tuple[Entry, ...]
+    pages: list[int]
     tokens: int
     idle_pages: int
     """Pages of the hit that nobody holds: taking the hit makes as many fewer available."""
@@ -38,17 +43,20 @@ class PrefixHit:
 class Holding:
     """The pages of one running sequence, in order of position.
 
-    `index_at` is the number of positions that fills the next page to be registered; it is out of
-    reach when no more pages of this holding can be.
+    The first `shared` pages are those of its hit, the first `indexed` are findable or have a twin
+    that is. `tail` is the page by which the last of these is found (0: there is none), `tail_born`
+    says since when. `index_at` is the number of positions from which on an answer's pages are worth
+    registering; it is out of reach when no more pages of this holding can be.
     """
 
     chain: Chain
     pages: list[int]
     capacity: int
+    shared: int
     indexed: int
     index_at: int
-    tail: Entry | None
-    own: list[Entry] = field(default_factory=list)
+    tail: int
+    tail_born: int
     released: bool = False
 
 
@@ -59,7 +67,6 @@ class KVCache:
       num_pages: pages in the slab, page 0 (never handed out) included.
       page_size: token positions in a page.
       prefix_caching: share the pages of equal prefixes.
-      hash_page: digest of a page; tests force collisions here.
     """
 
     def __init__(
@@ -68,19 +75,17 @@ class KVCache:
         page_size: int,
         *,
         prefix_caching: bool = True,
-        hash_page: Hash = page_digest,
     ):
         self.page_size = page_size
         self._num_pages = num_pages
         self._caching = prefix_caching
-        self._hash = hash_page
-        self._index = PrefixIndex()
-        self._pages = PageAllocator(num_pages, self._evict)
+        self._index = PrefixIndex(num_pages)
+        self._pages = PageAllocator(num_pages, self._index.drop)
 
     def clear(self) -> None:
         """Forgets everything, holdings too: the device lost its KV."""
         self._index.clear()
-        self._pages = PageAllocator(self._num_pages, self._evict)
+        self._pages = PageAllocator(self._num_pages, self._index.drop)
 
     @property
     def total(self) -> int:
@@ -108,14 +113,14 @@ class KVCache:
         return self._caching
 
     def chain(self, adapter: int, *salts: str, private: bool = False) -> Chain:
-        """The digests of a new sequence; only equal adapters and salts share pages.
+        """The pages' contents of a new sequence; only equal adapters and salts share pages.
 
         Args:
           private: shares them even without prefix caching, among sequences with a salt of their
             own; `forget_chain` ends that.
         """
         salt = repr((adapter, *salts)).encode()
-        return Chain(self.page_size, salt, self._hash, findable=self._caching or private)
+        return Chain(self.page_size, salt, findable=self._caching or private)
 
     def match(self, chain: Chain, tokens: array[int], limit: int = _NEVER) -> PrefixHit:
         """The known prefix of `tokens`: full pages, and never all of them.
@@ -126,28 +131,29 @@ class KVCache:
           limit: tokens of the prefix at most.
         """
         most = min(len(tokens) - 1, limit) if chain.findable else 0
-        pages, found = most // self.page_size, list[Entry]()
+        pages, found = most // self.page_size, list[int]()
         while (at := len(found)) < pages:
             chain.reach(at, tokens)
-            digests, blocks = chain.digests[at:pages], chain.blocks[at:pages]
-            run = self._index.follow(digests, blocks, found[-1] if found else None)
+            blocks = chain.blocks[at:pages]
+            run = self._index.follow(found[-1] if found else 0, blocks)
             found += run
-            if len(run) < len(digests):
+            if len(run) < len(blocks):
                 break
-        idle = self._pages.unheld([entry.page for entry in found]) if found else 0
-        return PrefixHit(tuple(found), len(found) * self.page_size, idle)
+        return PrefixHit(found, len(found) * self.page_size, self._pages.unheld(found))
 
     def open(self, chain: Chain, hit: PrefixHit) -> Holding:
         """A holding that starts with the pages of a hit, which nothing may have come between."""
-        pages = [entry.page for entry in hit.entries]
-        self._pages.share(pages)
+        self._pages.share(hit.pages)
+        shared, tail = len(hit.pages), hit.pages[-1] if hit.pages else 0
         return Holding(
             chain=chain,
-            pages=pages,
+            pages=hit.pages[:],
             capacity=hit.tokens,
-            indexed=len(pages),
-            index_at=hit.tokens + self.page_size if chain.findable else _NEVER,
-            tail=hit.entries[-1] if pages else None,
+            shared=shared,
+            indexed=shared,
+            index_at=0 if chain.findable else _NEVER,
+            tail=tail,
+            tail_born=self._index.born[tail],
         )
 
     def grow(self, holding: Holding, positions: int) -> list[int] | None:
@@ -164,43 +170,46 @@ class KVCache:
 
     def register(self, holding: Holding, tokens: array[int], positions: int) -> None:
         """Makes the pages that the first `positions` of `tokens` fill findable by others."""
-        chain = holding.chain
-        if not chain.findable:
+        if holding.index_at == _NEVER:
             return
+        chain, pages, index = holding.chain, holding.pages, self._index
         first, last = holding.indexed, positions // self.page_size
-        if first < last:
-            chain.reach(last - 1, tokens)
-        for index in range(first, last):
-            page = holding.pages[index]
-            entry = self._index.insert(
-                chain.digests[index], chain.blocks[index], holding.tail, page
-            )
-            if entry is None:
-                holding.index_at = _NEVER
-                return
-            if entry.page == page:
+        holding.index_at = (last + ANSWER_RUN) * self.page_size
+        if first >= last:
+            return
+        tail = holding.tail
+        if index.born[tail] != holding.tail_born:
+            holding.index_at = _NEVER  # the page before was dropped, and so would these be
+            return
+        chain.reach(last - 1, tokens)
+        blocks = chain.blocks
+        for at in range(first, last):
+            page = pages[at]
+            tail = index.insert(tail, blocks[at], page)
+            if tail == page:
                 self._pages.keep(page)
-                holding.own.append(entry)
-            holding.tail = entry
-            holding.indexed = index + 1
-            holding.index_at += self.page_size
+        holding.indexed, holding.tail, holding.tail_born = last, tail, index.born[tail]
 
     def forget(self, holding: Holding) -> None:
         """What this holding registered must not be found again: its KV is bad.
 
-        Also right for a holding that was released since: an entry knows whether it still lives.
+        Also right for a holding that was released since: a page of the same content, of which
+        somebody else computed the last tokens, may then not be found either.
         """
-        for entry in holding.own:
-            self._drop(entry)
-        holding.own.clear()
         holding.index_at = _NEVER
+        found = self._index.follow(0, holding.chain.blocks[: holding.indexed])
+        for page, own in zip(
+            found[holding.shared :], holding.pages[holding.shared :], strict=False
+        ):
+            if page == own:
+                self._drop(page)
+                break  # with all below it
 
     def forget_chain(self, chain: Chain) -> None:
         """No page that begins with this chain's first one is found again."""
-        if chain.digests:
-            entry = self._index.find(chain.digests[0], chain.blocks[0], None)
-            if entry is not None:
-                self._drop(entry)
+        page = self._index.find(0, chain.blocks[0]) if chain.blocks else 0
+        if page:
+            self._drop(page)
 
     def release(self, holding: Holding) -> None:
         """Gives the pages back. Exactly once."""
@@ -227,9 +236,7 @@ class KVCache:
             counted.update(holding.pages)
         self._pages.check(dict(counted), self._index.check())
 
-    def _evict(self, page: int) -> None:
-        self._drop(self._index.entry_of(page))
-
-    def _drop(self, entry: Entry) -> None:
-        for page in self._index.drop(entry):
-            self._pages.drop(page)
+    def _drop(self, page: int) -> None:
+        self._pages.drop(page)
+        for below in self._index.drop(page):
+            self._pages.drop(below)

@@ -31,16 +31,16 @@ class PageAllocator:
 
     Args:
       num_pages: pages in the slab, page 0 included.
-      evict: told the least recently used cached page when room is needed; must `drop` that page,
-        and may drop others with it.
+      evict: told the least recently used cached page, which is taken because room is needed;
+        returns those that cannot be found any more without it.
     """
 
-    def __init__(self, num_pages: int, evict: Callable[[int], None] | None = None):
-        self._evict = evict or self.drop
+    def __init__(self, num_pages: int, evict: Callable[[int], Iterable[int]] = lambda page: ()):
+        self._evict = evict
         self._refs = [0] * num_pages
         self._free = list(range(num_pages - 1, 0, -1))  # a stack: warm pages are reused first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._findable: set[int] = set()
+        self._findable = bytearray(num_pages)  # flags
         self.total = num_pages - 1
 
     @property
@@ -67,14 +67,21 @@ class PageAllocator:
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one holder each, or None (and no change) if there are too few."""
-        free = self._free
-        if count > len(free) + len(self._cached):
+        free, cached, findable, refs = self._free, self._cached, self._findable, self._refs
+        if count > len(free) + len(cached):
             return None
         while len(free) < count:
-            self._evict(next(iter(self._cached)))
-        pages = [free.pop() for _ in range(count)]
+            page, _ = cached.popitem(last=False)
+            findable[page] = False
+            free.append(page)
+            for below in self._evict(page):
+                self.drop(below)
+        first = len(free) - count
+        pages = free[first:]
+        del free[first:]
+        pages.reverse()
         for page in pages:
-            self._refs[page] = 1
+            refs[page] = 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -96,18 +103,18 @@ class PageAllocator:
             refs[page] = left
             if left:
                 continue
-            if page in findable:
+            if findable[page]:
                 cached[page] = None
             else:
                 free.append(page)
 
     def keep(self, page: int) -> None:
         """The index can find this owned page from now on."""
-        self._findable.add(page)
+        self._findable[page] = True
 
     def drop(self, page: int) -> None:
         """The index cannot find this page any more; if nobody holds it, it becomes free."""
-        self._findable.discard(page)
+        self._findable[page] = False
         if page in self._cached:
             del self._cached[page]
             self._free.append(page)
@@ -137,5 +144,6 @@ class PageAllocator:
         if actual != counted:
             wrong = {p for p in owned | set(counted) if actual.get(p) != counted.get(p)}
             raise RuntimeError(f"reference counts differ from the holders' for {sorted(wrong)}")
-        if self._findable != findable or not cached <= findable or free & findable:
+        flagged = {page for page, flag in enumerate(self._findable) if flag}
+        if flagged != findable or not cached <= findable or free & findable:
             raise RuntimeError("the prefix index and the page states disagree")

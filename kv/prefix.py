@@ -1,181 +1,181 @@
-"""Which page holds the KV of which tokens: a hash chain over full pages.
+"""Which page holds the KV of which tokens: a tree of full pages.
 
-Called by `kv/cache.py` alone. Owns the map from a page's content (and all that came before it) to
-the page. A page is found by the digest of (digest of the page before, its tokens); the first page
-of a chain also carries a salt, so that requests of different salts never meet.
+Called by `kv/cache.py` alone. Owns the map from a page's content, and all that came before it, to
+the page. A page is found by (the page before, its tokens); a first page by its tokens after a salt,
+so that requests of different salts never meet. Both are compared, not digests of them: as long as a
+page is in the tree, so are all before it, so by induction whole prefixes are equal.
 
-A digest only finds a candidate. A hit needs equal tokens and the very same parent entry, so by
-induction the whole prefix is equal, and two prefixes whose digests collide never share a page. So a
-digest need not be cryptographic, but cheap: of a prompt of 10,000 tokens 600 are made before its
-first token. Nor does it mean anything in another process.
-
-Dropping an entry drops everything below it: a child without its parent could never be found again
-and would only take up a page.
+Dropping a page drops everything below it: a child without its parent could never be found again,
+would only take up room, and would seem to go on from whatever its parent's page holds next.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from collections.abc import Sequence
 
 RUN = 64
-"""Pages hashed at once where a sequence has so many: one by one, a long prompt takes twice as long,
-and all at once would hold up the step that it comes in."""
+"""Pages cut at once from the tokens of a sequence that has so many: one by one, a long prompt takes
+twice as long, and all at once would hold up the step that it comes in."""
 
-Hash = Callable[[int, bytes], int]
-
-
-def page_digest(parent: int, block: bytes) -> int:
-    """Digest of a page given the digest of the one before (0 for the first)."""
-    return hash((parent, block))
+_Content = tuple[int, bytes]
+"""The page before (0 for a first page), and the tokens."""
 
 
 class Chain:
-    """The digests of one sequence's full pages, computed once each, about as far as they are asked
+    """The contents of one sequence's full pages, made once each, about as far as they are asked
     for.
 
-    Tokens are only ever appended to a sequence, so a digest stays right for its whole life, through
+    Tokens are only ever appended to a sequence, so a block stays right for its whole life, through
     preemption and requeueing. The pages of one that is not `findable` never enter the index.
     """
 
-    __slots__ = ("_hash", "_page_size", "_salt", "blocks", "digests", "findable")
+    __slots__ = ("_page_size", "_salt", "blocks", "findable")
 
-    def __init__(
-        self, page_size: int, salt: bytes, hash_page: Hash = page_digest, findable: bool = True
-    ):
+    def __init__(self, page_size: int, salt: bytes, findable: bool = True):
         self.findable = findable
         self._page_size = page_size
         self._salt = salt
-        self._hash = hash_page
-        self.digests: list[int] = []
-        self.blocks: list[bytes] = []  # what was hashed, for the check of equality
+        self.blocks: list[bytes] = []
 
     def fork(self, tokens: int) -> Chain:
         """The chain of another sequence whose first `tokens` tokens are the same."""
-        other = Chain(self._page_size, self._salt, self._hash, self.findable)
-        other.digests = self.digests[: tokens // self._page_size]
+        other = Chain(self._page_size, self._salt, self.findable)
         other.blocks = self.blocks[: tokens // self._page_size]
         return other
 
     def reach(self, page: int, tokens: array[int]) -> None:
-        """Makes `digests[page]` and `blocks[page]` available, perhaps with some after them;
-        `tokens` must fill that page."""
-        size, first = self._page_size, len(self.digests)
+        """Makes `blocks[page]` available, perhaps with some after it; `tokens` must fill that
+        page."""
+        size, first = self._page_size, len(self.blocks)
         if page < first:
-            return
-        if page == first > 0 and len(tokens) < (page + 2) * size:  # an answer fills one at a time
-            block = tokens[page * size : (page + 1) * size].tobytes()
-            self.blocks.append(block)
-            self.digests.append(self._hash(self.digests[-1], block))
             return
         last = max(page + 1, min(first + RUN, len(tokens) // size))
         run, width = tokens[first * size : last * size].tobytes(), size * tokens.itemsize
         blocks = [run[at : at + width] for at in range(0, len(run), width)]
-        parent = self.digests[-1] if first else 0
         if not first:
             # The tokens' bytes have a fixed length, so salt + tokens reads in one way only.
             blocks[0] = self._salt + blocks[0]
         self.blocks += blocks
-        self.digests += islice(accumulate(blocks, self._hash, initial=parent), 1, None)
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One findable page."""
-
-    digest: int
-    block: bytes
-    parent: Entry | None
-    page: int
-    live: bool = True
-    children: set[Entry] = field(default_factory=set)
 
 
 class PrefixIndex:
-    """Finds pages by content."""
+    """Finds pages by content.
 
-    def __init__(self) -> None:
-        self._by_digest: dict[int, Entry] = {}
-        self._by_page: dict[int, Entry] = {}
+    What it knows of a page lies in lists, at the page's number: pages come and go by the dozen in
+    each step, and an object for each would cost more to make and to collect than all the rest.
+    Page 0, which never has content, is the parent of all first pages.
+
+    Attributes:
+      born: [pages] which insertion made a page findable, counted from 1; 0 where it is not. Who
+        notes a page with its number here can tell later whether it still holds the same.
+
+    Args:
+      num_pages: pages in the slab, page 0 included.
+    """
+
+    def __init__(self, num_pages: int):
+        self.born = [0] * num_pages
+        self._insertions = 0
+        self._page_of: dict[_Content, int] = {}
+        self._content: list[_Content] = [(0, b"")] * num_pages
+        # A page's children are a list that is linked both ways, the youngest first; 0 ends it.
+        self._child = [0] * num_pages
+        self._older = [0] * num_pages
+        self._younger = [0] * num_pages
 
     def __len__(self) -> int:
-        return len(self._by_digest)
+        return len(self._page_of)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._by_digest.values())
+    def find(self, parent: int, block: bytes) -> int:
+        """The page of this content after that parent; 0 if there is none."""
+        return self._page_of.get((parent, block), 0)
 
-    def find(self, digest: int, block: bytes, parent: Entry | None) -> Entry | None:
-        """The entry of this content after that parent, if there is one."""
-        entry = self._by_digest.get(digest)
-        if entry is None or entry.parent is not parent or entry.block != block:
-            return None
-        return entry
-
-    def follow(self, digests: list[int], blocks: list[bytes], parent: Entry | None) -> list[Entry]:
-        """The entries of these contents after that parent and each other, up to the first that is
+    def follow(self, parent: int, blocks: list[bytes]) -> list[int]:
+        """The pages of these contents after that parent and each other, up to the first that is
         not there."""
-        found, by_digest = [], self._by_digest
-        for digest, block in zip(digests, blocks, strict=True):
-            entry = by_digest.get(digest)
-            if entry is None or entry.parent is not parent or entry.block != block:
+        found, page_of = list[int](), self._page_of
+        for block in blocks:
+            parent = page_of.get((parent, block), 0)
+            if not parent:
                 break
-            found.append(entry)
-            parent = entry
+            found.append(parent)
         return found
 
-    def insert(self, digest: int, block: bytes, parent: Entry | None, page: int) -> Entry | None:
-        """Makes `page` findable, unless equal content already is: then that entry is returned.
+    def insert(self, parent: int, block: bytes, page: int) -> int:
+        """Makes `page` findable, unless equal content already is.
 
-        None when the chain cannot go on: its parent was dropped, or a digest collided.
+        Args:
+          parent: the page before, findable; 0 for a first page.
+          block: what `page` holds.
+          page: not findable.
+
+        Returns:
+          the page by which this content is found.
         """
-        if parent is not None and not parent.live:
-            return None
-        if digest in self._by_digest:
-            return self.find(digest, block, parent)
-        entry = Entry(digest, block, parent, page)
-        self._by_digest[digest] = entry
-        self._by_page[page] = entry
-        if parent is not None:
-            parent.children.add(entry)
-        return entry
+        content = parent, block
+        found = self._page_of.setdefault(content, page)
+        if found != page:
+            return found
+        self._insertions += 1
+        self.born[page] = self._insertions
+        self._content[page] = content
+        older = self._child[parent]
+        self._child[parent] = page
+        self._older[page], self._younger[page] = older, 0
+        if older:
+            self._younger[older] = page
+        return page
 
-    def entry_of(self, page: int) -> Entry:
-        return self._by_page[page]
+    def drop(self, page: int) -> Sequence[int]:
+        """Forgets a findable page and all below it; returns these."""
+        content, older, younger = self._content[page], self._older[page], self._younger[page]
+        if younger:
+            self._older[younger] = older
+        else:
+            self._child[content[0]] = older
+        if older:
+            self._younger[older] = younger
+        self.born[page] = 0
+        del self._page_of[content]
+        return self._drop_below(page) if self._child[page] else ()
 
-    def drop(self, entry: Entry) -> list[int]:
-        """Forgets an entry and all below it; returns their pages. Nothing if it was forgotten."""
-        if not entry.live:
-            return []
-        if entry.parent is not None:
-            entry.parent.children.discard(entry)
-        pages, below = [], [entry]
-        while below:
-            gone = below.pop()
-            gone.live = False
-            del self._by_digest[gone.digest]
-            del self._by_page[gone.page]
-            pages.append(gone.page)
-            below.extend(gone.children)
-            gone.children.clear()
-        return pages
+    def _drop_below(self, page: int) -> list[int]:
+        dropped, parents = list[int](), [page]
+        while parents:
+            parent = parents.pop()
+            page, self._child[parent] = self._child[parent], 0
+            while page:
+                self.born[page] = 0
+                del self._page_of[self._content[page]]
+                dropped.append(page)
+                parents.append(page)
+                page = self._older[page]
+        return dropped
 
     def clear(self) -> None:
-        """Forgets everything; entries that others still hold know that they are dead."""
-        for entry in self:
-            entry.live = False
-        self._by_digest.clear()
-        self._by_page.clear()
+        """Forgets everything; the count of insertions goes on."""
+        none = [0] * len(self.born)
+        self.born[:], self._child[:] = none, none
+        self._page_of.clear()
 
     def check(self) -> set[int]:
-        """Proves that every entry can be reached; returns the pages that can be found."""
-        for entry in self:
-            if not entry.live or self._by_page.get(entry.page) is not entry:
-                raise RuntimeError(f"prefix index: page {entry.page} has a wrong entry")
-            parent = entry.parent
-            if parent is not None and (not parent.live or entry not in parent.children):
-                raise RuntimeError(f"prefix index: page {entry.page} outlived its parent")
-        if len(self._by_page) != len(self._by_digest):
-            raise RuntimeError("prefix index: a page has two entries")
-        return set(self._by_page)
+        """Proves that each findable page is reached from page 0, once; returns them."""
+        reached, parents = set[int](), [0]
+        while parents:
+            parent, younger = parents.pop(), 0
+            page = self._child[parent]
+            while page:
+                if page in reached or self._content[page][0] != parent:
+                    raise RuntimeError(f"prefix index: page {page} is below two")
+                if self._younger[page] != younger or not self.born[page]:
+                    raise RuntimeError(f"prefix index: page {page} was dropped and is linked")
+                if self._page_of.get(self._content[page]) != page:
+                    raise RuntimeError(f"prefix index: page {page} is not found by its content")
+                reached.add(page)
+                parents.append(page)
+                page, younger = self._older[page], page
+        findable = {page for page, born in enumerate(self.born) if born}
+        if findable != reached or set(self._page_of.values()) != reached:
+            raise RuntimeError("prefix index: a page outlived its parent")
+        return reached

@@ -26,7 +26,7 @@ class Arrivals:
     Args:
       spec: the runner's sizes.
       roster: where requests go from here.
-      cache: names the chain of digests that a request's pages will have.
+      cache: makes the chain of what a request's pages will hold.
       max_queue: requests of one tenant that may wait where no other asks.
       clock: seconds.
     """

@@ -22,7 +22,7 @@ from ..model.plan import (
     StepPlan,
 )
 from .controls import controls_of
-from .sequence import Sequence
+from .sequence import Sequence, richest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,21 @@ class StepBuilder:
     """Gathers the rows of one step, and notes in their sequences what it may bring.
 
     What may fail is done before anything is added, so that a fault leaves no half of a row.
+
+    Attributes:
+      decodes: sequences that go on from their last token; whoever adds one notes in it that `k`
+        more tokens are under way.
+      decode_starts: where each of them is, or a little beyond.
+
+    Args:
+      k: tokens that each decode row may bring.
     """
 
     def __init__(self, k: int):
         self.k = k
-        self.sampler = Sampler.GREEDY
-        self._decodes: list[Sequence] = []
-        self._decode_starts: list[int] = []
+        self._sampler = Sampler.GREEDY  # of the prompt rows that emit
+        self.decodes: list[Sequence] = []
+        self.decode_starts: list[int] = []
         self._prompts: list[Sequence] = []
         self._prompt_starts: list[int] = []
         self._counts: list[int] = []
@@ -56,18 +64,9 @@ class StepBuilder:
         self._controls: list[SlotControls] = []
         self._scored: list[tuple[int, array[int]]] = []  # (place among prompt rows, targets)
 
-    def decode(self, seq: Sequence, start: int) -> None:
-        """A row that goes on from the sequence's last token, at `start` or a little before."""
-        self._decodes.append(seq)
-        self._decode_starts.append(start)
-        if seq.sampler is not self.sampler and seq.sampler > self.sampler:
-            self.sampler = seq.sampler  # comparing costs more than all the rest here
-        seq.unread += self.k
-        seq.in_flight += 1
-
     @property
     def rows(self) -> int:
-        return len(self._decodes) + len(self._prompts)
+        return len(self.decodes) + len(self._prompts)
 
     def prompt(self, seq: Sequence, start: int, end: int) -> None:
         """A row for positions [start, end) of what a sequence must prefill.
@@ -87,13 +86,13 @@ class StepBuilder:
         result = Emit.POOLED if seq.pooled else Emit.TOKEN
         self._emits.append(result if last else Emit.NONE)
         self._tokens += tokens
-        if last and seq.sampler > self.sampler:
-            self.sampler = seq.sampler
+        if last and seq.sampler > self._sampler:
+            self._sampler = seq.sampler
         seq.unread += last
         seq.in_flight += 1
         if targets is not None:
             self._scored.append((len(self._prompts) - 1, targets))
-            self.sampler = Sampler.FULL
+            self._sampler = Sampler.FULL
 
     def pages(self, slot: int, first: int, pages: list[int]) -> None:
         """Page-table entries of a slot, from index `first` on."""
@@ -132,14 +131,14 @@ class StepBuilder:
         """The plan, on the cheapest step program that holds it."""
         # With few calls of NumPy: when it was not in use lately, each costs a lone request's first
         # token some microseconds.
-        decodes = len(self._decodes)
-        rows = self._decodes + self._prompts
+        decodes = len(self.decodes)
+        rows = self.decodes + self._prompts
         tokens = decodes + len(self._tokens)
         slots, generations, starts = np.array(
             [
                 [seq.slot for seq in rows],
                 [seq.generation for seq in rows],
-                self._decode_starts + self._prompt_starts,
+                self.decode_starts + self._prompt_starts,
             ],
             np.int32,
         )
@@ -155,7 +154,11 @@ class StepBuilder:
             emits=emits,
             num_decode=decodes,
             bucket=ladder.choose(
-                tokens, len(rows), self.sampler, decode_only=not self._prompts, k=self.k
+                tokens,
+                len(rows),
+                richest(self.decodes, self._sampler),
+                decode_only=not self._prompts,
+                k=self.k,
             ),
             prompt_tokens=np.array(self._tokens, np.int32),
             page_adds=self._table_entries(),

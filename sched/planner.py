@@ -32,7 +32,7 @@ from .plan_builder import Flight, StepBuilder
 from .pressure import Pressure
 from .prompt_room import PromptRoom
 from .roster import Roster
-from .sequence import Sequence
+from .sequence import Sequence, richest
 from .stats import Meters
 
 
@@ -102,13 +102,14 @@ class Planner:
         """
         running, prefilling = self._roster.running, self._roster.prefilling
         pressure, k, rows_left = self.pressure, step.k, self._max_rows
+        decodes, starts = step.decodes, step.decode_starts
         decoding = len(running) - len(prefilling)
         most = self._max_tokens
         if decoding and (prefilling or self._roster.waiting):
-            sampler = max(seq.sampler for seq in running)
-            most = policy.step_tokens(self._spec.ladder, most, decoding, sampler)
+            most = policy.step_tokens(self._spec.ladder, most, decoding, richest(running))
         room = PromptRoom(most, self._spec.num_slots, decoding, self._roster)
         for seq in tuple(running):
+            # Every row of every step passes here: one that decodes and has room costs no call.
             try:
                 if seq.slot < 0 or seq is pressure.resting:  # gave way, or is about to
                     continue
@@ -123,7 +124,10 @@ class Planner:
                     continue
                 end = start + k if start + k < limit else limit
                 if end <= seq.kv.capacity or self._grow(step, seq, end):
-                    step.decode(seq, start)
+                    decodes.append(seq)
+                    starts.append(start)
+                    seq.unread += k
+                    seq.in_flight += 1
                     rows_left -= 1
             except Exception as fault:
                 self.failed = seq, fault
@@ -178,8 +182,7 @@ class Planner:
             self._roster.prefilling.discard(seq)
         # Others may share these pages at once, even within this step: the device runs plans in
         # order, and in each layer it writes all K/V of a step before it reads any.
-        if end >= seq.kv.index_at:
-            self._cache.register(seq.kv, seq.tokens, end)
+        self._cache.register(seq.kv, seq.tokens, end)
         if end == seq.target and seq is seq.group.sequences[-1]:
             self._roster.begin_next(seq.group)
         again = max(0, min(end, seq.recompute_until) - start)

@@ -16,7 +16,7 @@ from ..kv.cache import KVCache, PrefixHit
 from ..model.plan import Ladder, RunnerSpec, Sampler
 from .fairness import OUTPUT_COST, FairQueue
 from .ranked import Ranked
-from .sequence import Sequence
+from .sequence import Sequence, richest
 
 MAX_RECOMPUTE_RATIO = 0.1
 """Recomputed per useful token above which admission reserves the worst case."""
@@ -65,7 +65,7 @@ def decode_tokens(
         return 1
     if cache.available < len(running) * cache.pages_for(spec.max_k):
         return 1
-    return spec.ladder.most_k(len(running), max(seq.sampler for seq in running))
+    return spec.ladder.most_k(len(running), richest(running))
 
 
 def step_tokens(ladder: Ladder, most: int, decoding: int, sampler: Sampler) -> int:
@@ -112,7 +112,7 @@ def may_enter(
     not: it needs all it gave and a page more.
     """
     horizon = seq.limit if worst_case else min(seq.limit, len(seq.tokens) + cache.page_size)
-    needed = cache.pages_for(horizon) - len(hit.entries) + hit.idle_pages
+    needed = cache.pages_for(horizon) - len(hit.pages) + hit.idle_pages
     return needed + reserved <= cache.available
 
 
@@ -125,7 +125,7 @@ def fits_over_time(
     All are taken to gain a token a step, so demand is largest when one of them ends. Pages that
     several hold count for each.
     """
-    if cache.pages_for(len(seq.tokens)) - len(hit.entries) + hit.idle_pages > cache.available:
+    if cache.pages_for(len(seq.tokens)) - len(hit.pages) + hit.idle_pages > cache.available:
         return False
     rows, page = (*running, seq), cache.page_size
     limit = np.array([row.limit for row in rows])

@@ -241,6 +241,8 @@ class Roster:
         self.running.remove(seq)
         self.waiting.leave(seq)
         self.prefilling.discard(seq)
+        if not seq.prefilling:  # all but its last token have their KV
+            self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
         self._cache.release(seq.kv)
         self._free_slots.append(seq.slot)
         seq.leave_slot()

@@ -18,6 +18,7 @@ Two counts say how far a running sequence has come:
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -183,6 +184,14 @@ class Group:
         """One entry a prompt token, None for the first; given once, when they are due."""
         self.scores_due = False
         return (None, *self.scores)
+
+
+def richest(sequences: Iterable[Sequence], least: Sampler = Sampler.GREEDY) -> Sampler:
+    """The richest sampler that these and `least` need."""
+    for seq in sequences:
+        if seq.sampler is not least and seq.sampler > least:  # comparing costs more than the rest
+            least = seq.sampler
+    return least
 
 
 def stop_ids(request: Request) -> frozenset[int]:

@@ -138,7 +138,7 @@ class Meters:
         Full pages may be held by many; what is empty belongs to one alone.
         """
         if self.waste.due or not roster.running:
-            empty = sum(seq.kv.capacity - seq.scheduled for seq in roster.running)
+            empty = sum([seq.kv.capacity - seq.scheduled for seq in roster.running])
             allocated = cache.owned * cache.page_size
             self.waste.observe(allocated - empty, allocated)
 

@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from quire.kv.cache import Holding, KVCache
+from quire.kv.cache import ANSWER_RUN, Holding, KVCache
 from quire.kv.prefix import RUN, Chain
 
 SIZE = 4
@@ -65,31 +65,43 @@ def test_salt_and_adapter_keep_prefixes_apart() -> None:
     assert hit(cache, text, salt="a", adapter=1) == 0
 
 
-def test_colliding_digests_never_give_wrong_pages() -> None:
-    cache = KVCache(20, SIZE, hash_page=lambda parent, block: 7)
-    first = run(cache, tokens(*range(9)))
-    assert hit(cache, tokens(*range(9))) == 4  # its own second page collides with its first
-    assert hit(cache, tokens(9, 9, 9, 9, 9)) == 0
-    assert hit(cache, tokens(*range(9)), salt="x") == 0
-    second = run(cache, tokens(9, 9, 9, 9, 0, 1, 2, 3, 0))
-    assert not set(first.pages) & set(second.pages)
-    cache.check_integrity([first, second])
-    cache.release(second)
-    cache.release(first)
-    cache.check_integrity([])
-
-
-def test_collision_below_different_parents_is_no_hit() -> None:
-    """Equal tokens and equal digests, but after another page: the parent entry tells."""
-
-    def by_block(parent: int, block: bytes) -> int:
-        return hash(block)  # forgets all that came before
-
-    cache = KVCache(20, SIZE, hash_page=by_block)
+def test_equal_tokens_after_other_pages_are_no_hit() -> None:
+    cache = KVCache(20, SIZE)
     run(cache, tokens(1, 1, 1, 1, 5, 5, 5, 5, 0))
     run(cache, tokens(2, 2, 2, 2, 0))
     assert hit(cache, tokens(1, 1, 1, 1, 5, 5, 5, 5, 0)) == 8
     assert hit(cache, tokens(2, 2, 2, 2, 5, 5, 5, 5, 0)) == 4
+    assert hit(cache, tokens(5, 5, 5, 5, 0)) == 0
+
+
+def test_nothing_hangs_below_what_a_reused_page_held() -> None:
+    """Two compute the same first page at once, and the second's next page is to hang below the
+    first's, which is evicted meanwhile and given to another text."""
+    cache = KVCache(4, SIZE)
+    text, other = tokens(*range(9)), tokens(*range(20, 25))
+    one, two = (cache.open(chain, cache.match(chain, text)) for chain in (cache.chain(0, ""),) * 2)
+    cache.grow(one, 4)
+    cache.grow(two, 8)
+    cache.register(one, text, 4)
+    cache.register(two, text, 4)
+    cache.release(one)
+    three = run(cache, other[:4])
+    assert three.pages == one.pages
+    cache.register(two, text, 8)
+    assert hit(cache, text) == 0 and hit(cache, tokens(*range(20, 24), *range(4, 9))) == 4
+    cache.check_integrity([two, three])
+
+
+def test_an_answer_is_registered_by_the_run() -> None:
+    cache = KVCache(40, SIZE)
+    text = tokens(*range(2 * SIZE))
+    holding = run(cache, text)
+    due = holding.index_at
+    assert due == (2 + ANSWER_RUN) * SIZE
+    text.extend(range(due - len(text) + 1))
+    cache.grow(holding, len(text))
+    cache.register(holding, text, due)
+    assert holding.index_at == due + ANSWER_RUN * SIZE and hit(cache, text) == due
 
 
 def test_eviction_shortens_chains_from_the_end() -> None:
@@ -215,7 +227,7 @@ def test_a_hit_tells_how_many_of_its_pages_nobody_holds() -> None:
     assert cache.match(cache.chain(0, ""), tokens(*range(13))).idle_pages == 3
 
 
-def test_long_prefixes_are_hashed_in_runs_and_found_whole() -> None:
+def test_long_prefixes_are_cut_in_runs_and_found_whole() -> None:
     """As page by page, whatever the runs: also where the hit ends within one."""
     pages = 2 * RUN + 3
     cache, text = KVCache(9 * RUN, SIZE), tokens(*range(SIZE * pages + 1))
@@ -223,8 +235,7 @@ def test_long_prefixes_are_hashed_in_runs_and_found_whole() -> None:
     by_page = Chain(SIZE, first.chain._salt)
     for page in range(pages):
         by_page.reach(page, text[: SIZE * (page + 1)])  # no more is known yet
-    assert by_page.digests == first.chain.digests and len(by_page.digests) == pages
-    assert by_page.blocks == first.chain.blocks
+    assert by_page.blocks == first.chain.blocks and len(by_page.blocks) == pages
     assert hit(cache, text) == SIZE * pages
     for same in (0, 1, RUN - 1, RUN, RUN + 5, pages - 1):
         other = text[:]
@@ -232,5 +243,5 @@ def test_long_prefixes_are_hashed_in_runs_and_found_whole() -> None:
         chain = cache.chain(0, "")
         found = cache.match(chain, other)
         assert found.tokens == SIZE * same
-        assert len(chain.digests) <= same + RUN  # no more than a run beyond what was found
+        assert len(chain.blocks) <= same + RUN  # no more than a run beyond what was found
     assert cache.match(cache.chain(0, ""), text, limit=SIZE * (RUN + 2)).tokens == SIZE * (RUN + 2)

@@ -56,9 +56,9 @@ def test_a_free_page_cannot_be_shared() -> None:
 def test_eviction_takes_the_least_recently_used() -> None:
     evicted: list[int] = []
 
-    def evict(page: int) -> None:
+    def evict(page: int) -> list[int]:
         evicted.append(page)
-        pages.drop(page)
+        return []
 
     pages = PageAllocator(4, evict)
     a, b, c = take(pages, 3)
@@ -70,6 +70,18 @@ def test_eviction_takes_the_least_recently_used() -> None:
     assert take(pages, 1) == [a]
     assert take(pages, 2) == [b, c]
     assert evicted == [a, c, b]
+
+
+def test_what_is_below_an_evicted_page_is_free_with_it() -> None:
+    pages = PageAllocator(5, lambda page: [b, c] if page == a else [])
+    a, b, c, d = take(pages, 4)
+    for page in (a, b, c, d):
+        pages.keep(page)
+    pages.release([a, d, c])
+    assert pages.available == 3 and sorted(take(pages, 2)) == [a, c]
+    assert pages.state(d) is PageState.CACHED
+    pages.release([b])  # not findable any more either
+    assert pages.state(b) is PageState.FREE
 
 
 def test_free_pages_go_before_cached_ones() -> None:
