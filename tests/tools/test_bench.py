@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from quire.errors import InvalidConfig
 from quire.model.kernels.attention import api
+from quire.model.memory import PLATFORMS
 from quire.model.plan import StepPlan
 from quire.sched.request import Request, SamplingParams
 from quire.sched.scheduler import Scheduler
@@ -383,14 +384,27 @@ def test_grids_that_are_refused(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "grid.json"
     file.write_text(text)
     with pytest.raises(InvalidConfig, match=says):
-        kernel_cases.read_grid(str(file))
+        kernel_cases.read_grid(str(file), 16)
+
+
+@pytest.mark.parametrize("name", ["small", "full"])
+def test_grids_have_the_platforms_pages_and_others_beside(name: str, tmp_path: Path) -> None:
+    for size in (16, 32):
+        cases = kernel_cases.read_grid(name, size)
+        assert len({*cases}) == len(cases), "no case twice"
+        sizes = [case.page_size for case in cases]
+        assert sizes.count(size) > len(cases) / 2 and {16, 32} <= {*sizes}
+        file = tmp_path / "grid.json"
+        file.write_text('[{"rows": 1, "context": 8}, {"rows": 1, "context": 8, "page_size": 64}]')
+        assert [c.page_size for c in kernel_cases.read_grid(str(file), size)] == [size, 64]
 
 
 @pytest.mark.usefixtures("hasty")
 def test_what_is_left_out_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ORACLE_WORK", 0)
-    grid = kernel_cases.GRIDS["small"][:2]
-    monkeypatch.setitem(kernel_cases.GRIDS, "small", grid)
+    grid = kernel_cases.read_grid("small", PLATFORMS["cpu"].page_size)[:2]
+    by_page_size = {PLATFORMS["cpu"].page_size: grid}  # and no other is asked for
+    monkeypatch.setitem(kernel_cases.GRIDS, "small", by_page_size.__getitem__)
     said = bench("kernels", "--backends=reference", "--grid=small")
     assert said["attention"] == [] and said["kv_write"]
     why = "the reference would take too long"

@@ -7,7 +7,9 @@ each, of which the last `queries` are this step's.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    page_size: int = PLATFORMS["gpu"].page_size
+    page_size: int = PLATFORMS["gpu"].page_size  # `quire bench kernels` gives its platform's
     ragged: bool = False  # contexts spread evenly from `queries` to `context`
 
     @property
@@ -77,52 +79,68 @@ class Case:
         return int(4 * seen * self.heads * self.head_dim)
 
 
-def _qwen(rows: int, context: int, ragged: bool = False) -> Case:
-    return Case(rows=rows, context=context, ragged=ragged, heads=12, kv_heads=2)
+def _small(page_size: int) -> list[Case]:
+    """A CPU gets through these in a minute."""
+    case = partial(Case, heads=4, kv_heads=2, head_dim=32, page_size=page_size)
+    other, *_ = _other_sizes(page_size)
+    return [
+        case(rows=1, context=256),
+        case(rows=8, context=128),
+        case(rows=8, context=128, page_size=other),
+        case(rows=8, context=128, kv_heads=1, head_dim=64),
+        case(rows=8, context=256, ragged=True),
+        case(rows=1, context=256, queries=64),
+    ]
 
 
-GRIDS: dict[str, list[Case]] = {
-    # A CPU gets through these in a minute.
-    "small": [
-        Case(rows=1, context=256, heads=4, kv_heads=2, head_dim=32),
-        Case(rows=8, context=128, heads=4, kv_heads=2, head_dim=32),
-        Case(rows=8, context=128, heads=4, kv_heads=2, head_dim=32, page_size=32),
-        Case(rows=8, context=128, heads=4, kv_heads=1, head_dim=64),
-        Case(rows=8, context=256, heads=4, kv_heads=2, head_dim=32, ragged=True),
-        Case(rows=1, context=256, queries=64, heads=4, kv_heads=2, head_dim=32),
-    ],
-    "full": [
-        Case(rows=1, context=8192),
-        Case(rows=8, context=272),
-        Case(rows=64, context=272),
-        Case(rows=64, context=2048),
-        Case(rows=256, context=272),
-        Case(rows=256, context=1024, ragged=True),
-        Case(rows=8, context=32768),
-        *(Case(rows=64, context=272, page_size=size) for size in (32, 64)),
-        *(Case(rows=256, context=1024, ragged=True, page_size=size) for size in (32, 64)),
-        _qwen(64, 272),
-        _qwen(256, 1024, ragged=True),
-        Case(rows=64, context=272, heads=8, kv_heads=8),
-        Case(rows=64, context=272, heads=32, kv_heads=8, head_dim=64),
-        Case(rows=1, context=512, queries=512),
-        Case(rows=1, context=2048, queries=2048),
-        *(Case(rows=1, context=8192, queries=2048, page_size=size) for size in (16, 32)),
-        Case(rows=1, context=8192, queries=8192),
-        Case(rows=1, context=10_000, queries=64),
-        Case(rows=8, context=256, queries=256),
-    ],
-}
+def _full(page_size: int) -> list[Case]:
+    """Llama-3.1-8B's heads, mostly, and Qwen2.5-1.5B's."""
+    case = partial(Case, page_size=page_size)
+    qwen = partial(case, heads=12, kv_heads=2)
+    others = _other_sizes(page_size)
+    return [
+        case(rows=1, context=8192),
+        case(rows=8, context=272),
+        case(rows=64, context=272),
+        case(rows=64, context=2048),
+        case(rows=256, context=272),
+        case(rows=256, context=1024, ragged=True),
+        case(rows=8, context=32768),
+        *(case(rows=64, context=272, page_size=size) for size in others),
+        *(case(rows=256, context=1024, ragged=True, page_size=size) for size in others),
+        qwen(rows=64, context=272),
+        qwen(rows=256, context=1024, ragged=True),
+        case(rows=64, context=272, heads=8, kv_heads=8),
+        case(rows=64, context=272, heads=32, kv_heads=8, head_dim=64),
+        case(rows=1, context=512, queries=512),
+        case(rows=1, context=2048, queries=2048),
+        *(case(rows=1, context=8192, queries=2048, page_size=size) for size in (16, 32)),
+        case(rows=1, context=8192, queries=8192),
+        case(rows=1, context=10_000, queries=64),
+        case(rows=8, context=256, queries=256),
+    ]
 
 
-def read_grid(name: str) -> list[Case]:
+def _other_sizes(page_size: int) -> list[int]:
+    """Page sizes to hold against the platform's own."""
+    return [size for size in (16, 32, 64) if size != page_size]
+
+
+GRIDS: dict[str, Callable[[int], list[Case]]] = {"small": _small, "full": _full}
+"""By name: the cases, given the page size of those that do not vary it."""
+
+
+def read_grid(name: str, page_size: int) -> list[Case]:
     """A grid by name or file.
+
+    Args:
+      page_size: of the cases that do not say theirs.
 
     Raises:
       InvalidConfig: no such file, or a case in it is wrong.
     """
     if name in GRIDS:
-        return GRIDS[name]
+        return GRIDS[name](page_size)
     try:
         entries = json.loads(Path(name).expanduser().read_text())
     except (OSError, ValueError) as error:
@@ -131,10 +149,12 @@ def read_grid(name: str) -> list[Case]:
         ) from error
     if not isinstance(entries, list) or not entries:
         raise InvalidConfig(f"grid: {name}: must be a list of cases")
-    return [_read_case(f"grid: {name}: case {at}", entry) for at, entry in enumerate(entries)]
+    return [
+        _read_case(f"grid: {name}: case {at}", entry, page_size) for at, entry in enumerate(entries)
+    ]
 
 
-def _read_case(where: str, entry: Any) -> Case:
+def _read_case(where: str, entry: Any, page_size: int) -> Case:
     kinds = {f.name: bool if f.name == "ragged" else int for f in fields(Case)}
     if not isinstance(entry, dict) or not {"rows", "context"} <= set(entry) <= set(kinds):
         raise InvalidConfig(
@@ -143,7 +163,7 @@ def _read_case(where: str, entry: Any) -> Case:
     for key, value in entry.items():
         if type(value) is not kinds[key] or (kinds[key] is int and value < 1):
             raise InvalidConfig(f"{where}: {key}: got {value!r}, must be a whole number from 1 on")
-    case = Case(**entry)
+    case = Case(**{"page_size": page_size, **entry})
     if case.queries > case.context:
         raise InvalidConfig(f"{where}: queries: got {case.queries}, must be at most its context")
     if case.heads % case.kv_heads:

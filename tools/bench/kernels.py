@@ -66,13 +66,15 @@ def run(args: argparse.Namespace) -> None:
     check_output(args)
     import jax
 
+    from ...model.memory import PLATFORMS
     from ...serving.progress import Terminal
     from .device_limits import measure_limits
     from .kernel_cases import read_grid
 
     # As model/mesh.py names platforms.
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
-    cases = read_grid(args.grid or ("small" if platform == "cpu" else "full"))
+    grid = args.grid or ("small" if platform == "cpu" else "full")
+    cases = read_grid(grid, PLATFORMS[platform].page_size)
     backends = _backends(args.backends, platform)
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     reporter = Terminal()
