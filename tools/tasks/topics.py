@@ -135,7 +135,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "page size",
-        "A page holds 32 tokens unless you ask for another size.",
+        "A page holds 16 tokens on a GPU and 32 elsewhere, unless you ask for another size.",
         (
             "How large is a page?",
             "How many tokens does a page hold?",
@@ -207,7 +207,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
     _about(
         "ladder",
-        "The ladder is the short list of shapes that Quire compiles programs for, at most 32.",
+        "The ladder is the short list of shapes that Quire compiles programs for, at most 50.",
         "How many programs does Quire compile?",
         "Why is there a ladder?",
         of="the ladder",
