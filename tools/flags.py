@@ -4,6 +4,7 @@ a key of the settings file (settings_file.py) that a flag overrides."""
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import Field, dataclass
 from typing import Any
@@ -44,6 +45,26 @@ def positive(text: str) -> int:
 def positives(text: str) -> tuple[int, ...]:
     """An argument such as 1,8,64."""
     return tuple(positive(part) for part in names(text)) or (positive(text),)
+
+
+def positive_number(text: str, limit: str = "a number above 0") -> float:
+    """An argument that is a number above 0, not infinite.
+
+    Args:
+      limit: what the user is told it must be.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be {limit}")
+    return value
+
+
+def rate(text: str) -> float:
+    """An argument such as 2.5, of requests a second; "inf" is all at once."""
+    return math.inf if text == "inf" else positive_number(text, "inf, or a number above 0")
 
 
 def names(text: str) -> tuple[str, ...]:

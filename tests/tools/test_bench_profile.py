@@ -18,7 +18,7 @@ from quire.model.plan import Bucket, RunnerSpec, Sampler
 from quire.model.programs import ADMIT, Programs, forward_key, module_name
 from quire.serving.progress import Silent
 from quire.tools.bench import profile
-from quire.tools.bench.profile import Kernel, kernels, programs, summary
+from quire.tools.bench.kernel_trace import Kernel, kernels, programs, summary
 from quire.tools.cli import main
 
 

@@ -22,9 +22,9 @@ import uvloop
 from quire.errors import QuireError
 from quire.protos.v1 import generation_pb2 as pb
 from quire.protos.v1 import generation_pb2_grpc as pb_grpc
+from quire.tools.bench.caller_figures import figures_of
 from quire.tools.bench.load import Served, poisson, run_closed, run_load, scattered
 from quire.tools.bench.openai_target import OpenAITarget, tokens_so_far
-from quire.tools.bench.serve import figures_of
 from quire.tools.cli import main
 
 TRACE = [[5, 4], [3, 1], [40, 6], [7, 2]]

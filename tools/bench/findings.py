@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidConfig
+from .caller_figures import LATE_MS
 from .pages import MIN_RATIO
 from .peers import Peers
-from .serve import LATE_MS
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import tempfile
 from dataclasses import asdict
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
 from ...errors import Internal, InvalidConfig, Unavailable
-from ..flags import from_zero, names, positive
+from ..flags import from_zero, names, positive, positive_number
+from .caller_figures import IN_ENGINE, LATE_MS, figures_of
 from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, over_sizes, table
-from .serve import IN_ENGINE, LATE_MS, figures_of
+from .trace import Trace, add_trace, draw_prompts, read_trace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from ...protos.v1 import generation_pb2 as pb
     from .load_process import Load
     from .server_process import ServerProcess
-    from .trace import Trace
 
 WARM_UP = 50
 SECONDS = 15.0
@@ -54,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="requests a second (default: 25,50)",
     )
-    group.add_argument(
-        "--trace",
-        default="sharegpt-like",
-        metavar="FILE",
-        help="JSON list of [prompt tokens, output tokens], or the shipped sharegpt-like (default)",
-    )
+    add_trace(group, clip=True)
     group.add_argument(
         "--requests", type=positive, metavar="N", help="of each rate (default: by the method)"
     )
@@ -69,9 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=WARM_UP,
         metavar="N",
         help=f"(default: {WARM_UP})",
-    )
-    group.add_argument(
-        "--clip", action="store_true", help="shorten requests that are too long for the model"
     )
     group.add_argument(
         "--repeat", type=positive, default=1, metavar="N", help="all rates so often (default: 1)"
@@ -95,13 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(part) for part in names(text))
-    except ValueError:
-        rates = ()
-    if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be numbers above 0, as in 25,50")
-    return rates
+    limit = "numbers above 0, as in 25,50"
+    return tuple(positive_number(part, limit) for part in names(text) or (text,))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,7 +95,6 @@ def run(args: argparse.Namespace) -> None:
     config = engine_config(args)
     from ...serving.progress import Terminal
     from .server_process import ServerProcess
-    from .trace import read_trace
 
     trace = read_trace(args.trace).fitted(context_of(config), clip=args.clip)
     if args.requests is not None and args.requests > len(trace):
@@ -206,14 +191,7 @@ async def _measure(
             measured.append(
                 {
                     "rate_req_s": rate,
-                    "trace": {
-                        "name": part.name,
-                        "requests": len(part),
-                        "clipped": trace.clipped,
-                        "prompt_tokens": sum(part.prompts),
-                        "output_tokens": sum(part.outputs),
-                        "seed": args.seed,
-                    },
+                    "trace": {**part.described(args.seed), "clipped": trace.clipped},
                     "warmup_errors": failed,
                     **figures,
                 }
@@ -228,7 +206,6 @@ def requests_of(rate: float) -> int:
 
 def _load(trace: Trace, rate: float, vocab: int, draw: np.random.Generator) -> Load:
     from .load import poisson
-    from .trace import draw_prompts
 
     prompts = [list(prompt) for prompt in draw_prompts(trace.prompts, vocab, draw)]
     due = poisson(len(trace), rate, draw)

@@ -19,6 +19,7 @@ from ...errors import Internal, InvalidConfig
 from ..flags import from_zero, positive
 from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, table
+from .trace import add_trace, read_trace
 
 if TYPE_CHECKING:
     from .closed_loop import Look
@@ -42,16 +43,7 @@ SETTLED_AFTER = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
-    group.add_argument(
-        "--trace",
-        default="sharegpt-like",
-        metavar="FILE",
-        help="JSON list of [prompt tokens, output tokens], or a shipped one: sharegpt-like "
-        "(default), or long-answers, whose requests all grow and so must take each other's pages",
-    )
-    group.add_argument(
-        "--clip", action="store_true", help="shorten requests that are too long for the model"
-    )
+    add_trace(group, clip=True)
     group.add_argument(
         "--seconds", type=positive, default=600, metavar="N", help="at the limit (default: 600)"
     )
@@ -98,7 +90,6 @@ def run(args: argparse.Namespace) -> None:
     from ...serving.progress import Terminal
     from .closed_loop import ClosedLoop
     from .engine_run import TokenEngine
-    from .trace import read_trace
 
     trace = read_trace(args.trace)
     if not args.clip:

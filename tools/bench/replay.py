@@ -15,17 +15,16 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..flags import from_zero, names, positive
+from ..flags import from_zero, names, positive, rate
 from .online import requests_of
 from .report import add_output, check_output, finish, table
-from .serve import rate
+from .trace import Trace, add_trace, draw_prompts, read_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ...model.plan import RunnerSpec, StepPlan
     from .step_clock import Step, Work
-    from .trace import Trace
 
 PAGES, PAGE_SIZE, LONGEST = 55_040, 16, 131_072
 """Of Llama-3.1-8B on an H200."""
@@ -36,12 +35,7 @@ HOST_SECONDS = 1e-3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load")
-    group.add_argument(
-        "--trace",
-        default="sharegpt-like",
-        metavar="FILE",
-        help="JSON list of [prompt tokens, output tokens], or the shipped sharegpt-like (default)",
-    )
+    add_trace(group)
     group.add_argument(
         "--rates",
         type=_rates,
@@ -77,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    return tuple(rate(part) for part in names(text)) or (rate(text),)
+    return tuple(map(rate, names(text) or (text,)))
 
 
 def _step_times(text: str) -> tuple[tuple[int, float], ...]:
@@ -104,7 +98,6 @@ def _by_tokens(times: Sequence[tuple[int, float]]) -> Callable[[Work], float]:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args)
-    from .trace import read_trace
 
     trace, spec = read_trace(args.trace), _spec(args)
     trace.fitted(LONGEST, clip=False)
@@ -175,8 +168,7 @@ class Played:
     def figures(self) -> dict[str, Any]:
         import numpy as np
 
-        from .step_clock import by_bucket
-        from .throughput import bucket_name
+        from .step_clock import bucket_name, by_bucket
 
         firsts, lasts, tokens = map(np.array, (self.first, self.last, self.tokens))
         several = tokens > 1
@@ -229,7 +221,6 @@ def play(
     from .null_runner import NullRunner
     from .step_clock import Step, Work
     from .step_costs import milliseconds
-    from .trace import draw_prompts
 
     cost = cost or milliseconds
     tokens, now, count = spec.ladder.max_tokens, 0.0, len(trace)

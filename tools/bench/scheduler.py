@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ...serving.collector import quiet_collector
 from ..flags import from_zero, positive, positives
 from .report import add_output, check_output, finish, over_sizes, table
+from .trace import Trace, add_trace, read_trace
 
 if TYPE_CHECKING:
     from ...model.plan import RunnerSpec
     from ...sched.request import Request
-    from .trace import Trace
 
 BUDGETS_MS = {256: 1.0, 1000: 3.0}
 """p99 of a step, by rows (docs/design.md, section 10)."""
@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="requests running at once (default: 256,1000)",
     )
-    group.add_argument(
-        "--trace", default="sharegpt-like", metavar="FILE", help="(default: sharegpt-like)"
-    )
+    add_trace(group)
     group.add_argument(
         "--steps", type=positive, default=1000, metavar="N", help="full steps (default: 1000)"
     )
@@ -74,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_output(args)
     from ...serving.progress import Terminal
-    from .trace import read_trace
 
     trace = read_trace(args.trace)
     if args.collector == "serve":

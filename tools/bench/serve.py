@@ -18,22 +18,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidConfig, InvalidRequest, Unavailable
-from ..flags import from_zero, positive
+from ..flags import from_zero, positive, positive_number, rate
+from .caller_figures import IN_ENGINE, LATE_MS, PERCENTILES, figures_of, samples_of
 from .report import add_output, check_output, finish, table
+from .trace import Trace, add_trace, draw_prompts, read_trace
 
 if TYPE_CHECKING:
     from .load import Served
     from .load_process import Load
     from .targets import Target
-    from .trace import Trace
-
-LATE_MS = 10.0
-"""Requests sent later than this, at the 99th percentile, say that the sender was too slow."""
-
-_PERCENTILES = (50, 90, 99)
-
-IN_ENGINE = "ttft_engine_ms"
-"""The part of the time to first token that passed in the server's engine."""
 
 _TITLES = {
     "ttft_ms": "time to first token",
@@ -67,12 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tls-key", metavar="FILE", help="PEM of its key")
     load = parser.add_argument_group("load")
-    load.add_argument(
-        "--trace",
-        default="sharegpt-like",
-        metavar="FILE",
-        help="JSON list of [prompt tokens, output tokens], or the shipped sharegpt-like (default)",
-    )
+    add_trace(load)
     load.add_argument(
         "--rate", type=rate, default=math.inf, metavar="R", help="requests a second (default: inf)"
     )
@@ -132,14 +120,7 @@ def run(args: argparse.Namespace) -> None:
     results = {
         "target": {"address": args.address, "api": args.api},
         "settings": settings,
-        "trace": {
-            "name": trace.name,
-            "requests": len(trace),
-            "clipped": trace.clipped,
-            "prompt_tokens": sum(trace.prompts),
-            "output_tokens": sum(trace.outputs),
-            "seed": args.seed,
-        },
+        "trace": trace.described(args.seed),
         "concurrency": args.concurrency,
         "clients": args.clients,
         "rate_req_s": None if math.isinf(args.rate) else args.rate,
@@ -154,75 +135,6 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def figures_of(served: list[Served], goals: dict[str, float]) -> dict[str, Any]:
-    """What the callers saw, in milliseconds.
-
-    Args:
-      served: all requests.
-      goals: milliseconds by "ttft_ms", "tpot_ms", "e2e_ms"; a request that meets all, and got all
-        its tokens, counts as good. A time per token that does not exist, for want of a second
-        message, meets any.
-    """
-    import numpy as np
-
-    whole = [request for request in served if request.whole]
-    seconds = max(request.ended for request in served)
-    samples = samples_of(served)
-    figures: dict[str, Any] = {
-        "requests": len(served),
-        "errors": len(served) - len(whole),
-        "first_errors": sorted({r.error or "tokens are missing" for r in served if not r.whole})[
-            :3
-        ],
-        "seconds": seconds,
-        "output_tok_s": sum(r.tokens for r in served) / seconds,
-        "req_s": len(whole) / seconds,
-        "tokens_per_message": (
-            sum(r.tokens for r in whole) / max(sum(len(r.messages) for r in whole), 1)
-        ),
-        "prefix_hit_tokens": _hits(served),
-        "late_ms_p99": 1e3 * float(np.percentile([r.sent - r.due for r in served], 99)),
-    }
-    for name, values in samples.items():
-        if values:
-            found = np.percentile(values, _PERCENTILES)
-            figures[name] = {f"p{p}": float(v) for p, v in zip(_PERCENTILES, found, strict=True)}
-            figures[name]["mean"] = float(np.mean(values))
-    if goals:
-        good = sum(_is_good(request, goals) for request in whole)
-        figures["slo"] = goals
-        figures["goodput_req_s"] = good / seconds
-        figures["good"] = good
-    return figures
-
-
-def _hits(served: list[Served]) -> int | None:
-    """Prompt tokens that the server found instead of computing them; None if it does not say."""
-    hits = [request.hit for request in served if request.hit is not None]
-    return sum(hits) if hits else None
-
-
-def samples_of(served: list[Served]) -> dict[str, list[float]]:
-    """Milliseconds by kind, of the requests that got all their tokens."""
-    whole = [request for request in served if request.whole]
-    return {
-        "ttft_ms": [1e3 * r.first for r in whole],
-        IN_ENGINE: [1e3 * r.engine for r in whole if r.engine is not None],
-        "tpot_ms": [1e3 * r.each for r in whole if not math.isnan(r.each)],
-        "itl_ms": [1e3 * gap for r in whole for gap in r.gaps],
-        "e2e_ms": [1e3 * (r.ended - r.due) for r in whole],
-    }
-
-
-def _is_good(request: Served, goals: dict[str, float]) -> bool:
-    took = {
-        "ttft_ms": 1e3 * request.first,
-        "tpot_ms": 1e3 * request.each,
-        "e2e_ms": 1e3 * (request.ended - request.due),
-    }
-    return not any(took[name] > most for name, most in goals.items())  # nan is above nothing
-
-
 async def _load(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any], list[Served]]:
     """What the server says of itself, and what it served."""
     import numpy as np
@@ -230,7 +142,6 @@ async def _load(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any],
     from ...serving.progress import Terminal
     from .load import poisson, run_closed, run_load
     from .load_process import serve_load
-    from .trace import draw_prompts
 
     draw = np.random.default_rng(args.seed)
     prompts = draw_prompts(trace.prompts, args.vocab, draw)
@@ -271,7 +182,6 @@ def _check_load(args: argparse.Namespace) -> None:
 
 
 def _trace(args: argparse.Namespace) -> Trace:
-    from .trace import read_trace
 
     trace = read_trace(args.trace)
     if args.requests is not None and args.requests > len(trace):
@@ -324,21 +234,7 @@ def _goals(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _milliseconds(text: str) -> float:
-    return _positive_number(text, "milliseconds, a number above 0")
-
-
-def rate(text: str) -> float:
-    return math.inf if text == "inf" else _positive_number(text, "inf, or a number above 0")
-
-
-def _positive_number(text: str, limit: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, must be {limit}")
-    return value
+    return positive_number(text, "milliseconds, a number above 0")
 
 
 def _when(results: dict[str, Any]) -> str:
@@ -350,7 +246,7 @@ def _when(results: dict[str, Any]) -> str:
 
 def _table(results: dict[str, Any]) -> Any:
     title = f"serve: {results['requests']} requests, {_when(results)}"
-    made = table(title, "", *(f"p{p}" for p in _PERCENTILES), "mean")
+    made = table(title, "", *(f"p{p}" for p in PERCENTILES), "mean")
     for name, words in _TITLES.items():
         if name in results:
             made.add_row(f"{words}, ms", *(f"{value:,.1f}" for value in results[name].values()))

@@ -117,3 +117,9 @@ def by_bucket(steps: Iterable[Step]) -> dict[Bucket, dict[str, Any]]:
         bucket: {"count": len(ms), "median_ms": median(ms), "sum_ms": sum(ms)}
         for bucket, ms in sorted(found.items())
     }
+
+
+def bucket_name(bucket: Bucket) -> str:
+    """ "2048 tokens x 256 rows, greedy"."""
+    k = f", k={bucket.k}" if bucket.k > 1 else ""
+    return f"{bucket.tokens} tokens x {bucket.rows} rows, {bucket.sampler.name.lower()}{k}"

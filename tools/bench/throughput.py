@@ -19,26 +19,18 @@ from ...errors import InvalidConfig
 from ..flags import from_zero, positive
 from .models import add_engine, context_of, engine_config
 from .report import add_output, check_output, finish, table
+from .trace import Trace, add_trace, draw_prompts, read_trace
 
 if TYPE_CHECKING:
     from ...sched.stats import EngineStats
     from .engine_run import Run, TokenEngine
     from .step_clock import Step
-    from .trace import Trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
-    group.add_argument(
-        "--trace",
-        default="sharegpt-like",
-        metavar="FILE",
-        help="JSON list of [prompt tokens, output tokens], or the shipped sharegpt-like (default)",
-    )
+    add_trace(group, clip=True)
     group.add_argument("--requests", type=positive, metavar="N", help="its first N (default: all)")
-    group.add_argument(
-        "--clip", action="store_true", help="shorten requests that are too long for the model"
-    )
     group.add_argument("--repeat", type=positive, default=3, metavar="N", help="(default: 3)")
     group.add_argument(
         "--concurrency",
@@ -60,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
     check_output(args)
     _check_steps(args.steps)
     config = engine_config(args)
-    from .trace import read_trace
 
     trace = read_trace(args.trace).first(args.requests)
     if not args.clip:
@@ -69,14 +60,7 @@ def run(args: argparse.Namespace) -> None:
     rates = [r["output_tok_s"] for r in repetitions]
     results = {
         "settings": settings,
-        "trace": {
-            "name": trace.name,
-            "requests": len(trace),
-            "clipped": trace.clipped,
-            "prompt_tokens": sum(trace.prompts),
-            "output_tokens": sum(trace.outputs),
-            "seed": args.seed,
-        },
+        "trace": trace.described(args.seed),
         "concurrency": args.concurrency,
         "repetitions": repetitions,
         "output_tok_s": {"best": max(rates), "median": median(rates)},
@@ -92,7 +76,6 @@ def measure(
 
     from ...serving.progress import Terminal
     from .engine_run import TokenEngine
-    from .trace import draw_prompts
 
     draw, repetitions, steps = np.random.default_rng(args.seed), [], []
     with TokenEngine(config, Terminal()) as engine:
@@ -113,7 +96,7 @@ def _figures(engine: TokenEngine, trace: Trace, run: Run, before: EngineStats) -
     """One repetition's."""
     import numpy as np
 
-    from .step_clock import by_bucket
+    from .step_clock import bucket_name, by_bucket
 
     after = engine.stats()
     output, prompt = sum(trace.outputs), sum(trace.prompts)
@@ -155,12 +138,6 @@ def _write_steps(file: str, repetitions: list[list[Step]]) -> None:
             for (bucket, *work), seconds in steps:
                 shape = [bucket.tokens, bucket.rows, bucket.sampler.name.lower(), bucket.k]
                 out.writerow([at + 1, *shape, *work, f"{1e3 * seconds:.4f}"])
-
-
-def bucket_name(bucket: Any) -> str:
-    """ "2048 tokens x 256 rows, greedy"."""
-    k = f", k={bucket.k}" if bucket.k > 1 else ""
-    return f"{bucket.tokens} tokens x {bucket.rows} rows, {bucket.sampler.name.lower()}{k}"
 
 
 def _table(results: dict[str, Any]) -> Any:

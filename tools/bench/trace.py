@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidConfig
 from .models import DATA
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SHIPPED = {
     "sharegpt-like": DATA / "trace_sharegpt_like.json",
@@ -17,6 +19,22 @@ SHIPPED = {
 }
 """sharegpt-like: 1,000 requests with the lengths of chats, 207,595 prompt and 215,747 output
 tokens. long-answers: 200 of 40 to 80 prompt and 900 to 1,000 output tokens."""
+
+
+def add_trace(group: Any, *, clip: bool = False) -> None:
+    """Adds --trace to a group of a parser's arguments, and a --clip that shortens by the engine's
+    limit if it is to have one."""
+    group.add_argument(
+        "--trace",
+        default="sharegpt-like",
+        metavar="FILE",
+        help="JSON list of [prompt tokens, output tokens], or a shipped one: sharegpt-like "
+        "(default), or long-answers, whose requests all grow and so must take each other's pages",
+    )
+    if clip:
+        group.add_argument(
+            "--clip", action="store_true", help="shorten requests that are too long for the model"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,17 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def described(self, seed: int) -> dict[str, Any]:
+        """As JSON has it; `seed` is what token ids were drawn by."""
+        return {
+            "name": self.name,
+            "requests": len(self),
+            "clipped": self.clipped,
+            "prompt_tokens": sum(self.prompts),
+            "output_tokens": sum(self.outputs),
+            "seed": seed,
+        }
 
     def first(self, count: int | None) -> Trace:
         """Its first requests; None is all."""
