@@ -6,13 +6,9 @@ import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
-from quire.tools.bench import long
 from quire.tools.cli import main
 
 # The tiny model's context is of 4,096 tokens.
@@ -51,23 +47,6 @@ def test_a_prompt_beyond_the_context(
     assert 0 < parts["to_launch"] + parts["launch"] < said["hit_ms"]["median"]
     assert said["prompt_pages"] == 65 and said["decode_step_ms"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_step_begins_when_the_device_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two in flight: the second's time counts from when the first was read."""
-    clock = iter([0.0, 1.0, 2.0, 3.0, 10.0, 14.0])
-    monkeypatch.setattr(long.time, "perf_counter", lambda: next(clock))
-    plan: Any = SimpleNamespace(starts=np.array([5]), counts=np.array([7]))
-    runner = SimpleNamespace(launch=lambda plan: plan, collect=lambda handle: handle)
-    engine: Any = SimpleNamespace(parts=SimpleNamespace(runner=runner))
-    heard = list[int]()
-    watch = long.Watch(engine, heard.append)
-    handles = [runner.launch(plan), runner.launch(plan)]
-    for handle in handles:
-        runner.collect(handle)
-    first, second = watch.take()
-    assert (first.start, first.tokens, first.seconds, second.seconds) == (5, 7, 9.0, 4.0)
-    assert watch.take() == [] and heard == [12, 12]
 
 
 def test_prefix_caching_is_needed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

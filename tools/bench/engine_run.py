@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,10 @@ from .step_clock import Step, StepClock
 
 LOOK_EVERY = 0.2
 """Seconds between updates of the progress bar."""
+
+PARTS = ("before", "launch", "collect", "rest")
+"""Where the host is while a request runs alone, in the order of its life: before the first launch,
+in launches, collecting results (which is waiting, most of it), and after the last of them."""
 
 
 def _nobody(done: int, total: int) -> None:
@@ -89,11 +92,6 @@ class TokenEngine:
         return self.parts.engine.stats()
 
     @property
-    def calls(self) -> deque[tuple[str, float, float]]:
-        """The last calls of the runner; see StepClock."""
-        return self._clock.calls
-
-    @property
     def longest(self) -> int:
         """Most tokens of prompt and output together."""
         return self.parts.sizes.spec.max_model_len
@@ -108,6 +106,7 @@ class TokenEngine:
         outputs: Sequence[int],
         name: str = "",
         most: int | None = None,
+        look: Callable[[Run], None] | None = None,
     ) -> Run:
         """Submits prompts, greedy; each gets exactly as many tokens as `outputs` says.
 
@@ -117,6 +116,7 @@ class TokenEngine:
           name: of the progress bar; "" shows none.
           most: requests under way at once, each that ends is followed by the next; None: all are
             submitted at once.
+          look: is shown the run every LOOK_EVERY, on this thread, while it goes on.
 
         Raises:
           QuireError: what ended a request early.
@@ -137,6 +137,8 @@ class TokenEngine:
                 self.parts.engine.submit(request)
             while not run.done.wait(LOOK_EVERY):
                 update(sum(run.tokens), sum(outputs))
+                if look is not None:
+                    look(run)
         self._clock.steps = None
         run.seconds = max(run.last)
         if run.error is not None:
@@ -144,6 +146,20 @@ class TokenEngine:
         if run.tokens != list(outputs):
             raise Internal(f"bench: {sum(run.tokens)} tokens came, {sum(outputs)} were asked for")
         return run
+
+    def first_token(
+        self, prompt: tuple[int, ...], look: Callable[[Run], None] | None = None
+    ) -> tuple[Run, dict[str, float]]:
+        """One request for one token, on an idle engine: its run, and its seconds by PARTS."""
+        self._clock.calls.clear()
+        run = self.run([prompt], [1], look=look)
+        parts = dict.fromkeys(PARTS, 0.0)
+        for kind, begin, end in self._clock.calls:
+            if not parts["launch"]:
+                parts["before"] = begin - run.begin
+            parts[kind] += end - begin
+        parts["rest"] = run.seconds - sum(parts.values())
+        return run, parts
 
     def request(self, prompt: tuple[int, ...], output: int) -> Request:
         """A greedy request for exactly so many tokens."""

@@ -4,8 +4,7 @@
     first token   one request on an idle engine, one output token, median of 5
     prefix hit    one request of 10,000 tokens: the first time, then the median of 5 repeats
 
-With the last two goes where the host was meanwhile (`parts`, medians): before the first launch, in
-launches, collecting results (which is waiting, most of it), and the rest, after the last of them.
+With the last two goes where the host was meanwhile (`parts`, medians; PARTS in engine_run.py).
 
 The methods of data/peers_h200.json; token ids are random and drawn anew.
 """
@@ -28,9 +27,6 @@ SHORT = 16
 """Output tokens of the run that is taken off: prefill and start."""
 
 TIMES = 5
-
-PARTS = ("before", "launch", "collect", "rest")
-"""Where the host is while a request runs alone, in the order of its life."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,21 +166,14 @@ class _Latency:
 
     def _one(self, prompt: tuple[int, ...]) -> float:
         """Milliseconds from submission to the only token."""
-        self._engine.calls.clear()
-        run = self._engine.run([prompt], [1])
-        found = dict.fromkeys(PARTS, 0.0)
-        for kind, begin, end in self._engine.calls:
-            if not found["launch"]:
-                found["before"] = begin - run.begin
-            found[kind] += end - begin
-        found["rest"] = run.seconds - sum(found.values())
-        self._found.append(found)
+        run, parts = self._engine.first_token(prompt)
+        self._found.append(parts)
         return 1e3 * run.seconds
 
     def _parts(self) -> dict[str, float]:
         """Milliseconds of each part of the last TIMES requests, medians."""
         last = self._found[-TIMES:]
-        return {part: 1e3 * median(found[part] for found in last) for part in PARTS}
+        return {part: 1e3 * median(found[part] for found in last) for part in last[0]}
 
     def _prompts(self, count: int, length: int | None = None) -> list[tuple[int, ...]]:
         from .trace import draw_prompts

@@ -11,9 +11,6 @@ Beyond the context that a model was made for it needs --max-model-len and --lift
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +20,8 @@ from .models import add_engine, check_fits, engine_config
 from .report import add_output, check_output, finish, table
 
 if TYPE_CHECKING:
-    from ...model.plan import StepPlan
     from ...serving.progress import Reporter
-    from .engine_run import TokenEngine
+    from .engine_run import Run, TokenEngine
 
 TIMES = 5
 DECODED = 17
@@ -70,27 +66,23 @@ def run(args: argparse.Namespace) -> None:
 def _measure(engine: TokenEngine, prompt: tuple[int, ...], reporter: Reporter) -> dict[str, Any]:
     spec = engine.parts.sizes.spec
     with reporter.phase("first token") as update:
-        watch = Watch(engine, lambda done: update(done, len(prompt)))
-        cold = _first_token(engine, prompt)
-    watch.heard = None
-    chunks = watch.take()
+        cold, _ = engine.first_token(prompt, lambda run: update(_computed(run), len(prompt)))
     before = engine.stats().prefix_hit_tokens
     again, to_launch, launching = [], [], []
     for _ in range(TIMES):
-        begin = time.perf_counter()
-        again.append(_first_token(engine, prompt))
-        first = watch.take()[0]
-        to_launch.append(1e3 * (first.launched - begin))
-        launching.append(1e3 * (first.in_flight - first.launched))
+        run, parts = engine.first_token(prompt)
+        again.append(1e3 * run.seconds)
+        to_launch.append(1e3 * parts["before"])
+        launching.append(1e3 * parts["launch"])
     found = (engine.stats().prefix_hit_tokens - before) // TIMES
     decode = [engine.run([prompt], [DECODED]) for _ in range(TIMES)]
     pages = -(-len(prompt) // spec.page_size)
     page_bytes = spec.page_size * engine.parts.sizes.token_bytes
     return {
-        "cold_ms": cold,
-        "chunks": [
-            {"start": step.start, "tokens": step.tokens, "ms": 1e3 * step.seconds}
-            for step in chunks
+        "cold_ms": 1e3 * cold.seconds,
+        "chunks": [  # each step has the one prompt's chunk alone, which reads all up to its end
+            {"start": work.prompt_reads - work.tokens, "tokens": work.tokens, "ms": 1e3 * seconds}
+            for work, seconds in cold.steps
         ],
         "hit_ms": {"median": median(again), "best": min(again), "all": again},
         "hit_tokens": found,
@@ -103,68 +95,9 @@ def _measure(engine: TokenEngine, prompt: tuple[int, ...], reporter: Reporter) -
     }
 
 
-def _first_token(engine: TokenEngine, prompt: tuple[int, ...]) -> float:
-    """Milliseconds from submission."""
-    return 1e3 * engine.run([prompt], [1]).seconds
-
-
-@dataclass(slots=True)
-class Step:
-    """One step as the engine's thread saw it; times are of time.perf_counter.
-
-    Attributes:
-      start, tokens: of its first row.
-      launched, in_flight: when it was handed to the runner, and when that came back.
-      seconds: from when the device could begin with it (it was in flight, and the step before
-        collected) until its results were read.
-    """
-
-    start: int
-    tokens: int
-    launched: float
-    in_flight: float
-    seconds: float = 0.0
-
-
-class Watch:
-    """Notes the steps of an engine that is idle now.
-
-    Args:
-      heard: on the engine's thread, is told after each step how many tokens its first row has had.
-    """
-
-    def __init__(self, engine: TokenEngine, heard: Callable[[int], None] | None = None):
-        runner = engine.parts.runner
-        self.heard = heard
-        self._launch, self._collect = runner.launch, runner.collect
-        self._steps: list[Step] = []
-        self._flying: list[Step] = []
-        self._collected = 0.0
-        # In the way of nobody else, where a wrapper class would have to follow the runner's faces.
-        setattr(runner, "launch", self._launched)  # noqa: B010
-        setattr(runner, "collect", self._read)  # noqa: B010
-
-    def take(self) -> list[Step]:
-        """The steps since this was last called, all of which have been collected."""
-        steps, self._steps = self._steps, []
-        return steps
-
-    def _launched(self, plan: StepPlan) -> Any:
-        begin = time.perf_counter()
-        handle = self._launch(plan)
-        step = Step(int(plan.starts[0]), int(plan.counts[0]), begin, time.perf_counter())
-        self._steps.append(step)
-        self._flying.append(step)
-        return handle
-
-    def _read(self, handle: Any) -> Any:
-        outputs = self._collect(handle)
-        now, step = time.perf_counter(), self._flying.pop(0)
-        step.seconds = now - max(step.in_flight, self._collected)
-        self._collected = now
-        if self.heard is not None:
-            self.heard(step.start + step.tokens)
-        return outputs
+def _computed(run: Run) -> int:
+    """Tokens of the prompt so far."""
+    return sum(step.work.tokens for step in list(run.steps))  # the engine's thread adds to them
 
 
 def _table(results: dict[str, Any]) -> Any:
