@@ -10,6 +10,7 @@ from collections import Counter
 from datetime import date
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from quire.tools.tasks.example import SYSTEM_PROMPTS, Example, Split, is_held_ou
 from quire.tools.tasks.registry import TASKS, draw, example_weights
 from quire.tools.tasks.schema import fits
 from quire.tools.tasks.table_domains import DOMAINS
-from quire.tools.tasks.tool_calls import call_text, says_calls
+from quire.tools.tasks.tool_calls import says_calls
 
 NAMES = list(TASKS)
 
@@ -27,6 +28,11 @@ NAMES = list(TASKS)
 def drawn(name: str, split: Split, count: int) -> tuple[Example, ...]:
     rng = random.Random(7)
     return tuple(draw(TASKS[name], rng, split) for _ in range(count))
+
+
+def call_text(name: str, arguments: dict[str, Any]) -> str:
+    """A call as the model writes it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 def raw(example: Example) -> str:

@@ -32,11 +32,6 @@ _CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 _ERRORS = ("not found", "no connection", "not allowed", "try again later", "too busy")
 
 
-def call_text(name: str, arguments: dict[str, Any]) -> str:
-    """A call as the model writes it."""
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-
-
 def says_calls(expected: str, text: str) -> bool:
     """Whether the text is the expected calls (a JSON list of {name, arguments}), in whichever
     order, and no more."""

@@ -20,7 +20,7 @@ def demo_config(vocab_size: int) -> ModelConfig:
 
 
 def draft_config(vocab_size: int) -> ModelConfig:
-    """1.3 million parameters."""
+    """1.25 million parameters."""
     return _config(vocab_size, hidden=128, mlp=384, layers=5, heads=4)
 
 

@@ -16,9 +16,8 @@ import numpy as np
 Words = np.ndarray
 """uint16: a token's id in the low bits, and two marks above it."""
 
-LEARNED = 1 << 14  # the token is the model's to write
+LEARNED = 1 << 14  # the token is the model's to write; ids are below it
 STARTS = 1 << 15  # it is the first of a conversation
-MAX_VOCAB = LEARNED
 
 _OPEN_ROWS = 32  # looked through for each conversation; more would waste less and take longer
 
