@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,12 @@ import tiny_checkpoint
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint."""
     return tiny_checkpoint.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """Benchmarks settle the garbage collector of their process, which here is the tests'."""
+    before = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)

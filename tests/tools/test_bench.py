@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,16 +41,9 @@ from quire.tools.cli import main
 
 SMALL = ["--no-warmup", "--max-num-seqs=4", "--max-batched-tokens=32", "--page-size=16"]
 
+pytestmark = pytest.mark.usefixtures("collector")
+
 Bench = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def collector() -> Iterator[None]:
-    """Benchmarks settle the garbage collector of their process, which here is the tests'."""
-    before = gc.get_threshold()
-    yield
-    gc.unfreeze()
-    gc.set_threshold(*before)
 
 
 @pytest.fixture

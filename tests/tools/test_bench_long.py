@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from quire.tools.cli import main
 
+pytestmark = pytest.mark.usefixtures("collector")
+
 # The tiny model's context is of 4,096 tokens.
 ARGV = ["--prompt-tokens=4100", "--max-model-len=4200"]
 SMALL = ["--no-warmup", "--max-num-seqs=1", "--max-batched-tokens=512", "--page-size=64"]
-
-
-@pytest.fixture(autouse=True)
-def collector() -> Iterator[None]:
-    """Benchmarks settle the garbage collector of their process, which here is the tests'."""
-    before = gc.get_threshold()
-    yield
-    gc.unfreeze()
-    gc.set_threshold(*before)
 
 
 def test_a_prompt_beyond_the_context(

@@ -4,10 +4,8 @@ figure is held against a clock."""
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import time
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,8 @@ from quire.serving.assemble import Assembled
 from quire.tools.bench import closed_loop, engine_run, pages
 from quire.tools.bench.null_runner import NullRunner, null_spec
 from quire.tools.cli import main
+
+pytestmark = pytest.mark.usefixtures("collector")
 
 
 class Paced(NullRunner):
@@ -58,15 +58,6 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_run, "assemble", assemble)
     settings = {"model": "m", "sizes": {"kv_bytes_per_token": 8}}
     monkeypatch.setattr(engine_run.TokenEngine, "described", lambda _: settings)
-
-
-@pytest.fixture(autouse=True)
-def collector() -> Iterator[None]:
-    """Benchmarks settle the garbage collector of their process, which here is the tests'."""
-    before = gc.get_threshold()
-    yield
-    gc.unfreeze()
-    gc.set_threshold(*before)
 
 
 @pytest.fixture
