@@ -5,9 +5,7 @@
                     stream ── Submit, Finish ──> Engine's inbox
 
 A frontend that is gone, or says nothing for too long, is detached: its requests end, and their
-pages are free with the next step. One that is behind, as it says itself, gets several Steps
-in one message; their size is bounded by the lengths of its answers. The first token of a request
-does not wait until it has caught up, unless several messages have gone ahead already.
+pages are free with the next step. When one is sent what waits for it: attached.py.
 """
 
 from __future__ import annotations
@@ -31,17 +29,14 @@ from ..engine_wire import (
     error_message,
     error_of,
     limits_message,
-    output_message,
     request_of,
 )
 from ..intake import Served
 from ..telemetry.logs import fields
+from .attached import Attached, Route, StepDraft
 from .names import Names
 
 log = logging.getLogger(__name__)
-
-MOST_AHEAD = 4
-"""Messages sent to a frontend that has not dealt with the last one, for what is urgent."""
 
 
 class EngineHost:
@@ -64,8 +59,8 @@ class EngineHost:
         self._welcome = pb.Welcome()
         self._opened = asyncio.Event()
         self._closed = asyncio.Event()
-        self._frontends: set[_Frontend] = set()
-        self._routes: dict[str, _Route] = {}  # of all unfinished requests, by id
+        self._frontends: set[Attached] = set()
+        self._routes: dict[str, Route] = {}  # of all unfinished requests, by id
         self._names = Names()
 
     def open(
@@ -130,14 +125,14 @@ class EngineHost:
 
     def _sort(self, outputs: list[RequestOutput]) -> None:
         """One Step for each frontend that has a request among the outputs."""
-        routes, steps = self._routes, dict[_Frontend, _Step]()
+        routes, steps = self._routes, dict[Attached, StepDraft]()
         for output in outputs:
             route = routes.get(output.request_id)
             if route is None:
                 continue
             step = steps.get(route.frontend)
             if step is None:
-                step = steps[route.frontend] = _Step()
+                step = steps[route.frontend] = StepDraft()
             step.add(route, output)
             if output.ended:
                 del routes[output.request_id]
@@ -164,7 +159,7 @@ class EngineHost:
         await self._opened.wait()
         if self._closed.is_set():
             return
-        frontend = _Frontend(stream, hello.hello.name, hello.hello.pid)
+        frontend = Attached(stream, hello.hello.name, hello.hello.pid)
         self._frontends.add(frontend)
         stream.send(pb.FromEngine(welcome=self._welcome))
         stream.listen(lambda message: self._hear(frontend, message))
@@ -188,7 +183,7 @@ class EngineHost:
                 task.cancel()
             self._detach(frontend)
 
-    def _hear(self, frontend: _Frontend, message: pb.ToEngine) -> None:
+    def _hear(self, frontend: Attached, message: pb.ToEngine) -> None:
         """Does what a frontend says."""
         engine = self._engine
         assert engine is not None
@@ -205,8 +200,8 @@ class EngineHost:
         if message.taken:
             frontend.taken()
 
-    def _submit(self, engine: Engine, frontend: _Frontend, message: pb.Submit) -> None:
-        route = _Route(frontend, message.handle)
+    def _submit(self, engine: Engine, frontend: Attached, message: pb.Submit) -> None:
+        route = Route(frontend, message.handle)
         error: QuireError
         try:
             request = request_of(message)
@@ -236,7 +231,7 @@ class EngineHost:
         )
         frontend.send(pb.Step(outputs=[last]))
 
-    def _detach(self, frontend: _Frontend) -> None:
+    def _detach(self, frontend: Attached) -> None:
         """Ends all that a frontend left unfinished."""
         self._frontends.discard(frontend)
         assert self._engine is not None
@@ -245,111 +240,3 @@ class EngineHost:
             self._names.release(request_id)
             self._engine.finish(request_id)
         frontend.live.clear()
-
-
-class _Frontend:
-    """One that is attached.
-
-    Args:
-      stream: to it.
-      name: for people.
-      pid: of its process.
-
-    Attributes:
-      live: its unfinished requests: handle to id.
-      behind: there is something that it has not been sent.
-      lost: there is something that it will never be sent.
-    """
-
-    def __init__(self, stream: EngineStream[pb.ToEngine], name: str = "", pid: int = 0) -> None:
-        self._stream, self._name, self._pid = stream, name, pid
-        self.live: dict[int, str] = {}
-        self.behind = False
-        self.lost = asyncio.Event()
-        self._next = pb.FromEngine()
-        self._awaited = False  # the last message that asked for it has not been dealt with
-        self._ahead = 0  # messages since that one
-
-    def log(self, level: int, what: str) -> None:
-        """Says what became of it, which costs it its requests."""
-        said = fields(process=self._name, pid=self._pid)
-        log.log(level, "%s %s; %d requests of it end", self._name, what, len(self.live), extra=said)
-
-    def send(self, step: pb.Step, *, urgent: bool = False) -> None:
-        """Sends a step once the last message has been dealt with; at once, with all that waits,
-        what is urgent."""
-        self._next.steps.append(step)
-        self.behind = True
-        if not self._awaited or (urgent and self._ahead < MOST_AHEAD):
-            self._write()
-
-    def taken(self) -> None:
-        """It has dealt with the last message that asked for it."""
-        self._awaited = False
-        if self.behind:
-            self._write()
-
-    def _write(self) -> None:
-        message, self._next = self._next, pb.FromEngine()
-        # What goes ahead asks for nothing: the answer to the one before is still to come.
-        message.awaited = not self._awaited
-        self._ahead = self._ahead + 1 if self._awaited else 0
-        self._awaited, self.behind = True, False
-        self._stream.send(message)
-
-
-class _Route:
-    """Where the outputs of one request go."""
-
-    __slots__ = ("begun", "cached", "frontend", "handle")
-
-    def __init__(self, frontend: _Frontend, handle: int):
-        self.frontend, self.handle = frontend, handle
-        self.cached = 0  # as the frontend knows it
-        self.begun = False  # something of it went out
-
-
-class _Step:
-    """A `Step` in the making.
-
-    Attributes:
-      urgent: it has the first of a request, for which somebody waits.
-    """
-
-    __slots__ = ("_counts", "_handles", "_outputs", "_several", "_tokens", "urgent")
-
-    def __init__(self) -> None:
-        self.urgent = False
-        self._handles: list[int] = []
-        self._tokens: list[int] = []
-        self._counts: list[int] = []
-        self._several = False
-        self._outputs: list[pb.Output] = []
-
-    def add(self, route: _Route, output: RequestOutput) -> None:
-        if not route.begun:
-            route.begun = self.urgent = True
-        if (
-            output.finish_reason is None
-            and output.logprobs is None
-            and output.prompt_logprobs is None
-            and not output.ended
-            and not output.choice
-            and output.cached_tokens == route.cached
-        ):
-            tokens = output.tokens
-            self._handles.append(route.handle)
-            self._tokens += tokens
-            self._counts.append(len(tokens))
-            self._several |= len(tokens) != 1
-        else:
-            route.cached = output.cached_tokens
-            self._outputs.append(output_message(route.handle, output))
-
-    def message(self) -> pb.Step:
-        return pb.Step(
-            handles=self._handles,
-            tokens=self._tokens,
-            counts=self._counts if self._several else (),
-            outputs=self._outputs,
-        )

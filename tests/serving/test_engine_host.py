@@ -17,7 +17,7 @@ from quire.sched.quota import Limits
 from quire.sched.request import Request, RequestOutput, SamplingParams
 from quire.sched.scheduler import Scheduler
 from quire.serving.auth.key_file import KeyTable, write_keys
-from quire.serving.engine_host import host, main, watchdog
+from quire.serving.engine_host import attached, host, main, watchdog
 from quire.tools.bench.null_runner import NullRunner as Runner
 from quire.tools.bench.null_runner import null_spec
 
@@ -34,10 +34,10 @@ class Stream:
         self.sent.append(message)
 
 
-def attached() -> tuple[host._Frontend, list[pb.FromEngine]]:
+def one_attached() -> tuple[attached.Attached, list[pb.FromEngine]]:
     """A frontend, and what it is sent."""
     stream: Any = Stream()
-    return host._Frontend(stream), stream.sent
+    return attached.Attached(stream), stream.sent
 
 
 async def let_run() -> None:
@@ -54,7 +54,7 @@ def tokens(message: pb.FromEngine) -> list[int]:
 
 
 def test_a_frontend_that_is_behind_gets_what_it_missed_in_one_message() -> None:
-    frontend, sent = attached()
+    frontend, sent = one_attached()
     frontend.send(step(1))
     assert tokens(sent[0]) == [1] and sent[0].awaited
     frontend.send(step(2))
@@ -69,7 +69,7 @@ def test_a_frontend_that_is_behind_gets_what_it_missed_in_one_message() -> None:
 
 
 def test_what_is_urgent_waits_for_nobody_a_few_times() -> None:
-    frontend, sent = attached()
+    frontend, sent = one_attached()
     frontend.send(step(1))
     frontend.send(step(2))
     frontend.send(step(3), urgent=True)
@@ -78,13 +78,13 @@ def test_what_is_urgent_waits_for_nobody_a_few_times() -> None:
     assert [message.awaited for message in sent] == [True, False]
     assert not frontend.behind
     frontend.send(step(4))
-    for token in range(5, 5 + host.MOST_AHEAD):
+    for token in range(5, 5 + attached.MOST_AHEAD):
         frontend.send(step(token), urgent=True)
-    assert len(sent) == 1 + host.MOST_AHEAD and frontend.behind
+    assert len(sent) == 1 + attached.MOST_AHEAD and frontend.behind
     frontend.taken()
     assert sent[-1].awaited and not frontend.behind
     assert [token for message in sent for token in tokens(message)] == [
-        *range(1, 5 + host.MOST_AHEAD)
+        *range(1, 5 + attached.MOST_AHEAD)
     ]
     frontend.send(step(99), urgent=True)
     assert tokens(sent[-1]) == [99]  # as often again
@@ -94,7 +94,7 @@ def test_only_the_first_of_an_answer_is_urgent() -> None:
     async def work() -> None:
         sent = list[tuple[list[int], bool]]()
 
-        class Frontend(host._Frontend):
+        class Frontend(attached.Attached):
             def send(self, step: pb.Step, *, urgent: bool = False) -> None:
                 sent.append(([*step.tokens], urgent))
 
@@ -102,7 +102,7 @@ def test_only_the_first_of_an_answer_is_urgent() -> None:
         stream: Any = Stream()
         frontend = Frontend(stream)
         for handle, name in enumerate("ab"):
-            served._routes[name] = host._Route(frontend, handle)
+            served._routes[name] = attached.Route(frontend, handle)
         for outputs in ([("a", 1)], [("a", 2)], [("a", 3), ("b", 4)], [("a", 5), ("b", 6)]):
             served.deliver([RequestOutput(name, (token,)) for name, token in outputs])
             await let_run()

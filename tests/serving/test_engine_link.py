@@ -18,7 +18,7 @@ import pytest
 from quire.errors import Internal, Unavailable
 from quire.protos.v1 import engine_pb2 as pb
 from quire.sched.request import FinishReason, Request, RequestOutput, SamplingParams
-from quire.serving.engine_host import host
+from quire.serving.engine_host import attached, host
 from quire.serving.engine_stream import EngineStream, Listener, listen
 from quire.serving.engine_wire import LIVENESS, PROTOCOL, Liveness, limits_message
 from quire.serving.frontend.remote_link import RemoteLink
@@ -111,7 +111,7 @@ def test_the_engine_says_which_frontend_was_silent(
 
     engine, served = engine_loses(tmp_path, hang, Liveness(silence=0.2), Liveness(heartbeat=3600.0))
     assert engine.ended == ["mine"] and not served._routes and not served.attached
-    (record,) = records(caplog, "engine_host.host", process="frontend 3", pid=os.getpid())
+    (record,) = records(caplog, "engine_host.attached", process="frontend 3", pid=os.getpid())
     assert record.levelno == logging.ERROR
     assert record.getMessage() == (
         "frontend 3 has said nothing for 0.2 s and is detached; 1 requests of it end"
@@ -126,7 +126,7 @@ def test_the_engine_says_which_frontend_has_left(
 
     engine, served = engine_loses(tmp_path, die)
     assert engine.ended == ["mine"] and not served._routes and not served.attached
-    (record,) = records(caplog, "engine_host.host", process="frontend 3", pid=os.getpid())
+    (record,) = records(caplog, "engine_host.attached", process="frontend 3", pid=os.getpid())
     assert record.levelno == logging.WARNING
     assert record.getMessage() == "frontend 3 has left; 1 requests of it end"
 
@@ -135,7 +135,7 @@ def test_outputs_that_cannot_be_sent_leave_nobody_waiting(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the frontend may come again."""
-    engine, sound = Busy(), host.output_message
+    engine, sound = Busy(), attached.output_message
 
     async def work() -> None:
         served = host.EngineHost(asyncio.get_running_loop())
@@ -143,7 +143,7 @@ def test_outputs_that_cannot_be_sent_leave_nobody_waiting(
         served.open(engine, SPEC, str(tmp_path), (), Served("model", "float32"))  # type: ignore
         last = RequestOutput("mine", finish_reason=FinishReason.LENGTH, ended=True)
         for output_message, error in ((broken, Unavailable), (sound, type(None))):
-            monkeypatch.setattr(host, "output_message", output_message)
+            monkeypatch.setattr(attached, "output_message", output_message)
             link = await RemoteLink.attach(address)
             with link.open(REQUEST) as pending:
                 await until(lambda: "mine" in served._routes)
