@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import HubSettings, without_secrets
+from ..environment import HubSettings, without_secrets
 from ..errors import CheckpointError
 from ..model.memory import human_bytes
 from .disk import require_space

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import without_secrets
+from ..environment import without_secrets
 from ..errors import CheckpointError
 
 _AT_ONCE = 4

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-from ..config import hub_settings
+from ..environment import hub_settings
 from ..errors import CheckpointError, InvalidConfig
 from .reporting import Reporter
 from .shipped import SHIPPED, resolve

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import jax
 
-from ..config import EngineConfig, pool_share
+from ..config import EngineConfig
+from ..environment import pool_share
 from ..errors import InvalidConfig
 from .compile import jax_has_started, set_pool
 from .memory import CAPACITY_GRAIN, PLATFORMS, MemoryTable

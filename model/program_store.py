@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from ..config import compiler_environment
+from ..environment import compiler_environment
 from .mesh import Mesh
 
 _KIND = b"quire program "

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import jaxlib
 
-from ..config import EngineConfig, default_cache_dir
+from ..config import EngineConfig
+from ..environment import default_cache_dir
 from ..model.compile import cache_folder, use_cache
 from ..model.mesh import Mesh
 from ..model.program_store import ProgramStore, make_private

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ..config import EngineConfig, accelerators_hidden
+from ..config import EngineConfig
+from ..environment import accelerators_hidden
 from ..errors import InvalidConfig
 from ..model.hardware import Hardware, find_hardware
 from ..model.mesh import Mesh, default_mesh

@@ -10,7 +10,8 @@ import json
 import sys
 from typing import Any
 
-from ..config import EngineConfig, default_cache_dir, settings_of
+from ..config import EngineConfig, settings_of
+from ..environment import default_cache_dir
 from ..errors import InvalidConfig
 from . import standard_streams
 from .flags import add_model, add_settings, given_settings

@@ -17,13 +17,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..config import (
-    HubSettings,
-    ServerConfig,
-    accelerators_hidden,
-    default_cache_dir,
-    hub_settings,
-)
+from ..config import ServerConfig
+from ..environment import HubSettings, accelerators_hidden, default_cache_dir, hub_settings
 from ..model.hardware import Hardware, find_hardware
 
 PACKAGES = (

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...config import child_environment
+from ...environment import child_environment
 
 SILENCE = 30.0
 """Seconds without a sign of life after which a child counts as hung."""

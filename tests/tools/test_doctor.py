@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from quire.config import HubSettings, ServerConfig
+from quire.config import ServerConfig
+from quire.environment import HubSettings
 from quire.model.hardware import Gpu, Hardware
 from quire.tools import doctor_probes
 from quire.tools.cli import main

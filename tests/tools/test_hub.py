@@ -23,7 +23,7 @@ from quire.checkpoints.convert import convert
 from quire.checkpoints.folder import Checkpoint
 from quire.checkpoints.locate import locate
 from quire.checkpoints.shipped import resolve
-from quire.config import hub_settings
+from quire.environment import hub_settings
 from quire.errors import CheckpointError, InvalidConfig
 from quire.serving.progress import Silent
 from quire.tools.cli import main
