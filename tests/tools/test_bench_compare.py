@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,24 @@ def test_files_of_somebody_else(refused: Any, tmp_path: Path, text: str) -> None
     file.write_text(text)
     assert "must be a file that a benchmark's --json wrote" in refused(str(file))
     assert "No such file" in refused(str(tmp_path / "nowhere.json"))
+
+
+def test_the_documentation_marks_what_misses_its_target(compare: Any) -> None:
+    """By the measurements that it tells how to compare: each such figure is bold."""
+    docs = MEASURED.parents[1]
+    page = (docs / "performance.md").read_text()
+    (line,) = re.findall("^    quire bench compare (.*)$", page, re.MULTILINE)
+    echo = ["bash", "-c", f"echo {line}"]
+    said = subprocess.run(echo, check=True, capture_output=True, text=True).stdout
+    table = page.split("## Reached and aimed at")[1].split("## ")[0]
+    bold = [float(text.replace(",", "")) for text in re.findall(r"\*\*([\d.,]*\d)\*\*", table)]
+    results = compare(*(str(docs / "measurements" / file) for file in said.split()))
+    assert len(results["models"]) == 2
+    for figures in results["models"].values():
+        missed = [f for f in figures if f.get("is_met") is False]
+        assert missed
+        for figure in missed:
+            assert pytest.approx(figure["ours"], rel=0.01) in bold, figure["metric"]
 
 
 def test_the_cause_is_kept() -> None:
