@@ -49,6 +49,14 @@ VENDOR_TOKENS = 64
 (4.15 ms against 4.62 for those of Llama-8B at one token); here they lose (4.76 against 4.64 at 64,
 7.35 against 7.10 at 256), and to find that out some forty of each product's are compiled."""
 
+LOOPS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    )
+}
+"""What XLA is told for a GPU program whose loops the device is to run: what it takes into a CUDA
+graph unasked, and loops."""
+
 _VENDOR_TUNING = 2
 """How much XLA does to choose among the vendor's kernels for a matrix product: it times them. By
 default (4) it also holds their results against each other's, one kernel after the other on the

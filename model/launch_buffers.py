@@ -6,7 +6,8 @@ place each time, and results are left at another: each kernel that uses one of t
 anew before the device can begin, some microseconds of the host's each. Left to itself XLA has
 twenty kernels read the inputs, and puts what all layers read where the results will be, for those
 come last. So the first kernel copies the inputs, and results have their place from the first to the
-last.
+last. What a forward tells the program that samples (model/step.py: `which`) is such a result, and
+such an input.
 
     inputs, room = copied_with_room(buffer, rows, words)
     ...
@@ -19,13 +20,8 @@ import jax
 import jax.numpy as jnp
 
 
-def copied(buffer: jax.Array) -> jax.Array:
-    """The int32 [N] that the host sent, in the step's working memory."""
-    return jax.lax.optimization_barrier(_copy(buffer))[:-1]
-
-
 def copied_with_room(buffer: jax.Array, rows: int, words: int) -> tuple[jax.Array, jax.Array]:
-    """The same, and room for results.
+    """The int32 [N] that a program is sent, in its working memory, and room for results.
 
     The room is made before anything that depends on these inputs, and `filled` in place: what is in
     use between the two cannot lie there.
@@ -35,13 +31,9 @@ def copied_with_room(buffer: jax.Array, rows: int, words: int) -> tuple[jax.Arra
     """
     # One row more: what is overwritten whole need not have been there.
     room = jnp.zeros((rows + 1, words), jnp.int32)
-    inputs, room = jax.lax.optimization_barrier((_copy(buffer), room))
-    return inputs[:-1], room
-
-
-def _copy(buffer: jax.Array) -> jax.Array:
     # One word more, or it would be no copy to XLA.
-    return jnp.pad(buffer, (0, 1))
+    inputs, room = jax.lax.optimization_barrier((jnp.pad(buffer, (0, 1)), room))
+    return inputs[:-1], room
 
 
 def filled(room: jax.Array, results: jax.Array) -> jax.Array:

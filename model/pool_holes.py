@@ -16,9 +16,12 @@ import numpy as np
 
 from .mesh import Mesh
 
-_SIZES = (320 * 1024,) * 8 + (64 * 1024,) * 16 + (8 * 1024,) * 32
-"""Bytes: more of each than there are buffers of steps in flight. The largest holds the inputs of a
-step of 2,048 tokens, whose page tables have an entry for each 16 of a million tokens (291 KB)."""
+LARGEST_HOLE = 320 * 1024
+"""Bytes. It holds the inputs of a step of 2,048 tokens, whose page tables have an entry for each 16
+of a million tokens (291 KB)."""
+
+_SIZES = (LARGEST_HOLE,) * 8 + (64 * 1024,) * 16 + (8 * 1024,) * 32
+"""Bytes: more of each than there are buffers of steps in flight."""
 
 _FENCE = 256
 """Bytes, the least that the pool hands out."""

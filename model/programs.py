@@ -18,9 +18,10 @@ from jax.stages import Lowered
 
 from .abstract import AbstractDecoder
 from .cache import abstract_slabs, cache_groups
-from .compile import VENDOR_TOKENS, compiler_options
+from .compile import LOOPS_IN_GRAPHS, VENDOR_TOKENS, compiler_options
 from .forward import Forward, make_forward
 from .inputs import ADMIT_ROOM, InputLayout
+from .kernels import switches
 from .kernels.attention.api import default_backend
 from .kernels.attention.gpu_lowered import LoweredKernels
 from .kernels.kv_write import default_writer
@@ -186,6 +187,8 @@ class Programs:
                 return compiler_options(self._mesh.platform, tokens)
             case "score":
                 return compiler_options(self._mesh.platform, SCORE_ROWS)
+            case SampleKey() if self._mesh.platform == "gpu" and switches.SEARCH_BY == "graph":
+                return compiler_options(self._mesh.platform) | LOOPS_IN_GRAPHS
         return compiler_options(self._mesh.platform)
 
     def facts(self, key: Key | str) -> dict[str, str]:
@@ -244,17 +247,18 @@ class Programs:
     def _lower_pass(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
         args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
-        forward = self._unnamed(make_pass(self._forward(layout), layout, self._hidden_rows))
+        sizes = self.logit_rows(bucket), self._hidden_rows
+        forward = self._unnamed(make_pass(self._forward(layout), layout, *sizes))
         return self._lowered(bucket, forward, args, donated=(1, 2), fresh=4)
 
     def _lower_sample(self, key: SampleKey) -> Lowered:
         _, slots = self.abstract_state()
         logits = self._array((key.rows, self._spec.vocab_size), "float32")
-        args = (slots, logits, self._array((2, key.rows), "int32"))
+        args = (slots, logits, self._array((3, key.rows), "int32"))
         if key.sampler != Sampler.FULL:
-            return self._lowered(key, make_sample(), args, donated=(0,), fresh=1)
+            return self._lowered(key, make_sample(), args, donated=(0, 1), fresh=1)
         controlled = (self.abstract_controls(), *args)
-        return self._lowered(key, make_full_sample(), controlled, donated=(0, 1), fresh=1)
+        return self._lowered(key, make_full_sample(), controlled, donated=(0, 1, 2), fresh=1)
 
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size

@@ -190,11 +190,11 @@ class ModelRunner:
         rows, sampler = self._spec.ladder.logit_rows(plan.bucket), plan.bucket.sampler
         sample = SampleKey(rows, sampler)
         if sampler == Sampler.FULL:
-            self._controls, self._slots, outputs = self._call(sample)(
+            self._controls, self._slots, _, outputs = self._call(sample)(
                 self._controls, self._slots, logits, which
             )
         else:
-            self._slots, outputs = self._call(sample)(self._slots, logits, which)
+            self._slots, _, outputs = self._call(sample)(self._slots, logits, which)
         wanted = pooled if np.any(plan.emits == Emit.POOLED) else None
         return _Launched(plan, outputs, tuple(scores), wanted)
 

@@ -35,7 +35,7 @@ def make_score(decoder: AbstractDecoder) -> Score:
         at = jnp.minimum(buffer[0] + jnp.arange(SCORE_ROWS), hidden.shape[0] - 1)
         with jax.named_scope("score"):
             logits = decoder.bind(params).logits(Stream(hidden[at]))
-            return logprobs_of(logits, buffer[1:]).packed()
+            return logprobs_of(logits, buffer[1:])[0].packed()
 
     return score
 

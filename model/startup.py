@@ -69,7 +69,7 @@ class Need:
 
 def guessed_need(model: ModelConfig, dtype: str, rows: int, tokens: int) -> Need:
     """More than a GPU's programs need, by their largest arrays: the logits that a forward leaves
-    and what is made of them (three arrays of those sampled at a time), a layer's activations, and
+    and what is made of them (two arrays of those sampled at a time), a layer's activations, and
     parts of attention beside them.
 
     Programs compiled for an H200 (1,024 rows, 2,048 tokens) need 0.96 GB for Llama-3.1-8B, guessed
@@ -81,7 +81,7 @@ def guessed_need(model: ModelConfig, dtype: str, rows: int, tokens: int) -> Need
       rows, tokens: of the largest step.
     """
     row = model.vocab_size * _LOGIT_BYTES
-    logits, sampling = rows * row * 5 // 4, 3 * part_size(rows, rows_at_once(rows)) * row
+    logits, sampling = rows * row * 5 // 4, 2 * part_size(rows, rows_at_once(rows)) * row
     heads = model.q_size + 2 * model.kv_size
     widths = 4 * model.hidden_size + heads + 2 * model.intermediate_size
     activations = tokens * widths * DTYPE_BYTES[dtype]

@@ -6,14 +6,15 @@ One program a GREEDY bucket, slabs and slots donated. Read `make_step` for the l
 update slots, run the layers (model/forward.py), sample, advance slots, pack outputs; all but the
 first k times over in a bucket of k tokens a dispatch.
 
-    forward(params, slabs, slots, buffer)           -> (slabs, slots, logits, which, hidden, pooled)
-    sample(slots, logits, which)                    -> (slots, outputs)
-    sample_fully(controls, slots, logits, which)    -> (controls, slots, outputs)
+    forward(params, slabs, slots, buffer)         -> (slabs, slots, logits, which, hidden, pooled)
+    sample(slots, logits, which)                  -> (slots, spent, outputs)
+    sample_fully(controls, slots, logits, which)  -> (controls, slots, spent, outputs)
 
 SAMPLE and FULL buckets of one token a dispatch are two of these: they share the forward, which is
 what takes long to compile, and a host can come between the two. To sample, nothing of the plan is
 needed but the rows' slots and whether they emit (`which`), and that is on the device already.
-Together they give what one program would.
+Together they give what one program would. Logits are donated to sampling, which works in them and
+hands back what is left: `spent` means nothing.
 
     admit(slabs, slots, buffer) -> (slabs, slots)
 
@@ -31,19 +32,22 @@ import jax.numpy as jnp
 from .cache import CacheGroup, Slabs
 from .forward import Forward
 from .inputs import ADMIT_ROOM, InputLayout, apply_updates, unpack, unpack_updates
-from .launch_buffers import copied, copied_with_room, filled
+from .launch_buffers import copied_with_room, filled
 from .outputs import output_words, pack_outputs
 from .plan import Emit, Sampler
 from .sampling.choose import Sampled, rows_at_once, sample
 from .sampling.controls import Controls
+from .sampling.logprobs import LOGPROB_WORDS
 from .slots import SlotRows, Slots
 from .weights import Params
 
 Step = Callable[[Params, Slabs, Slots, jax.Array], tuple[Slabs, Slots, jax.Array]]
 Passed = tuple[Slabs, Slots, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 Pass = Callable[[Params, Slabs, Slots, jax.Array], Passed]
-Sample = Callable[[Slots, jax.Array, jax.Array], tuple[Slots, jax.Array]]
-SampleFully = Callable[[Controls, Slots, jax.Array, jax.Array], tuple[Controls, Slots, jax.Array]]
+Sample = Callable[[Slots, jax.Array, jax.Array], tuple[Slots, jax.Array, jax.Array]]
+SampleFully = Callable[
+    [Controls, Slots, jax.Array, jax.Array], tuple[Controls, Slots, jax.Array, jax.Array]
+]
 Admit = Callable[[Slabs, Slots, jax.Array], tuple[Slabs, Slots]]
 
 
@@ -84,58 +88,65 @@ def make_step(forward: Forward, layout: InputLayout) -> Step:
     return step
 
 
-def make_pass(forward: Forward, layout: InputLayout, hidden_rows: int) -> Pass:
+def make_pass(forward: Forward, layout: InputLayout, logit_rows: int, hidden_rows: int) -> Pass:
     """The forward of a bucket whose sampling is apart, to be jitted with slabs and slots donated.
 
     It moves slots on by what they read; what they emit is `sample`'s to add, which finds the slot
-    and the emit of each row of logits in `which`, int32 [2, L]. Hidden states of prompts are handed
-    on for `score`, padded to `hidden_rows` so that it is one program for all, and pooled ones of
-    each row for those who want them; a decode-only bucket has neither.
+    and the emit of each row of logits in `which`, int32 [3, L]; its last row means nothing. Hidden
+    states of prompts are handed on for `score`, padded to `hidden_rows` so that it is one program
+    for all, and pooled ones of each row for those who want them; a decode-only bucket has neither.
     """
 
     def run(params: Params, slabs: Slabs, slots: Slots, buffer: jax.Array) -> Passed:
-        inputs = unpack(copied(buffer), layout)
+        buffer, room = copied_with_room(buffer, 2, logit_rows)
+        inputs = unpack(buffer, layout)
         slots = apply_updates(slots, inputs.updates)
         slabs, placed, passed = forward(params, slabs, slots, inputs)
         slots = _advance(slots, inputs.slots, placed.rows, placed.live, ahead=inputs.counts)
         hidden = None
         if not layout.bucket.decode_only:
             hidden = jnp.pad(passed.hidden, ((0, hidden_rows - layout.bucket.tokens), (0, 0)))
-        padding = len(passed.logits) - layout.bucket.rows
+        padding = logit_rows - layout.bucket.rows
         slot = jnp.pad(inputs.slots, (0, padding), constant_values=slots.num_slots)
-        which = jnp.stack([slot, jnp.pad(inputs.emits, (0, padding))])
+        which = filled(room, jnp.stack([slot, jnp.pad(inputs.emits, (0, padding))]))
         return slabs, slots, passed.logits, which, hidden, passed.pooled
 
     return run
 
 
 def make_sample() -> Sample:
-    """What follows the forward of a SAMPLE bucket, to be jitted with slots donated."""
+    """What follows the forward of a SAMPLE bucket, to be jitted with slots and logits donated."""
 
-    def run(slots: Slots, logits: jax.Array, which: jax.Array) -> tuple[Slots, jax.Array]:
-        left = _Left.of(slots, which)
+    def run(
+        slots: Slots, logits: jax.Array, which: jax.Array
+    ) -> tuple[Slots, jax.Array, jax.Array]:
+        left = _Left.of(slots, which, output_words(1))
         with jax.named_scope("sample"):
-            at_once = rows_at_once(slots.num_slots)
-            sampled = sample(logits, left.rows, Sampler.SAMPLE, at_once=at_once)
-        return left.emit(slots, sampled)
+            sampled = sample(logits, left.rows, Sampler.SAMPLE)
+        assert sampled.spent is not None
+        slots, outputs = left.emit(slots, sampled)
+        return slots, sampled.spent, outputs
 
     return run
 
 
 def make_full_sample() -> SampleFully:
-    """What follows the forward of a FULL bucket, to be jitted with controls and slots donated."""
+    """What follows the forward of a FULL bucket, to be jitted with controls, slots and logits
+    donated."""
 
     def run(
         controls: Controls, slots: Slots, logits: jax.Array, which: jax.Array
-    ) -> tuple[Controls, Slots, jax.Array]:
-        left = _Left.of(slots, which)
+    ) -> tuple[Controls, Slots, jax.Array, jax.Array]:
+        left = _Left.of(slots, which, output_words(1) + LOGPROB_WORDS)
         with jax.named_scope("sample"):
             at_once = rows_at_once(slots.num_slots)
             sampled = sample(logits, left.rows, Sampler.FULL, controls, left.slot, at_once)
             # Also for rows without controls: their entry is emptied before it means something.
             recorded = jnp.where(left.emitted, left.slot, slots.num_slots)
             controls = controls.record(recorded, sampled.tokens)
-        return controls, *left.emit(slots, sampled)
+        assert sampled.spent is not None
+        slots, outputs = left.emit(slots, sampled)
+        return controls, slots, sampled.spent, outputs
 
     return run
 
@@ -147,13 +158,15 @@ class _Left(NamedTuple):
     rows: SlotRows  # [R] their state, positions past what was read
     live: jax.Array  # bool [R]
     emitted: jax.Array  # bool [R]
+    room: jax.Array  # int32 [R + 1, words] for the step's outputs
 
     @staticmethod
-    def of(slots: Slots, which: jax.Array) -> _Left:
-        slot, emits = which
+    def of(slots: Slots, which: jax.Array, words: int) -> _Left:
+        which, room = copied_with_room(which.reshape(-1), which.shape[1], words)
+        slot, emits, _ = which.reshape(3, -1)
         rows = slots.rows(slot)
         live = (slot < slots.num_slots) & (rows.remaining > 0)
-        return _Left(slot, rows, live, live & (emits == Emit.TOKEN))
+        return _Left(slot, rows, live, live & (emits == Emit.TOKEN), room)
 
     def emit(self, slots: Slots, sampled: Sampled) -> tuple[Slots, jax.Array]:
         """The slots moved on by what was sampled, and the step's outputs."""
@@ -161,7 +174,8 @@ class _Left(NamedTuple):
             slots, self.slot, self.rows, self.live, emitted=self.emitted, tokens=sampled.tokens
         )
         bad, tokens = sampled.not_finite[None], sampled.tokens[None]
-        return slots, pack_outputs(self.emitted[None], bad, tokens, sampled.logprobs)
+        packed = pack_outputs(self.emitted[None], bad, tokens, sampled.logprobs)
+        return slots, filled(self.room, packed)
 
 
 def make_admit(groups: tuple[CacheGroup, ...]) -> Admit:

@@ -1,7 +1,8 @@
 """Kernels for GPUs that stand beside others: which of them run, and why. All that are on have been
 seen to compute right on a GPU (an H200); one that has not would be off, and turned on here.
 
-Read by kernels/attention (gpu.py, gpu_decode.py), kernels/kv_write.py and model/projection.py.
+Read by kernels/attention (gpu.py, gpu_decode.py), kernels/kv_write.py, model/projection.py and
+model/programs.py.
 Tests, `tune_kernels`, `tune_products` and `quire bench kernels` choose them whatever stands here.
 Programs that are stored for the next start are found by the text of this file too.
 """
@@ -36,3 +37,10 @@ the residual themselves, and of the norm alone XLA makes one kernel."""
 # One kernel a layer where rotating and two scatters were five.
 WRITER: Literal["scatter", "gpu"] = "gpu"
 """How a GPU writes K and V: "gpu" rotates them, and the queries, in the same kernel."""
+
+# No GPU has run "graph" yet.
+SEARCH_BY: Literal["host", "graph"] = "host"
+"""Who runs the rounds of the search for what top-k and top-p keep (model/sampling/truncate.py), in
+programs that sample what a forward left: the host, which waits for the device before each to learn
+whether there is one, also where no row asks for either; or the device, as a loop inside the
+program's CUDA graph, which is then one."""

@@ -10,7 +10,7 @@ the chunking or the number of preemptions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from ..plan import Sampler
 from ..slots import SlotRows
 from .controls import NO_ID, Controls, bar
 from .logprobs import Logprobs, logprobs_of
-from .truncate import truncate
+from .truncate import temper, truncate
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +30,7 @@ class Sampled:
     tokens: jax.Array  # int32 [R]
     not_finite: jax.Array  # bool [R]
     logprobs: Logprobs | None = None
+    spent: jax.Array | None = None  # float32 [R, V] the logits that it worked in; not from GREEDY
 
 
 LEAST_AT_ONCE = 64
@@ -38,9 +39,9 @@ they do."""
 
 
 def rows_at_once(num_slots: int) -> int:
-    """Rows that an engine samples at a time: a quarter of those it may run. Sampling works on three
-    arrays as large as the logits it is given: for 256 rows of Qwen2.5's vocabulary 468 MB, which
-    pages can use better."""
+    """Rows that an engine's FULL programs sample at a time: a quarter of those it may run. They
+    work in two arrays as large as the logits they are given: for 256 rows of Qwen2.5's vocabulary
+    311 MB, which pages can use better."""
     return max(LEAST_AT_ONCE, num_slots // 4)
 
 
@@ -59,7 +60,7 @@ def sample(
     slot: jax.Array | None = None,
     at_once: int | None = None,
 ) -> Sampled:
-    """One token a row.
+    """One token a row. SAMPLE and FULL overwrite logits, in place where those are donated.
 
     Args:
       logits: float32 [R, V], raw.
@@ -83,10 +84,11 @@ def sample(
         # Else XLA joins the cut with the search for the likeliest tokens, which that of JAX 0.12
         # then cannot place.
         logits, rows, slot = jax.lax.optimization_barrier(part)
-        return _sample(logits, rows, sampler, controls, slot)
+        return replace(_sample(logits, rows, sampler, controls, slot), spent=None)
 
     sampled: Sampled = jax.lax.map(some, jax.tree.map(cut, (logits, rows, slot)))
-    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), sampled)
+    whole = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), sampled)
+    return replace(whole, spent=logits)
 
 
 def _sample(
@@ -99,35 +101,35 @@ def _sample(
     not_finite = ~jnp.all(jnp.isfinite(logits), axis=-1)
     if sampler == Sampler.GREEDY:
         return Sampled(_likeliest(logits), not_finite)
-    shaped = logits
+    # Rows that still owe min_tokens cannot choose a stop id.
+    held_off = jnp.where((rows.min_remaining > 0)[:, None], rows.stop_ids, NO_ID)
     if controls is not None and slot is not None:
-        shaped = controls.rows(slot, rows.controlled).reshape(logits)
-    tokens = _choose(_hold_off_stops(shaped, rows), rows)
-    logprobs = logprobs_of(logits, tokens) if sampler == Sampler.FULL else None
-    return Sampled(tokens, not_finite, logprobs)
+        shaped = controls.rows(slot, rows.controlled).reshape(logits, held_off)
+    else:
+        shaped = bar(logits, held_off)
+    tokens = _choose(shaped, rows)
+    if sampler != Sampler.FULL:
+        return Sampled(tokens, not_finite, spent=shaped)
+    return Sampled(tokens, not_finite, *logprobs_of(logits, tokens))
 
 
 def _choose(logits: jax.Array, rows: SlotRows) -> jax.Array:
-    return jnp.where(rows.temperature > 0, _draw(logits, rows), _likeliest(logits))
+    likeliest = _likeliest(logits)
+    peak = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0]
+    return jnp.where(rows.temperature > 0, _draw(logits, peak, rows), likeliest)
 
 
 def _likeliest(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _hold_off_stops(logits: jax.Array, rows: SlotRows) -> jax.Array:
-    """Rows that still owe min_tokens cannot choose a stop id."""
-    return bar(logits, jnp.where((rows.min_remaining > 0)[:, None], rows.stop_ids, NO_ID))
-
-
-def _draw(logits: jax.Array, rows: SlotRows) -> jax.Array:
-    """A token from each row's truncated, tempered distribution [R, V] -> int32 [R]."""
-    # The likeliest is made 0 first: it stays exactly 0 under any temperature, however the compiler
-    # rounds a quotient that it computes twice, and the others underflow to -inf, not NaN.
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+def _draw(logits: jax.Array, peak: jax.Array, rows: SlotRows) -> jax.Array:
+    """A token from each row's truncated, tempered distribution [R, V] -> int32 [R]; `peak` float32
+    [R] is each row's largest logit."""
     # A greedy row's temperature of 0 would divide by zero; its draw is not used.
-    tempered = shifted / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    kept = truncate(tempered, rows.top_k, rows.top_p, rows.min_p)
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    kept = truncate(logits, peak, temperature, rows.top_k, rows.top_p, rows.min_p)
+    tempered = temper(logits, peak, temperature)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(
         row_keys(rows.seed, rows.choice, rows.sample_index)
     )

@@ -75,8 +75,13 @@ class ControlRows:
     entries: Controls  # with R in place of S
     controlled: jax.Array  # bool [R]
 
-    def reshape(self, logits: jax.Array) -> jax.Array:
-        """Controls applied to raw logits float32 [R, V], in the order `SlotControls` gives."""
+    def reshape(self, logits: jax.Array, held_off: jax.Array) -> jax.Array:
+        """Controls applied to raw logits float32 [R, V] as if in the order that `SlotControls`
+        gives, and then `held_off` int32 [R, N] barred.
+
+        One pass over the vocabulary writes, and one counts what is left. For that, bias comes after
+        the allowed ids: what is added to -inf changes nothing.
+        """
         e, vocab = self.entries, logits.shape[-1]
         row = jnp.arange(logits.shape[0])[:, None]
         repetition, frequency, presence = (p[:, None] for p in e.penalties.T)
@@ -86,10 +91,14 @@ class ControlRows:
         divided = jnp.where(logits > 0, logits / repetition, logits * repetition)
         x = jnp.where(again, divided, logits)
         x -= frequency * e.counts.astype(jnp.float32) + presence * emitted.astype(jnp.float32)
-
-        x = x.at[row, _or_dropped(e.bias_ids, vocab)].add(e.bias, mode="drop")
         x = jnp.where(_bit_per_token(e.allowed, vocab), x, -jnp.inf)
-        return jnp.where(self.controlled[:, None], bar(x, self._bad_ids()), logits)
+        x = jnp.where(self.controlled[:, None], x, logits)
+
+        bias_ids, bad_ids = (
+            jnp.where(self.controlled[:, None], ids, NO_ID) for ids in (e.bias_ids, self._bad_ids())
+        )
+        x = x.at[row, _or_dropped(bias_ids, vocab)].add(e.bias, mode="drop")
+        return bar(x, bad_ids, held_off)
 
     def _bad_ids(self) -> jax.Array:
         """Last tokens of bad words whose others were just emitted: int32 [R, MAX_BAD_WORDS]."""
@@ -98,16 +107,21 @@ class ControlRows:
         return jnp.where(jnp.all(matches, axis=-1), last, NO_ID)
 
 
-def bar(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Logits [R, V] without `ids` int32 [R, N] (negative: none), unless that takes a row's last."""
-    row = jnp.arange(len(ids))[:, None]
-    inside = jnp.maximum(ids, 0)
-    repeated = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(ids.shape[1], k=-1, dtype=bool)
-    taken = (ids >= 0) & (logits[row, inside] > -jnp.inf) & ~jnp.any(repeated, axis=-1)
+def bar(logits: jax.Array, *sets: jax.Array) -> jax.Array:
+    """Logits [R, V] without each of the sets int32 [R, N] of ids (negative: none) in turn, unless
+    that takes a row's last."""
+    row = jnp.arange(len(logits))[:, None]
     # Counted, not looked up afterwards: that would keep a copy of the logits.
-    leaves_some = jnp.sum(logits > -jnp.inf, axis=-1) > jnp.sum(taken, axis=-1)
-    barred = _or_dropped(jnp.where(leaves_some[:, None], ids, NO_ID), logits.shape[-1])
-    return logits.at[row, barred].set(-jnp.inf, mode="drop")
+    left = jnp.sum(logits > -jnp.inf, axis=-1, dtype=jnp.int32)
+    for ids in sets:
+        inside = jnp.maximum(ids, 0)
+        repeated = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(ids.shape[1], k=-1, dtype=bool)
+        taken = (ids >= 0) & (logits[row, inside] > -jnp.inf) & ~jnp.any(repeated, axis=-1)
+        fewer = left - jnp.sum(taken, axis=-1, dtype=jnp.int32)
+        barred = _or_dropped(jnp.where(fewer[:, None] > 0, ids, NO_ID), logits.shape[-1])
+        logits = logits.at[row, barred].set(-jnp.inf, mode="drop")
+        left = jnp.where(fewer > 0, fewer, left)
+    return logits
 
 
 def _bit_per_token(words: jax.Array, vocab: int) -> jax.Array:

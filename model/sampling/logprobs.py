@@ -40,29 +40,36 @@ class Logprobs:
         return jnp.concatenate(words, axis=1)
 
 
-def logprobs_of(logits: jax.Array, tokens: jax.Array) -> Logprobs:
-    """Log-probabilities under logits float32 [R, V] of `tokens` int32 [R]."""
+def logprobs_of(logits: jax.Array, tokens: jax.Array) -> tuple[Logprobs, jax.Array]:
+    """Log-probabilities under logits float32 [R, V] of `tokens` int32 [R], and the logits, of which
+    some are overwritten: in place where they are nobody else's."""
     peak = jnp.max(logits, axis=-1, keepdims=True)
     norm = jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
     mine = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
-    top, ids = top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    rank = 1 + jnp.sum(logits > mine, axis=-1, dtype=jnp.int32)
+    # In this order, or what is overwritten would have to be a copy.
+    logits, peak, norm, mine, rank = jax.lax.optimization_barrier((logits, peak, norm, mine, rank))
+    top, ids, spent = top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     missing = ((0, 0), (0, MAX_LOGPROBS - top.shape[1]))
-    return Logprobs(
+    logprobs = Logprobs(
         chosen=(mine - peak - norm)[:, 0],
-        rank=1 + jnp.sum(logits > mine, axis=-1).astype(jnp.int32),
+        rank=rank,
         top_ids=jnp.pad(ids, missing, constant_values=-1),
         top=jnp.pad(top - peak - norm, missing, constant_values=-jnp.inf),
     )
+    return logprobs, spent
 
 
-def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` of finite x [R, V], in parts small enough for its kernel: values, int32 ids."""
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`lax.top_k` of finite x [R, V], in parts small enough for its kernel: values, int32 ids, and
+    x without those of all parts but the last."""
     first, ids = jax.lax.top_k(x, min(k, _TOP_K_KERNEL))
     if k <= _TOP_K_KERNEL:
-        return first, ids.astype(jnp.int32)
+        return first, ids.astype(jnp.int32), x
     rest = x.at[jnp.arange(x.shape[0])[:, None], ids].set(-jnp.inf, unique_indices=True)
-    second, more = top_k(rest, k - _TOP_K_KERNEL)
-    return jnp.concatenate([first, second], 1), jnp.concatenate([ids.astype(jnp.int32), more], 1)
+    second, more, rest = top_k(rest, k - _TOP_K_KERNEL)
+    ids = jnp.concatenate([ids.astype(jnp.int32), more], 1)
+    return jnp.concatenate([first, second], 1), ids, rest
 
 
 def unpack_logprobs(words: NDArray[np.int32]) -> LogprobArrays:

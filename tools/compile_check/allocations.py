@@ -19,11 +19,13 @@ class Allocation:
     """A piece of memory, an argument's or one that the program asks for.
 
     Attributes:
+      size: bytes.
       parameter: which argument lies there, if one does.
       result: a result lies there in the end.
       uses: names of the instructions that read or write it, at any time.
     """
 
+    size: int
     parameter: int | None
     result: bool
     uses: tuple[str, ...]
@@ -45,5 +47,7 @@ def read_allocations(text: str) -> tuple[Allocation, ...]:
         values = re.findall(r"^ value: <(\d+) ", block, re.MULTILINE)
         uses = dict.fromkeys(name for value in values for name in users[value] if name in runs)
         number = None if parameter is None else int(parameter[1])
-        found.append(Allocation(number, "maybe-live-out" in head, tuple(uses)))
+        size = re.search(r"size (\d+)", head)
+        assert size is not None, head
+        found.append(Allocation(int(size[1]), number, "maybe-live-out" in head, tuple(uses)))
     return tuple(found)

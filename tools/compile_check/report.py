@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.stages import Lowered
 
 from ...model.compile import compile_uncached, compiler_options
 from .allocations import Allocation, read_allocations
+from .traffic import Traffic, read_traffic
 
 _NO_DEVICE = {"xla_gpu_autotune_level": 0}  # autotuning needs it
 # The second where no pass had anything to do.
@@ -59,9 +61,19 @@ class ProgramReport:
         last = max(piece.parameter for piece in self.memory if piece.parameter is not None)
         return self.uses_of(lambda piece: piece.parameter == last)
 
-    def uses_of_new_results(self) -> set[str]:
-        """Instructions that use memory of results that take no argument's place."""
-        return self.uses_of(lambda piece: piece.result and piece.parameter is None)
+    def uses_of_new_results(self, below: int | None = None) -> set[str]:
+        """Instructions that use memory of results that take no argument's place, only of pieces of
+        less than so many bytes if `below` says how many."""
+
+        def is_one(piece: Allocation) -> bool:
+            small = below is None or piece.size < below
+            return piece.result and piece.parameter is None and small
+
+        return self.uses_of(is_one)
+
+    def traffic(self, array: jax.ShapeDtypeStruct) -> Traffic:
+        """How much its kernels read and write of arrays as large as this one or larger."""
+        return read_traffic(self.hlo, math.prod(array.shape))
 
     def passes_over(self, array: jax.ShapeDtypeStruct) -> list[str]:
         """Instructions whose result has as many elements as this array and is computed, not an
@@ -82,15 +94,19 @@ class ProgramReport:
         return len(re.findall(rf'custom-call\(.*op_name="[^"]*{re.escape(name)}', self.hlo))
 
 
-def compile_for(lowered: Lowered, platform: str, tokens: int = 0) -> ProgramReport:
+def compile_for(
+    lowered: Lowered, platform: str, tokens: int = 0, options: dict[str, Any] | None = None
+) -> ProgramReport:
     """Compiles a lowered program (model/programs.py) and reads the result.
 
     Args:
       lowered: for devices of this platform.
       platform: "gpu" or "tpu".
       tokens: as in `compiler_options`.
+      options: what XLA is told besides.
     """
-    thunks, launched, options = None, [], compiler_options(platform, tokens)
+    thunks, launched = None, []
+    options = compiler_options(platform, tokens) | (options or {})
     pieces: tuple[Allocation, ...] = ()
     if platform == "gpu":
         with tempfile.TemporaryDirectory() as folder:
