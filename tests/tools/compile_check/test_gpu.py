@@ -387,7 +387,7 @@ def test_kernels_that_are_switched_off_are_in_no_program(bucket: Bucket) -> None
 
 
 def test_qwens_pages_inside_six_gib() -> None:
-    """All but 281 MB of what weights, the reserve and controls leave. What programs work in does
+    """All but 276 MB of what weights, the reserve and controls leave. What programs work in does
     not depend on the layers: each works where the one before did."""
     config = config_of("qwen2.5-1.5b")
     spec = starting(config)._settle(Need()).spec
@@ -401,7 +401,7 @@ def test_qwens_pages_inside_six_gib() -> None:
     )
     table = starting(config)._settle(_need(made, got)).memory
     print(*table.rows(), sep="\n")
-    assert table.temp + table.staging < 290e6 and table.temp > table.staging
+    assert table.temp + table.staging < 285e6 and table.temp > table.staging
     assert table.pages >= 2200 and table.total <= 6 << 30
 
 
