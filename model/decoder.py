@@ -8,10 +8,9 @@ tools/train_demo) share every line here. Families differ only in ModelConfig.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,9 @@ from .weights import matrix, ones, take_rows, zeros
 
 Rotation = tuple[jax.Array, jax.Array]
 """cos and sin of each token, float32 [T, 1, D / 2] (rope.py)."""
+
+Cached = Any
+"""Where a layer keeps keys and values: a pytree of `Attend`'s own."""
 
 
 class RMSNorm(nnx.Module):
@@ -156,11 +158,19 @@ class Heads:
 
     def rotated(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [T, H, D], k and v [T, KH, D], all done."""
-        return _heads(self.attention, self.product, self.rotation)
+        return self.attention.heads(self.product, self.rotation)
 
 
-Attend = Callable[[int, Heads], jax.Array]
-"""(layer, heads) -> [T, H, D]."""
+class Attend(Protocol):
+    """Mixes values within each sequence. A pytree, since it goes into the function of a layer."""
+
+    def of_layer(self, layer: int) -> Attend:
+        """As one layer needs it. Layers whose static parts are equal share one trace."""
+        ...
+
+    def __call__(self, heads: Heads, cached: Cached, /) -> tuple[jax.Array, Cached]:
+        """(a layer's heads, what layers before it left) -> ([T, H, D], the same for the next)."""
+        ...
 
 
 class MLP(nnx.Module):
@@ -195,38 +205,31 @@ class Layer(nnx.Module):
     def __call__(
         self,
         stream: Stream,
-        layer: int,
+        cached: Cached,
         rotation: Rotation,
         attend: Attend,
         products: Products,
-    ) -> Stream:
-        x, product = _before_attending(self, stream, products)
+    ) -> tuple[Stream, Cached]:
+        x, product = self.attn.product(stream, self.attn_norm, products)
         with jax.named_scope("attend"):
-            mixed = attend(layer, Heads(product, self.attn, rotation))
-        return _after_attending(self, x, mixed, products)
+            mixed, cached = attend(Heads(product, self.attn, rotation), cached)
+        stream = self.attn.join(x, mixed, products)
+        with jax.named_scope("mlp"):
+            return self.mlp(stream, self.mlp_norm, products), cached
 
 
-# Under a `jit` of their own these are traced and lowered once a program and not once a layer, which
-# would take most of the time that lowering takes. XLA inlines the calls.
+# Under a `jit` of its own a layer is traced once for all that are alike, in all programs of as many
+# tokens and rows, and lowered once a program, which calls it. XLA inlines the calls.
 @partial(jax.jit, static_argnames="products")
-def _before_attending(
-    layer: Layer, stream: Stream, products: Products
-) -> tuple[jax.Array, jax.Array]:
-    return layer.attn.product(stream, layer.attn_norm, products)
-
-
-@jax.jit
-def _heads(
-    attention: Attention, product: jax.Array, rotation: Rotation
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return attention.heads(product, rotation)
-
-
-@partial(jax.jit, static_argnames="products")
-def _after_attending(layer: Layer, x: jax.Array, mixed: jax.Array, products: Products) -> Stream:
-    stream = layer.attn.join(x, mixed, products)
-    with jax.named_scope("mlp"):
-        return layer.mlp(stream, layer.mlp_norm, products)
+def run_layer(
+    layer: Layer,
+    stream: Stream,
+    cached: Cached,
+    rotation: Rotation,
+    attend: Attend,
+    products: Products,
+) -> tuple[Stream, Cached]:
+    return layer(stream, cached, rotation, attend, products)
 
 
 class Embedding(nnx.Module):
@@ -289,26 +292,30 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
+        cached: Cached = None,
         products: Products = IN_PARTS,
-    ) -> Stream:
+    ) -> tuple[Stream, Cached]:
         """Runs all layers.
 
         Args:
           tokens: int32 [T].
           positions: int32 [T], each token's place in its own sequence.
           attend: mixes values within each sequence.
+          cached: what it finds in the first layer.
           products: multiplies by matrices.
 
         Returns:
-          The hidden states [T, E] before the final norm (so that it runs on emitted rows only).
+          The hidden states [T, E] before the final norm (so that it runs on emitted rows only), and
+          what the last layer left cached.
         """
         with jax.named_scope("embed"):
             stream = Stream(self.embed(tokens))
         rotation = cos_sin(self.config.rope, self.config.head_dim, positions)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                stream = layer(stream, i, rotation, attend, products)
-        return stream
+                here = attend.of_layer(i)
+                stream, cached = run_layer(layer, stream, cached, rotation, here, products)
+        return stream, cached
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """hidden [R, E] -> float32 [R, E], each row after the final norm and of length 1."""

@@ -7,8 +7,8 @@ and writes and attends to the slab.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,11 @@ from .slots import SlotRows, Slots
 from .weights import Params
 
 _NO_PAGE = -1  # a write to it is dropped
+
+
+def _static() -> Any:
+    """A field that is part of a pytree's structure."""
+    return field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +55,68 @@ class Passed:
     hidden: jax.Array  # [T, E] before the final norm
     logits: jax.Array  # float32 [L, V] at each row's last token; rows past R mean nothing
     pooled: jax.Array | None  # float32 [L, E] there; of forwards apart with prompt rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedAttend:
+    """A decoder's `Attend` over the slab, which it also writes. R rows, T tokens."""
+
+    kv_lens: jax.Array  # int32 [R] cached tokens, this step's included; 0: the row is not live
+    page_table: jax.Array  # int32 [R, M]
+    cu: jax.Array  # int32 [R + 1], see Placed
+    num_rows: jax.Array  # int32 []
+    num_decode: jax.Array  # int32 []
+    pages: jax.Array  # int32 [T], see Placed
+    offsets: jax.Array  # int32 [T]
+    first_page: jax.Array  # int32 [1] of the layer
+    _: KW_ONLY
+    windows: tuple[int | None, ...] = _static()  # of each layer; of one, its own
+    num_pages: int = _static()  # of one layer
+    decode_only: bool = _static()
+    backend: str = _static()  # of kernels/attention
+    writer: str = _static()  # of kernels/kv_write
+
+    def of_layer(self, layer: int) -> PagedAttend:
+        # An array, and one window: what differs from layer to layer must not make it another.
+        first_page = jnp.full((1,), layer * self.num_pages, jnp.int32)
+        return replace(self, first_page=first_page, windows=(self.windows[layer],))
+
+    def __call__(self, heads: Heads, slab: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, slab = self._write(heads, slab)
+        local = heads.config
+        (window,) = self.windows
+        out = ragged_paged_attention(
+            q,
+            slab,
+            self.kv_lens,
+            self.page_table,
+            self.cu,
+            self.num_rows,
+            self.num_decode,
+            scale=local.head_dim**-0.5,
+            first_page=self.first_page,
+            window=window,
+            decode_only=self.decode_only,
+            backend=self.backend,
+        )
+        shape = q.shape[0], local.num_heads, local.head_dim
+        return unfit(out, local.num_kv_heads, shape), slab
+
+    def _write(self, heads: Heads, slab: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries as the slab's heads are, and the slab with the step's K and V."""
+        local = heads.config
+        if self.writer in ROTATING and serves(slab, local.num_kv_heads, local.head_dim):
+            return rotate_write(
+                heads.product, slab, heads.rotation, self.first_page, self.pages, self.offsets,
+                num_kv_heads=local.num_kv_heads, dtype=heads.dtype, bias=heads.bias,
+                norms=heads.norms, eps=local.norm_eps, interpret=ROTATING[self.writer],
+            )  # fmt: skip
+        # As a constant it would give each layer a kernel of its own that writes K and V.
+        offset = jax.lax.optimization_barrier(self.first_page)
+        page = jnp.where(self.pages >= 0, self.pages + offset, _NO_PAGE)
+        q, k, v = (fit(x, local.num_kv_heads, slab) for x in heads.rotated())
+        return q, write_kv(slab, k, v, page, self.offsets, writer=self.writer)
 
 
 Forward = Callable[[Params, Slabs, Slots, StepInputs], tuple[Slabs, Placed, Passed]]
@@ -82,44 +149,15 @@ def make_forward(
         kv_lens = _once_a_step(jnp.where(placed.live, placed.rows.position + inputs.counts, 0))
         slab = slabs[group.name]
 
-        def write(layer: int, heads: Heads) -> tuple[jax.Array, jax.Array]:
-            """Queries as the slab's heads are, and the slab with the step's K and V."""
-            first_page, local = jnp.full((1,), layer * num_pages, jnp.int32), heads.config
-            if writer in ROTATING and serves(slab, local.num_kv_heads, local.head_dim):
-                return rotate_write(
-                    heads.product, slab, heads.rotation, first_page, placed.pages, placed.offsets,
-                    num_kv_heads=local.num_kv_heads, dtype=heads.dtype, bias=heads.bias,
-                    norms=heads.norms, eps=local.norm_eps, interpret=ROTATING[writer],
-                )  # fmt: skip
-            # As a constant it would give each layer a kernel of its own that writes K and V.
-            offset = jax.lax.optimization_barrier(first_page)
-            page = jnp.where(placed.pages >= 0, placed.pages + offset, _NO_PAGE)
-            q, k, v = (fit(x, local.num_kv_heads, slab) for x in heads.rotated())
-            return q, write_kv(slab, k, v, page, placed.offsets, writer=writer)
-
-        def attend(layer: int, heads: Heads) -> jax.Array:
-            nonlocal slab
-            q, slab = write(layer, heads)
-            local = heads.config
-            out = ragged_paged_attention(
-                q,
-                slab,
-                kv_lens,
-                placed.page_table,
-                placed.cu,
-                inputs.num_rows,
-                inputs.num_decode,
-                scale=config.head_dim**-0.5,
-                first_page=layer * num_pages,
-                window=config.windows[layer],
-                decode_only=bucket.decode_only,
-                backend=attention,
-            )
-            return unfit(out, local.num_kv_heads, (q.shape[0], local.num_heads, local.head_dim))
-
+        attend = PagedAttend(
+            kv_lens, placed.page_table, placed.cu, inputs.num_rows, inputs.num_decode,
+            placed.pages, placed.offsets, jnp.zeros((1,), jnp.int32),
+            windows=config.windows, num_pages=num_pages, decode_only=bucket.decode_only,
+            backend=attention, writer=writer,
+        )  # fmt: skip
         model = decoder.bind(params)
         products = choose_projection(projection, bucket.tokens)
-        stream = model(placed.tokens, placed.positions, attend, products)
+        stream, slab = model(placed.tokens, placed.positions, attend, slab, products)
         last = jnp.pad(jnp.maximum(placed.cu[1:] - 1, 0), (0, logit_rows - bucket.rows))
         as_it_is = bucket.decode_only and logit_rows == bucket.rows
         at_last = stream if as_it_is else stream.rows(last)

@@ -71,5 +71,7 @@ def add_norm(
         grid=(num_tokens,),
         out=[like] if update is None else [like, like],
         args=args,
+        any_rows=True,
+        but_of=[2] if update is not None and update.ndim == 3 else [],  # how many parts
     )
     return (residual, results[0]) if update is None else (results[0], results[1])

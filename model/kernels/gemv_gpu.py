@@ -166,6 +166,7 @@ def gemv(
         grid=(cdiv(num_out, shape.rows),),
         out=[jax.ShapeDtypeStruct((num_tokens, num_out), out_dtype or x.dtype)],
         args=[x, weight, *extras],
+        any_rows=True,
     )
     return result
 

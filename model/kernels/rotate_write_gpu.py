@@ -138,5 +138,7 @@ def rotate_write(
         ],
         args=args,
         aliases={len(args) - 1: 1},
+        any_rows=True,
+        but_of=[0] if product.ndim == 3 else [],  # how many parts
     )
     return q, slab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -67,18 +68,27 @@ def _dense_choices(config, params, sequences):
     # As in the model (`contract`): a GPU would round float32 operands to tf32, and tokens differ.
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    def choices(params, tokens):
-        def attend(layer, heads):
+    @partial(jax.tree_util.register_dataclass, data_fields=["window"], meta_fields=[])
+    @dataclass
+    class Dense:
+        window: int = length
+
+        def of_layer(self, layer):
+            return Dense(config.windows[layer] or length)
+
+        def __call__(self, heads, cached):
             q, k, v = heads.rotated()
             k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
             scores = einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
             back = places[:, None] - places[None, :]
-            seen = (back >= 0) & (back < (config.windows[layer] or length))
+            seen = (back >= 0) & (back < self.window)
             weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-            return einsum("hqk,khd->qhd", weights, v)
+            return einsum("hqk,khd->qhd", weights, v), cached
 
+    def choices(params, tokens):
         model = decoder.bind(params)
-        return jnp.argmax(model.logits(model(tokens, places, attend)), axis=-1)
+        stream, _ = model(tokens, places, Dense())
+        return jnp.argmax(model.logits(stream), axis=-1)
 
     run = jax.jit(choices)
     padded = [np.pad(np.array(s, np.int32), (0, length - len(s))) for s in sequences]

@@ -6,12 +6,13 @@ is theirs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ...model.decoder import Attend, Decoder, Heads
+from ...model.decoder import Cached, Decoder, Heads
 from .attention import Mix
 from .packing import LEARNED, STARTS, Layout
 
@@ -54,21 +55,27 @@ def unpack(words: jax.Array, layout: Layout) -> Batch:
 
 def batch_logits(decoder: Decoder, batch: Batch, mix: Mix) -> jax.Array:
     """float32 logits [T, V] of every token of the batch."""
-    hidden = decoder(batch.tokens, batch.positions, dense_attend(batch.segments, mix))
+    hidden, _ = decoder(batch.tokens, batch.positions, DenseAttend(batch.segments, mix))
     return decoder.logits(hidden)
 
 
-def dense_attend(segments: tuple[jax.Array, ...], mix: Mix) -> Attend:
-    """Causal attention within each conversation of each row, part by part."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseAttend:
+    """Causal attention within each conversation of each row, part by part; nothing is cached."""
 
-    def attend(layer: int, heads: Heads) -> jax.Array:
+    segments: tuple[jax.Array, ...]  # see Batch
+    mix: Mix = field(metadata={"static": True})
+
+    def of_layer(self, layer: int) -> DenseAttend:
+        return self
+
+    def __call__(self, heads: Heads, cached: Cached) -> tuple[jax.Array, Cached]:
         q, k, v = heads.rotated()
         mixed, start = [], 0
-        for part in segments:
+        for part in self.segments:
             rows = slice(start, start + part.size)
             start += part.size
             q_part, k_part, v_part = (x[rows].reshape(*part.shape, *x.shape[1:]) for x in (q, k, v))
-            mixed.append(mix(q_part, k_part, v_part, part).reshape(part.size, *q.shape[1:]))
-        return jnp.concatenate(mixed)
-
-    return attend
+            mixed.append(self.mix(q_part, k_part, v_part, part).reshape(part.size, *q.shape[1:]))
+        return jnp.concatenate(mixed), cached

@@ -50,7 +50,7 @@ def ragged_paged_attention(
     num_decode: jax.Array,
     *,
     scale: float,
-    first_page: int = 0,
+    first_page: jax.Array | int = 0,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -72,7 +72,7 @@ def ragged_paged_attention(
     num_decode: jax.Array,
     *,
     scale: float,
-    first_page: int = 0,
+    first_page: jax.Array | int = 0,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -93,7 +93,7 @@ def ragged_paged_attention(
     num_decode: jax.Array,
     *,
     scale: float,
-    first_page: int = 0,
+    first_page: jax.Array | int = 0,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -126,7 +126,8 @@ def ragged_paged_attention(
       num_seqs: int32 scalar; rows at and after it are empty.
       num_decode: int32 scalar, at most num_seqs; rows below it have one query each.
       scale: what q · k is multiplied by, usually D ** -0.5.
-      first_page: layer × pages; added to every page id.
+      first_page: layer × pages; added to every page id. An int, or int32 [1], so that layers may
+        share a trace.
       window: how many positions a token sees, its own included; None is all.
       soft_cap: bound of the logits; None is none.
       sinks: [H] one more logit per head, in the denominator only.
@@ -242,12 +243,16 @@ def _check(
     )
 
     demand(options.scale > 0, "scale", options.scale, "above 0")
-    demand(
-        0 <= options.first_page < slab.shape[0],
-        "first_page",
-        options.first_page,
-        f"from 0 to below the slab's {slab.shape[0]} pages",
-    )
+    if isinstance(options.first_page, int):
+        demand(
+            0 <= options.first_page < slab.shape[0],
+            "first_page",
+            options.first_page,
+            f"from 0 to below the slab's {slab.shape[0]} pages",
+        )
+    else:
+        shape = options.first_page.shape
+        demand(shape == (1,), "first_page", f"shape {shape}", "an int or of shape (1,)")
     demand(options.window is None or options.window >= 1, "window", options.window, "at least 1")
     demand(
         options.soft_cap is None or options.soft_cap > 0, "soft_cap", options.soft_cap, "above 0"

@@ -33,10 +33,11 @@ class Extras(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Static options: each distinct value is a program of its own."""
+    """Static options, each distinct value of which is a program of its own; `first_page` need not
+    be static."""
 
     scale: float
-    first_page: int
+    first_page: jax.Array | int  # [1] where it is traced
     window: int | None
     soft_cap: float | None
     decode_only: bool

@@ -128,7 +128,7 @@ def _attend(
         if reason is not None:
             raise NotImplementedError(f"prefill by Mosaic: cannot serve {reason}")
     # An argument, so that all layers of a program share one trace and one kernel.
-    first_page = jnp.full((1,), options.first_page, jnp.int32)
+    first_page = jnp.asarray(options.first_page, jnp.int32).reshape(1)
     return _traced_once(
         q, slab, batch, extras, first_page, options=replace(options, first_page=0),
         interpret=interpret,

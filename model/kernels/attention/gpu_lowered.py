@@ -103,17 +103,19 @@ class LoweredKernels:
         grid: tuple[int, ...],
         make: Make,
         args: Sequence[jax.Array],
+        looked_at: Collection[int],
         out: Sequence[jax.ShapeDtypeStruct],
         aliases: Mapping[int, int],
     ) -> Any:
-        """`make(out)(*args)`, a `pallas_call` of a kernel that looks at no first dimension.
+        """`make(out)(*args)`, a `pallas_call` of a kernel that looks at no first dimension, but of
+        the arguments `looked_at`.
 
         Raises:
           Unknown: it has to be made.
         """
         if any(size > _MOST_PROGRAMS for size in grid):
             raise Unknown(f"grid {grid}")
-        seen, left = [_seen(x) for x in args], [_seen(x) for x in out]
+        seen, left = _all_seen(args, looked_at), [_seen(x) for x in out]
         # Of the last two axes only this much is in the code, of those before them the sizes.
         axes = (*grid[:-2], *(size == 1 for size in grid[-2:]))
         key = identity(kernel), launch, axes
@@ -136,7 +138,7 @@ class LoweredKernels:
         Raises:
           Unknown: it has to be made.
         """
-        seen = [_given(x) if n in looked_at else _seen(x) for n, x in enumerate(args)]
+        seen = _all_seen(args, looked_at)
         seen = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._placed) for x in seen]
         lowered, alone = self._lowered(key, kernel, seen, list(map(_given, out)), aliases, {})
         self._alone += alone
@@ -215,6 +217,12 @@ def _seen(array: Array) -> jax.ShapeDtypeStruct:
     usual = jax.ShapeDtypeStruct((_ROWS, *array.shape[1:]), array.dtype)
     wide = max(x.size * x.dtype.itemsize for x in (given, usual)) > _NARROW
     return given if wide else usual
+
+
+def _all_seen(
+    args: Sequence[jax.Array], looked_at: Collection[int]
+) -> list[jax.ShapeDtypeStruct]:
+    return [_given(x) if n in looked_at else _seen(x) for n, x in enumerate(args)]
 
 
 def _on_grid(grid: tuple[int, ...]) -> dict[str, Any]:

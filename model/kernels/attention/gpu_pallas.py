@@ -11,7 +11,7 @@ kept in base 2, since that is what the hardware has: m is a maximum of logit · 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,13 @@ def call(
     args: Sequence[jax.Array],
     aliases: Mapping[int, int] | None = None,
     any_rows: bool = False,
+    but_of: Collection[int] = (),
 ) -> Any:
     """Runs `kernel(*args, *out)` on whole arrays in memory; `aliases` is {argument: output}.
 
     With `any_rows` the kernel looks at no array's first dimension, not even at those of arrays in
-    its closure: programs for steps of any size may share it (gpu_lowered.py).
+    its closure, but those of the arguments `but_of`: programs for steps of any size may share it
+    (gpu_lowered.py).
     """
 
     def make(out: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., Any]:
@@ -80,7 +82,7 @@ def call(
     if any_rows and not launch.interpret and (kernels := in_use()) is not None:
         try:
             with jax.named_scope(name):
-                return kernels.run(kernel, launch, grid, make, args, out, aliases or {})
+                return kernels.run(kernel, launch, grid, make, args, but_of, out, aliases or {})
         except Unknown:
             pass
     return make(out)(*args)

@@ -284,6 +284,7 @@ def decode(
         grid=(kv_heads, shares),
         out=out + partial_sums,
         args=[*work, batch.page_table, first_page, batch.num_decode[None], q, slab, *extra],
+        any_rows=True,
     )
     return o, lse
 

@@ -33,8 +33,9 @@ _MAX_TILE = 128  # queries of a prompt tile
 _VMEM_BYTES = 48 << 20  # what the compiler may use; about 10 MB are
 _LOWEST = -0.7 * 3.4e38  # a maximum of nothing: finite, so that differences are
 
-# Fields of an item, rows of the int32 list.
-_BLOCK_ID, _ROW, _LOW, _HIGH, _OFFSET, _FIRST, _END = range(7)
+# Fields of an item, rows of the int32 list. With them comes the first page of the layer, the same
+# in all, so that layers share one kernel.
+_BLOCK_ID, _ROW, _LOW, _HIGH, _OFFSET, _FIRST, _END, _FIRST_PAGE = range(8)
 
 
 class _Shape(NamedTuple):
@@ -137,9 +138,14 @@ def _blank_lse(
 
 
 def _items(
-    batch: RaggedBatch, window: int | None, tile: int, begins: jax.Array, ends: jax.Array, most: int
+    batch: RaggedBatch,
+    options: Options,
+    tile: int,
+    begins: jax.Array,
+    ends: jax.Array,
+    most: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The list of work: int32 [7, most] (fields above), and how many items it has, at least one.
+    """The list of work: int32 [8, most] (fields above), and how many items it has, at least one.
 
     Row r has the queries begins[r] up to ends[r]. Items are in the order of their tiles. Past the
     end of the list (and for an empty one) stand items that see and own nothing.
@@ -159,9 +165,10 @@ def _items(
     offset = jnp.where(real, offset, 0)
     seen_end = jnp.maximum(high + offset, 0)
     seen_first = jnp.zeros_like(low)
-    if window is not None:
-        seen_first = jnp.clip(low + offset - window + 1, 0, seen_end)
-    fields = [block, row, low, high, offset, seen_first, seen_end]
+    if options.window is not None:
+        seen_first = jnp.clip(low + offset - options.window + 1, 0, seen_end)
+    first_page = jnp.broadcast_to(jnp.asarray(options.first_page), item.shape)
+    fields = [block, row, low, high, offset, seen_first, seen_end, first_page]
     return jnp.stack(fields).astype(jnp.int32), jnp.maximum(upto[-1], 1).astype(jnp.int32)
 
 
@@ -191,7 +198,7 @@ def _call(
 
     # One more than there can be: an item looks at the next one.
     most = (num_rows if s.tile == 1 else num_rows + blocks) + 1
-    items, count = _items(batch, options.window, s.tile, begins, ends, most)
+    items, count = _items(batch, options, s.tile, begins, ends, most)
     ones = jnp.ones(s.kv_heads, jnp.float32)
     k_scale, v_scale = (ones if x is None else x for x in (extras.k_scale, extras.v_scale))
     factors = jnp.stack([k_scale * options.scale, v_scale])  # [2, KH]
@@ -261,7 +268,7 @@ def _call(
 
 
 def _kernel(
-    items: Any,  # SMEM int32 [7, items]
+    items: Any,  # SMEM int32 [8, items]
     factors: Any,  # SMEM float32 [2, KH]: what logits and outputs are multiplied by
     table: Any,  # SMEM int32 [1, M]: pages of this item's row
     next_table: Any,  # the same of the next item's
@@ -289,7 +296,7 @@ def _kernel(
 
         def one(index: Any, _: None) -> None:
             copy = pltpu.make_async_copy(
-                slab.at[options.first_page + pages[0, index]],
+                slab.at[items[_FIRST_PAGE, at] + pages[0, index]],
                 buffers.at[slot, index - block * s.pages],
                 arrived.at[slot],
             )

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,9 +18,13 @@ from jax._src.pallas.triton.lowering import _new_ir_context
 from jaxlib.mlir import ir, passmanager
 
 from quire.model.abstract import AbstractDecoder
-from quire.model.kernels.attention import gpu
+from quire.model.decoder import run_layer
+from quire.model.kernels.add_norm_gpu import add_norm
+from quire.model.kernels.attention import gpu, gpu_pallas
 from quire.model.kernels.attention.gpu_lowered import LoweredKernels, Unknown, identity
 from quire.model.kernels.attention.gpu_pallas import Launch, call
+from quire.model.kernels.gemv_gpu import gemv
+from quire.model.kernels.rotate_write_gpu import rotate_write
 from quire.model.plan import Bucket, Sampler
 from quire.model.programs import Programs
 from quire.tools.compile_check import gpu_mesh
@@ -28,7 +32,7 @@ from quire.tools.compile_check import gpu_mesh
 pytestmark = pytest.mark.xdist_group("compile for gpu")
 GREEDY = Sampler.GREEDY
 SIZES = [
-    *(Bucket(n, n, GREEDY) for n in (16, 64, 256)),
+    *(Bucket(n, n, GREEDY) for n in (1, 16, 64, 256)),
     *(Bucket(t, r, GREEDY) for t, r in ((64, 56), (256, 224), (1024, 256), (2048, 256))),
 ]
 SAID = "has_side_effect", "operand_layouts", "result_layouts", "output_operand_aliases"
@@ -38,7 +42,7 @@ SAID = "has_side_effect", "operand_layouts", "result_layouts", "output_operand_a
 def compiler(needs_compiler: Callable[[str], None]) -> Iterator[None]:
     needs_compiler("gpu")
     yield
-    gpu._traced_once.clear_cache()  # a trace says nothing of where its kernels came from
+    forget_traces()
 
 
 @cache
@@ -52,6 +56,12 @@ def programs(devices: int = 1) -> Programs:
     sizes = {"page_size": 16, "num_pages": 1 << 18, "rows": 256, "tokens": 2048}
     _, spec = engine(config, gpu_mesh(), **sizes)
     return Programs(AbstractDecoder(config, "bfloat16", devices), spec, gpu_mesh(devices=devices))
+
+
+def forget_traces() -> None:
+    """A trace says nothing of where its kernels came from."""
+    for traced in (run_layer, gpu._traced_once, rotate_write, add_norm):
+        traced.clear_cache()
 
 
 def kernels_of(lowered: Any) -> list[dict[str, str]]:
@@ -90,11 +100,11 @@ def kernels_of(lowered: Any) -> list[dict[str, str]]:
 def test_shared_kernels_are_those_that_pallas_makes(
     bucket: Bucket, devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu._traced_once.clear_cache()
+    forget_traces()
     shared = kernels_of(programs(devices).lower(bucket))
     known = programs(devices)._kernels._known
     assert known and None not in known.values()
-    gpu._traced_once.clear_cache()
+    forget_traces()
     monkeypatch.setattr(LoweredKernels, "run", _refuse)
     alone = kernels_of(programs(devices).lower(bucket))
     assert [k["name"] for k in shared] == [k["name"] for k in alone] and len(shared) >= 2
@@ -111,13 +121,46 @@ def test_sizes_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         LoweredKernels, "_lower", lambda *args: lowered.append(args) or lower(*args)
     )
+    run: list[str] = []
+    make = gpu_pallas.pl.pallas_call
+
+    def noted(*args: Any, name: str, **settings: Any) -> Any:
+        kernel = make(*args, name=name, **settings)
+        return lambda *arrays: run.append(name) or kernel(*arrays)
+
+    monkeypatch.setattr(gpu_pallas.pl, "pallas_call", noted)
     programs.cache_clear()
-    for first, other in ((SIZES[2], SIZES[1]), (SIZES[6], SIZES[5])):
-        gpu._traced_once.clear_cache()
+    for first, other in ((SIZES[3], SIZES[2]), (SIZES[7], SIZES[6])):
+        forget_traces()
         programs().lower(first)
         known = len(lowered)
         programs().lower(other)
-        assert 0 < known == len(lowered)
+        assert 0 < known == len(lowered) == len(run)
+    assert run.count("rotate_write") == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_shared_product_of_few_tokens_is_the_one_pallas_makes(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shape(*size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16)
+
+    def code() -> tuple[list[dict[str, str]], int]:
+        gemv.clear_cache()
+        known = LoweredKernels("cuda", gpu_mesh().abstract)
+        with jax.sharding.use_abstract_mesh(gpu_mesh().abstract), known.in_use():
+            traced = jax.jit(partial(gemv, eps=1e-5, gated=True)).trace(
+                shape(tokens, 320), shape(192, 320),
+                scale=shape(320), bias=shape(192), residual=shape(tokens, 96),
+            )  # fmt: skip
+            return kernels_of(traced.lower(lowering_platforms=("cuda",))), len(known._known)
+
+    shared, known = code()
+    monkeypatch.setattr(LoweredKernels, "run", _refuse)
+    alone, unknown = code()
+    assert (known, unknown) == (1, 0)
+    assert shared == alone and len(shared) == 1
 
 
 @dataclass(frozen=True)
@@ -245,9 +288,9 @@ def test_the_shared_kernel_by_mosaic_is_the_one_pallas_makes(
 ) -> None:
     """But for lengths of arrays that it reads by index."""
     bucket = Bucket(1024, 256, GREEDY)
-    gpu._traced_once.clear_cache()
+    forget_traces()
     shared = mosaic_calls(by_mosaic().lower(bucket))
-    gpu._traced_once.clear_cache()
+    forget_traces()
     monkeypatch.setattr(LoweredKernels, "run_built_alone", _refuse)
     alone = mosaic_calls(by_mosaic().lower(bucket))
     assert len(shared) == 2 and [said for said, _ in shared] == [said for said, _ in alone]
@@ -265,7 +308,7 @@ def test_steps_of_as_many_tokens_share_their_kernel_by_mosaic() -> None:
     of, alone = {}, 0
     by_mosaic.cache_clear()
     for tokens, rows in ((1024, 256), (1024, 64), (768, 256)):
-        gpu._traced_once.clear_cache()
+        forget_traces()
         of[tokens, rows] = [code for _, code in mosaic_calls(by_mosaic().lower(
             Bucket(tokens, rows, GREEDY)
         ))]  # fmt: skip
