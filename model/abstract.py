@@ -6,6 +6,9 @@ parameters are one flat dict, split from the Flax module once, here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,10 +48,10 @@ class AbstractDecoder:
         self._graph, state = nnx.split(abstract)
         self._flat = [(path, leaf) for path, leaf in nnx.to_flat_state(state)]
 
-    @property
-    def specs(self) -> dict[str, WeightSpec]:
+    @cached_property
+    def specs(self) -> Mapping[str, WeightSpec]:
         """Every parameter by name, in a fixed order, as arranged for all shards together."""
-        return {_name(path): self._spec(leaf) for path, leaf in self._flat}
+        return MappingProxyType({_name(path): self._spec(leaf) for path, leaf in self._flat})
 
     def _spec(self, leaf: Any) -> WeightSpec:
         axes = leaf.get_metadata()["axes"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -118,6 +118,7 @@ class Programs:
             self._layouts[bucket] = InputLayout(bucket, *sizes)
         return self._layouts[bucket]
 
+    @cached_property
     def abstract_params(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes, dtypes and placement of all parameters, in the order of `decoder.specs`, as the
         programs take them: JAX would sort the names of a dict of them at each call."""
@@ -240,13 +241,13 @@ class Programs:
 
     def _lower_step(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
-        args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
+        args = (self.abstract_params, *self.abstract_state(), self._buffer(layout.size))
         step = self._unnamed(make_step(self._forward(layout), layout))
         return self._lowered(bucket, step, args, donated=(1, 2), fresh=1)
 
     def _lower_pass(self, bucket: Bucket) -> Lowered:
         layout = self.layout(bucket)
-        args = (self.abstract_params(), *self.abstract_state(), self._buffer(layout.size))
+        args = (self.abstract_params, *self.abstract_state(), self._buffer(layout.size))
         sizes = self.logit_rows(bucket), self._hidden_rows
         forward = self._unnamed(make_pass(self._forward(layout), layout, *sizes))
         return self._lowered(bucket, forward, args, donated=(1, 2), fresh=4)
@@ -263,7 +264,7 @@ class Programs:
     def _lower_score(self) -> Lowered:
         width = self._decoder.config.hidden_size
         hidden = self._array((self._hidden_rows, width), self._decoder.dtype)
-        args = (self.abstract_params(), hidden, self._buffer(SCORE_WORDS))
+        args = (self.abstract_params, hidden, self._buffer(SCORE_WORDS))
         return self._lowered(SCORE, self._unnamed(make_score(self._decoder)), args, fresh=1)
 
     def _lower_controls(self) -> Lowered:

@@ -219,9 +219,7 @@ def _seen(array: Array) -> jax.ShapeDtypeStruct:
     return given if wide else usual
 
 
-def _all_seen(
-    args: Sequence[jax.Array], looked_at: Collection[int]
-) -> list[jax.ShapeDtypeStruct]:
+def _all_seen(args: Sequence[jax.Array], looked_at: Collection[int]) -> list[jax.ShapeDtypeStruct]:
     return [_given(x) if n in looked_at else _seen(x) for n, x in enumerate(args)]
 
 
