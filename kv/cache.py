@@ -25,13 +25,13 @@ _NEVER = sys.maxsize
 
 ANSWER_RUN = 8
 """Pages that an answer fills before they are registered, all at once, which takes half as long as
-one by one. Nobody looks for the end of an answer that is not finished; when its pages are given
-back, the rest is registered."""
+one by one. Nobody looks for the end of an answer that is not finished; the rest is registered when
+it gives back its pages (sched/roster.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """The longest known prefix of some tokens."""
+    """The longest known prefix of some tokens. Whoever takes it copies `pages`."""
 
     pages: list[int]
     tokens: int
@@ -46,7 +46,8 @@ class Holding:
     The first `shared` pages are those of its hit, the first `indexed` are findable or have a twin
     that is. `tail` is the page by which the last of these is found (0: there is none), `tail_born`
     says since when. `index_at` is the number of positions from which on an answer's pages are worth
-    registering; it is out of reach when no more pages of this holding can be.
+    registering; it is out of reach when no more pages of this holding can be. `phase` differs from
+    holding to holding, so that answers which go in step are not registered in the same one.
     """
 
     chain: Chain
@@ -57,6 +58,7 @@ class Holding:
     index_at: int
     tail: int
     tail_born: int
+    phase: int
     released: bool = False
 
 
@@ -79,6 +81,7 @@ class KVCache:
         self.page_size = page_size
         self._num_pages = num_pages
         self._caching = prefix_caching
+        self._opened = 0
         self._index = PrefixIndex(num_pages)
         self._pages = PageAllocator(num_pages, self._index.drop)
 
@@ -144,6 +147,7 @@ class KVCache:
     def open(self, chain: Chain, hit: PrefixHit) -> Holding:
         """A holding that starts with the pages of a hit, which nothing may have come between."""
         self._pages.share(hit.pages)
+        self._opened += 1
         shared, tail = len(hit.pages), hit.pages[-1] if hit.pages else 0
         return Holding(
             chain=chain,
@@ -154,6 +158,7 @@ class KVCache:
             index_at=0 if chain.findable else _NEVER,
             tail=tail,
             tail_born=self._index.born[tail],
+            phase=self._opened,
         )
 
     def grow(self, holding: Holding, positions: int) -> list[int] | None:
@@ -172,23 +177,22 @@ class KVCache:
         """Makes the pages that the first `positions` of `tokens` fill findable by others."""
         if holding.index_at == _NEVER:
             return
-        chain, pages, index = holding.chain, holding.pages, self._index
         first, last = holding.indexed, positions // self.page_size
-        holding.index_at = (last + ANSWER_RUN) * self.page_size
-        if first >= last:
-            return
-        tail = holding.tail
-        if index.born[tail] != holding.tail_born:
-            holding.index_at = _NEVER  # the page before was dropped, and so would these be
-            return
-        chain.reach(last - 1, tokens)
-        blocks = chain.blocks
-        for at in range(first, last):
-            page = pages[at]
-            tail = index.insert(tail, blocks[at], page)
-            if tail == page:
-                self._pages.keep(page)
-        holding.indexed, holding.tail, holding.tail_born = last, tail, index.born[tail]
+        if first < last:
+            holding.index_at = _NEVER  # until it is done: half of it cannot be done again
+            index, tail = self._index, holding.tail
+            if index.born[tail] != holding.tail_born:
+                return  # the page before was dropped, and so would these be
+            holding.chain.reach(last - 1, tokens)
+            pages, blocks = holding.pages, holding.chain.blocks
+            for at in range(first, last):
+                page = pages[at]
+                tail = index.insert(tail, blocks[at], page)
+                if tail == page:
+                    self._pages.keep(page)
+            holding.indexed, holding.tail, holding.tail_born = last, tail, index.born[tail]
+        due = last + ANSWER_RUN - (last + holding.phase) % ANSWER_RUN
+        holding.index_at = due * self.page_size
 
     def forget(self, holding: Holding) -> None:
         """What this holding registered must not be found again: its KV is bad.
@@ -197,12 +201,10 @@ class KVCache:
         somebody else computed the last tokens, may then not be found either.
         """
         holding.index_at = _NEVER
-        found = self._index.follow(0, holding.chain.blocks[: holding.indexed])
-        for page, own in zip(
-            found[holding.shared :], holding.pages[holding.shared :], strict=False
-        ):
-            if page == own:
-                self._drop(page)
+        found = self._index.follow(0, holding.chain.blocks[: len(holding.pages)])
+        for at in range(holding.shared, len(found)):
+            if found[at] == holding.pages[at]:
+                self._drop(found[at])
                 break  # with all below it
 
     def forget_chain(self, chain: Chain) -> None:
@@ -235,6 +237,10 @@ class KVCache:
                 raise RuntimeError("a running sequence holds pages it gave back")
             counted.update(holding.pages)
         self._pages.check(dict(counted), self._index.check())
+
+    def check_index(self) -> None:
+        """Proves that what can be found is what pages are kept for. Raises as `check_integrity`."""
+        self._pages.check_findable(self._index.check())
 
     def _drop(self, page: int) -> None:
         self._pages.drop(page)

@@ -144,6 +144,10 @@ class PageAllocator:
         if actual != counted:
             wrong = {p for p in owned | set(counted) if actual.get(p) != counted.get(p)}
             raise RuntimeError(f"reference counts differ from the holders' for {sorted(wrong)}")
+        self.check_findable(findable)
+
+    def check_findable(self, findable: set[int]) -> None:
+        """Proves that the index leads to these pages, and to no free one."""
         flagged = {page for page, flag in enumerate(self._findable) if flag}
-        if flagged != findable or not cached <= findable or free & findable:
+        if flagged != findable or not findable >= self._cached.keys() or findable & set(self._free):
             raise RuntimeError("the prefix index and the page states disagree")

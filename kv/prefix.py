@@ -67,8 +67,8 @@ class PrefixIndex:
     Page 0, which never has content, is the parent of all first pages.
 
     Attributes:
-      born: [pages] which insertion made a page findable, counted from 1; 0 where it is not. Who
-        notes a page with its number here can tell later whether it still holds the same.
+      born: [pages] which insertion made a page findable, counted from 1; 0 where it is not. A page
+        that was dropped since has another number than was noted.
 
     Args:
       num_pages: pages in the slab, page 0 included.
@@ -80,7 +80,7 @@ class PrefixIndex:
         self._page_of: dict[_Content, int] = {}
         self._content: list[_Content] = [(0, b"")] * num_pages
         # A page's children are a list that is linked both ways, the youngest first; 0 ends it.
-        self._child = [0] * num_pages
+        self._youngest_child = [0] * num_pages
         self._older = [0] * num_pages
         self._younger = [0] * num_pages
 
@@ -120,31 +120,31 @@ class PrefixIndex:
         self._insertions += 1
         self.born[page] = self._insertions
         self._content[page] = content
-        older = self._child[parent]
-        self._child[parent] = page
+        older = self._youngest_child[parent]
+        self._youngest_child[parent] = page
         self._older[page], self._younger[page] = older, 0
         if older:
             self._younger[older] = page
         return page
 
     def drop(self, page: int) -> Sequence[int]:
-        """Forgets a findable page and all below it; returns these."""
+        """Forgets a findable page and all below it; returns those below."""
         content, older, younger = self._content[page], self._older[page], self._younger[page]
         if younger:
             self._older[younger] = older
         else:
-            self._child[content[0]] = older
+            self._youngest_child[content[0]] = older
         if older:
             self._younger[older] = younger
         self.born[page] = 0
         del self._page_of[content]
-        return self._drop_below(page) if self._child[page] else ()
+        return self._drop_below(page) if self._youngest_child[page] else ()
 
-    def _drop_below(self, page: int) -> list[int]:
-        dropped, parents = list[int](), [page]
+    def _drop_below(self, top: int) -> list[int]:
+        dropped, parents = list[int](), [top]
         while parents:
             parent = parents.pop()
-            page, self._child[parent] = self._child[parent], 0
+            page, self._youngest_child[parent] = self._youngest_child[parent], 0
             while page:
                 self.born[page] = 0
                 del self._page_of[self._content[page]]
@@ -156,7 +156,7 @@ class PrefixIndex:
     def clear(self) -> None:
         """Forgets everything; the count of insertions goes on."""
         none = [0] * len(self.born)
-        self.born[:], self._child[:] = none, none
+        self.born[:], self._youngest_child[:] = none, none
         self._page_of.clear()
 
     def check(self) -> set[int]:
@@ -164,10 +164,10 @@ class PrefixIndex:
         reached, parents = set[int](), [0]
         while parents:
             parent, younger = parents.pop(), 0
-            page = self._child[parent]
+            page = self._youngest_child[parent]
             while page:
                 if page in reached or self._content[page][0] != parent:
-                    raise RuntimeError(f"prefix index: page {page} is below two")
+                    raise RuntimeError(f"prefix index: page {page} is not below one page")
                 if self._younger[page] != younger or not self.born[page]:
                     raise RuntimeError(f"prefix index: page {page} was dropped and is linked")
                 if self._page_of.get(self._content[page]) != page:

@@ -218,8 +218,6 @@ class Layer(nnx.Module):
             return self.mlp(stream, self.mlp_norm, products), cached
 
 
-# Under a `jit` of its own a layer is traced once for all that are alike, in all programs of as many
-# tokens and rows, and lowered once a program, which calls it. XLA inlines the calls.
 @partial(jax.jit, static_argnames="products")
 def run_layer(
     layer: Layer,
@@ -229,6 +227,11 @@ def run_layer(
     attend: Attend,
     products: Products,
 ) -> tuple[Stream, Cached]:
+    """A layer under a `jit` of its own: traced once for all that are alike, in all programs of as
+    many tokens and rows, and lowered once a program, which calls it. XLA inlines the calls.
+
+    Its traces live until `run_layer.clear_cache()`.
+    """
     return layer(stream, cached, rotation, attend, products)
 
 

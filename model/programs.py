@@ -257,7 +257,8 @@ class Programs:
         logits = self._array((key.rows, self._spec.vocab_size), "float32")
         args = (slots, logits, self._array((3, key.rows), "int32"))
         if key.sampler != Sampler.FULL:
-            return self._lowered(key, make_sample(), args, donated=(0, 1), fresh=1)
+            run = make_sample(in_place=self._mesh.platform == "gpu")
+            return self._lowered(key, run, args, donated=(0, 1), fresh=1)
         controlled = (self.abstract_controls(), *args)
         return self._lowered(key, make_full_sample(), controlled, donated=(0, 1, 2), fresh=1)
 

@@ -19,6 +19,7 @@ from .abstract import AbstractDecoder
 from .cache import cache_groups, token_bytes
 from .compile import Compilation, Progress, compile_all
 from .config import DTYPE_BYTES, ModelConfig
+from .decoder import run_layer
 from .devices import DeviceMemory
 from .ladder import Bucket, Sampler
 from .memory import MIB, STEPS_IN_FLIGHT, MemoryTable
@@ -226,7 +227,7 @@ class Startup:
         progress: Progress | None = None,
     ) -> Compilation[Any]:
         lowerings = programs.lowerings()
-        return compile_all(
+        compiled = compile_all(
             {key: lowerings[key] for key in keys},
             threads=threads,
             options=programs.compiler_options,
@@ -237,6 +238,9 @@ class Startup:
             before_compiling=before_compiling,
             progress=progress,
         )
+        # Or each engine of a process would leave some megabytes behind.
+        run_layer.clear_cache()  # type: ignore[attr-defined]
+        return compiled
 
     def _known(self) -> Need | None:
         """The need without compiling: as an earlier start found it, or a guess if that will do."""

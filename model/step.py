@@ -114,15 +114,21 @@ def make_pass(forward: Forward, layout: InputLayout, logit_rows: int, hidden_row
     return run
 
 
-def make_sample() -> Sample:
-    """What follows the forward of a SAMPLE bucket, to be jitted with slots and logits donated."""
+def make_sample(*, in_place: bool) -> Sample:
+    """What follows the forward of a SAMPLE bucket, to be jitted with slots and logits donated.
+
+    Args:
+      in_place: whether the platform's XLA works in the logits. Where it makes arrays as large
+        beside them, rows are sampled some at a time.
+    """
 
     def run(
         slots: Slots, logits: jax.Array, which: jax.Array
     ) -> tuple[Slots, jax.Array, jax.Array]:
         left = _Left.of(slots, which, output_words(1))
         with jax.named_scope("sample"):
-            sampled = sample(logits, left.rows, Sampler.SAMPLE)
+            at_once = None if in_place else rows_at_once(slots.num_slots)
+            sampled = sample(logits, left.rows, Sampler.SAMPLE, at_once=at_once)
         assert sampled.spent is not None
         slots, outputs = left.emit(slots, sampled)
         return slots, sampled.spent, outputs

@@ -6,7 +6,7 @@
 
 Used by the scheduler alone, which decides when. Owns slots and their generations. A choice leaves
 in `_leave`, whatever the reason, and its request with the last of them in `_tell`; slot and pages
-are given back in `_vacate`, each exactly once.
+are given back in `_vacate`, each exactly once, and the pages registered that were not yet.
 """
 
 from __future__ import annotations
@@ -241,8 +241,18 @@ class Roster:
         self.running.remove(seq)
         self.waiting.leave(seq)
         self.prefilling.discard(seq)
-        if not seq.prefilling:  # all but its last token have their KV
-            self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)
+        self._keep_answer(seq)
         self._cache.release(seq.kv)
         self._free_slots.append(seq.slot)
         seq.leave_slot()
+
+    def _keep_answer(self, seq: Sequence) -> None:
+        """The pages that it filled are found from now on. They need not be: a fault here keeps it
+        from leaving only if it left the index in disorder."""
+        if seq.prefilling:  # the planner registered what was computed
+            return
+        try:
+            self._cache.register(seq.kv, seq.tokens, len(seq.tokens) - 1)  # the last has no KV yet
+        except Exception:
+            log.exception("request %r: the pages of its answer will not be found again", seq.id)
+            self._cache.check_index()

@@ -53,8 +53,8 @@ class Sequence:
     plain: bool = field(init=False)  # its tokens bring nothing with them
     pooled: bool = field(init=False)  # ends with its prompt's pooled hidden state, not with tokens
 
-    # The prompt, then all output known so far. An array is hashed fast, and the garbage collector
-    # does not walk it.
+    # The prompt, then all output known so far. An array is fast to cut into bytes, and the garbage
+    # collector does not walk it.
     tokens: array[int] = field(init=False)
     cached_tokens: int = 0  # prompt tokens the request's first choice found in the prefix index
     recompute_until: int = 0  # positions that were computed before it had to start over

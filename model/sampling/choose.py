@@ -39,9 +39,9 @@ they do."""
 
 
 def rows_at_once(num_slots: int) -> int:
-    """Rows that an engine's FULL programs sample at a time: a quarter of those it may run. They
-    work in two arrays as large as the logits they are given: for 256 rows of Qwen2.5's vocabulary
-    311 MB, which pages can use better."""
+    """Rows that an engine's FULL programs sample at a time, off GPUs SAMPLE, too: a quarter of
+    those it may run. They work in two arrays as large as the logits they are given: for 256 rows of
+    Qwen2.5's vocabulary 311 MB, which pages can use better."""
     return max(LEAST_AT_ONCE, num_slots // 4)
 
 
@@ -69,7 +69,7 @@ def sample(
       controls: of all slots; reshape the logits of rows that are controlled; for FULL.
       slot: int32 [R] whose row each is; with `controls`.
       at_once: static; rows that are sampled at a time at most, if R can be divided (`part_size`);
-        None: all. It changes nothing, for each row's result is its own.
+        None: all. Each row's result is its own, but for how XLA rounds sums of other shapes.
     """
     count, size = len(logits), len(logits)
     if at_once is not None and sampler != Sampler.GREEDY:

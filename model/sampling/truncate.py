@@ -89,12 +89,13 @@ def _last_kept(
     State = tuple[jax.Array, jax.Array, jax.Array]
 
     def is_left(state: State) -> jax.Array:
-        return state[0][0] < for_k + for_p
+        return state[0][0] < for_k + for_p  # the same in all rows
 
     def narrow(state: State) -> State:
         done, found, bound = state
         counts, begins = done < for_k, done == for_k
-        # What is searched is at or above it.
+        # What top-p searches is at or above it. What the rounds of top-k found for a row without
+        # (all bits set, for its goal is 0) is dropped here.
         bound = jnp.where(begins & use_k, found, bound)
         found = jnp.where(begins, 0, found)  # the highest bits, the others 0
         shift = jnp.where(counts, done, done - for_k) + 1

@@ -92,16 +92,41 @@ def test_nothing_hangs_below_what_a_reused_page_held() -> None:
     cache.check_integrity([two, three])
 
 
-def test_an_answer_is_registered_by_the_run() -> None:
-    cache = KVCache(40, SIZE)
-    text = tokens(*range(2 * SIZE))
-    holding = run(cache, text)
-    due = holding.index_at
-    assert due == (2 + ANSWER_RUN) * SIZE
-    text.extend(range(due - len(text) + 1))
-    cache.grow(holding, len(text))
-    cache.register(holding, text, due)
-    assert holding.index_at == due + ANSWER_RUN * SIZE and hit(cache, text) == due
+def test_answers_are_registered_by_the_run_each_in_a_step_of_its_own() -> None:
+    cache = KVCache(20 * ANSWER_RUN, SIZE)
+    dues = set()
+    for first in range(ANSWER_RUN):
+        text = tokens(-first, *range(2 * SIZE - 1))
+        holding = run(cache, text)
+        due = holding.index_at
+        assert 2 * SIZE < due <= (2 + ANSWER_RUN) * SIZE and due % SIZE == 0
+        dues.add(due)
+        text.extend(range(due - len(text) + 1))
+        cache.grow(holding, len(text))
+        cache.register(holding, text, due)
+        assert holding.index_at == due + ANSWER_RUN * SIZE and hit(cache, text) == due
+        cache.release(holding)
+    assert len(dues) == ANSWER_RUN
+
+
+def test_a_registration_that_failed_is_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, text = KVCache(10, SIZE), tokens(*range(12))
+    holding = cache.open(chain := cache.chain(0, ""), cache.match(chain, text))
+    cache.grow(holding, 12)
+    cut = Chain.reach
+
+    def fails(self: Chain, page: int, tokens: array) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Chain, "reach", fails)
+    with pytest.raises(MemoryError):
+        cache.register(holding, text, 12)
+    monkeypatch.setattr(Chain, "reach", cut)
+    cache.register(holding, text, 12)
+    assert hit(cache, text) == 0
+    cache.check_integrity([holding])
+    cache.release(holding)
+    cache.check_integrity([])
 
 
 def test_eviction_shortens_chains_from_the_end() -> None:

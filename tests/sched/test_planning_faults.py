@@ -155,6 +155,26 @@ def test_a_fault_for_one_request_ends_it_alone(
     assert (stats.pages_used, stats.running, stats.waiting, stats.failed_steps) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_cannot_be_registered_still_ends_alone(
+    first: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Registering fails from some call on, when the request ends, too."""
+    sound, calls = KVCache.register, iter(range(10_000))
+    served = Served(make_request("0", (1, 2, 3), 12), make_request("bad", (47, 48, 49), 12))
+
+    def failing(self: KVCache, of_whom: Any, *args: Any) -> Any:
+        if served.is_bad(of_whom) and next(calls) >= first:
+            raise KeyError("a bug")
+        return sound(self, of_whom, *args)
+
+    monkeypatch.setattr(KVCache, "register", failing)
+    assert set(served.run().errors()) <= {"bad"}
+    assert served.runner.resets == 0 and served.engine.healthy
+    assert "will not be found again" in caplog.text
+    assert served.engine.stats().pages_used == 0
+
+
 def test_those_behind_many_bad_ones_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else runs that would bring the next step."""
     sound = quire.sched.plan_builder.controls_of

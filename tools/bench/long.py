@@ -2,7 +2,7 @@
 
     cold     time to the first token; each chunk's time, from when the device could begin with it
     again    median of 5: the time to the first token, and how much of it passed before the step was
-             launched (the request is checked, its prefix hashed and looked up, its pages listed)
+             launched (the request is checked, its prefix looked up, its pages listed)
     decode   one request after the prompt, so many tokens into its context
 
 Beyond the context that a model was made for it needs --max-model-len and --lift-context-limit.

@@ -1,9 +1,9 @@
 """`quire bench scheduler`: host time of a step, without a device.
 
-A step is what the engine's thread does between two launches: take in new requests (prefix hashing
-included), `schedule`, `pack` into the transfer buffer, `update` with the results. The trace runs in
-a closed loop: at first as many requests as there are rows, then a new one for each that ends. Steps
-at nine tenths of the rows or more are the figure; the filling is reported beside it.
+A step is what the engine's thread does between two launches: take in new requests, `schedule`
+(prefixes are looked up), `pack` into the transfer buffer, `update` with the results. The trace runs
+in a closed loop: at first as many requests as there are rows, then a new one for each that ends.
+Steps at nine tenths of the rows or more are the figure; the filling is reported beside it.
 
 Wall time has in it whatever else the machine does. The thread's CPU time has less of that, but a
 neighbour still empties caches; so the same steps are replayed a few times, and the least that each
